@@ -1,0 +1,70 @@
+"""Conversation: the one canonical row, in OpenAI's chat schema. Every data format becomes this; traces too."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant", "tool")
+Shape = Literal["chat", "preference", "text"]
+
+
+class FunctionCall(BaseModel):
+    """`arguments` is a JSON text, as on OpenAI's wire."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(BaseModel):
+    """One turn. `weight` (assistant only) is the loss weight of the turn: 0 or 1; None means the default."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: Role
+    content: str | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    weight: float | None = None
+
+
+class Conversation(BaseModel):
+    """One row.
+
+    messages: the turns (empty only for a plain-text row).
+    tools: function definitions in OpenAI's schema, offered to the model.
+    contexts: retrieved passages, for question answering over documents.
+    preferred, rejected: the two answers of a preference row; `messages` is then their shared input.
+    text: the row of a plain-text corpus.
+    label, reward: what a classifier or a grader says of the row.
+    source: where the row came from (1-based line or row number).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    messages: list[Message] = Field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
+    parallel_tool_calls: bool | None = None
+    contexts: list[str] | None = None
+    preferred: list[Message] | None = None
+    rejected: list[Message] | None = None
+    text: str | None = None
+    label: str | float | bool | list[str] | None = None
+    reward: float | None = None
+    source: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        """Which objectives can use the row: `text`, `preference` or `chat`."""
+        if self.text is not None:
+            return "text"
+        return "preference" if self.preferred is not None else "chat"

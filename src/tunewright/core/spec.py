@@ -1,0 +1,223 @@
+"""The job spec: one pydantic model shared by YAML, HTTP and the create form.
+
+Options of a part (tuner, objective, optimizer, schedule) are free here and validated against the describe file
+(`python -m tunewright.train.describe`), because their models live beside code that imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jsonschema
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+
+from tunewright.core.errors import SpecError, did_you_mean
+
+Auto = Literal["auto"]
+KINDS = ("tuner", "objective", "optimizer", "schedule")
+
+
+class Part(BaseModel):
+    """A row of a table with its options. Written as `lora` or `{name: lora, r: 16}`."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "name" in value:
+            rest = {k: v for k, v in value.items() if k not in ("name", "options")}
+            return {"name": value["name"], "options": {**(value.get("options") or {}), **rest}}
+        return value
+
+    @model_serializer
+    def _dump(self) -> dict[str, Any]:
+        return {"name": self.name, **self.options}
+
+
+@dataclass(frozen=True)
+class TaskPreset:
+    """What `task` fills in where the spec says nothing. It has no other effect."""
+
+    format: str
+    head: str
+    metric: str
+    decoding: dict[str, Any]
+    early_stop_metric: str
+
+
+TASKS: dict[str, TaskPreset] = {
+    "chat": TaskPreset("auto", "lm", "mean_token_accuracy", {}, "full_valid_loss"),
+    "generate": TaskPreset("auto", "lm", "perplexity", {"temperature": 0.7}, "full_valid_loss"),
+    "classify": TaskPreset("auto", "lm", "accuracy", {"temperature": 0.0, "max_tokens": 32}, "full_valid_loss"),
+    "regress": TaskPreset(
+        "auto", "lm", "mean_absolute_error", {"temperature": 0.0, "max_tokens": 16}, "full_valid_loss"
+    ),
+    "qa": TaskPreset("auto", "lm", "f1", {"temperature": 0.0, "max_tokens": 256}, "full_valid_loss"),
+    "summarise": TaskPreset("auto", "lm", "rouge_l", {"temperature": 0.0, "max_tokens": 256}, "full_valid_loss"),
+}
+
+
+class JobSpec(BaseModel):
+    """What to train, on what, and how. Every field but `model` and `training_file` has a default that works.
+
+    model: a catalogue name, a folder, or an `ft:` model or checkpoint to continue from.
+    training_file, validation_file: a path (command line) or a file id (HTTP).
+    task: a preset that fills in format, head, metric, decoding and early_stop_metric.
+    train_on: `assistant` trains every assistant turn (per-message `weight` may switch one off), `last` only the last.
+    n_epochs: passes over the data. batch_size: groups (rows) in one optimizer step.
+    learning_rate: absolute; `auto` is the tuner's default times learning_rate_multiplier.
+    max_length: tokens a row may have; `auto` is the model's context. overlong: what happens to a longer row.
+    micro_batch_tokens: tokens computed at once inside a step; changes memory and speed, not the result.
+    eval_every: steps between validation batches; eval_rows: rows of such a batch.
+    early_stopping: epochs without improvement of early_stop_metric before stopping; None never stops.
+    result: which checkpoint becomes the model: the last, or the best by early_stop_metric (`auto`: best if
+        early_stopping is set, else last).
+    save_every_seconds, save_every_steps: how often a recovery checkpoint is written; epoch ends always are.
+    keep_checkpoints: how many epoch checkpoints stay, as callable models.
+    min_examples: fewer rows than this are refused (OpenAI asks for 10).
+    threads: CPU threads; `auto` is all cores.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    model: str = Field(min_length=1)
+    training_file: str = Field(min_length=1)
+    validation_file: str | None = None
+    task: Literal["chat", "generate", "classify", "regress", "qa", "summarise"] = "chat"
+    format: str = "auto"
+    train_on: Literal["assistant", "last"] = "assistant"
+    objective: Part = Part(name="sft")
+    tuner: Part = Part(name="lora")
+    optimizer: Part = Part(name="adamw")
+    schedule: Part = Part(name="linear")
+    n_epochs: Auto | int = Field("auto")
+    batch_size: Auto | int = Field("auto")
+    learning_rate: Auto | float = Field("auto")
+    learning_rate_multiplier: Auto | float = Field("auto")
+    max_grad_norm: float = Field(1.0, ge=0)
+    max_length: Auto | int = "auto"
+    overlong: Literal["error", "truncate", "drop"] = "error"
+    min_examples: int = Field(10, ge=1)
+    seed: int | None = Field(None, ge=0, le=2_147_483_647)
+    suffix: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    micro_batch_tokens: Auto | int = "auto"
+    threads: Auto | int = "auto"
+    eval_every: Auto | int = "auto"
+    eval_rows: int = Field(16, ge=1)
+    early_stopping: int | None = Field(None, ge=1)
+    early_stop_metric: str = ""
+    metric: str = ""
+    head: str = ""
+    decoding: dict[str, Any] = Field(default_factory=dict)
+    result: Literal["auto", "last", "best"] = "auto"
+    save_every_seconds: float = Field(60.0, gt=0)
+    save_every_steps: int | None = Field(None, ge=1)
+    keep_checkpoints: int = Field(3, ge=1)
+    metadata: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _ranges(self) -> JobSpec:
+        limits = {
+            "n_epochs": (1, 50),
+            "batch_size": (1, 256),
+            "max_length": (8, 1 << 20),
+            "micro_batch_tokens": (1, 1 << 24),
+            "threads": (1, 1024),
+            "eval_every": (1, 1 << 30),
+            "learning_rate": (1e-12, 10.0),
+            "learning_rate_multiplier": (1e-6, 1e6),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value != "auto" and not low <= value <= high:
+                raise ValueError(f"{name} is {value}; allowed: 'auto' or {low:g} to {high:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _preset(self) -> JobSpec:
+        preset = TASKS[self.task]
+        for name in ("head", "metric", "early_stop_metric"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, getattr(preset, name))
+        if self.format == "auto":
+            object.__setattr__(self, "format", preset.format)
+        object.__setattr__(self, "decoding", {**preset.decoding, **self.decoding})
+        return self
+
+
+def parse_spec(raw: Any) -> JobSpec:
+    """A JobSpec from plain data. Raises one SpecError that lists everything wrong, with the nearest field names."""
+    if not isinstance(raw, dict):
+        raise SpecError(f"A job spec is a mapping of fields to values, not {type(raw).__name__}.")
+    try:
+        return JobSpec.model_validate(raw)
+    except ValidationError as e:
+        raise SpecError(explain_validation(e, JobSpec), param=_first_param(e)) from e
+
+
+def explain_validation(error: ValidationError, model: type[BaseModel]) -> str:
+    """pydantic's errors as one readable text, each with field, value, what is allowed and the nearest match."""
+    lines = []
+    for item in error.errors():
+        names = [str(p) for p in item["loc"] if not str(p).startswith(("literal[", "function-"))]
+        where = ".".join(n for n in names if n not in ("int", "float", "str", "bool"))
+        if item["type"] == "extra_forbidden":
+            known = sorted(model.model_fields)
+            lines.append(f"unknown field '{where}'.{did_you_mean(names[-1], known)} Known: {', '.join(known)}")
+        elif item["type"] == "missing":
+            lines.append(f"the field '{where}' is missing")
+        else:
+            value = repr(item.get("input"))[:80]
+            text = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {text} (got {value})" if where else text)
+    return "The job spec is not valid: " + "; ".join(dict.fromkeys(lines)) + "."
+
+
+def _first_param(error: ValidationError) -> str | None:
+    loc = error.errors()[0]["loc"]
+    return str(loc[0]) if loc else None
+
+
+def check_parts(spec: JobSpec, describe: dict[str, Any]) -> JobSpec:
+    """Validate each part's name and options against the describe file and fill in the defaults.
+
+    describe: {"tuner": {"lora": {"schema": JSON Schema, "defaults": {…}, "card": {…}}}, …}.
+    Raises one SpecError that lists all problems.
+    """
+    problems: list[str] = []
+    updates: dict[str, Part] = {}
+    first: str | None = None
+    for kind in KINDS:
+        part: Part = getattr(spec, kind)
+        rows = describe[kind]
+        if part.name not in rows:
+            problems.append(
+                f"there is no {kind} '{part.name}'; use one of: {', '.join(sorted(rows))}"
+                + did_you_mean(part.name, rows).rstrip("?").replace(" Did", "; did")
+            )
+            first = first or kind
+            continue
+        row = rows[part.name]
+        known = row["schema"].get("properties", {})
+        for error in jsonschema.Draft202012Validator(row["schema"]).iter_errors(part.options):
+            first = first or kind
+            if error.validator == "additionalProperties":
+                for key in sorted(set(part.options) - set(known)):
+                    problems.append(
+                        f"{kind} '{part.name}' has no option '{key}'.{did_you_mean(key, known)}"
+                        f" Its options: {', '.join(sorted(known)) or 'none'}"
+                    )
+            else:
+                path = ".".join(str(p) for p in error.absolute_path)
+                problems.append(f"{kind} '{part.name}', option '{path}': {error.message}")
+        updates[kind] = Part(name=part.name, options={**row["defaults"], **part.options})
+    if problems:
+        raise SpecError("The job spec is not valid: " + "; ".join(dict.fromkeys(problems)) + ".", param=first)
+    return spec.model_copy(update=updates)

@@ -1,0 +1,5 @@
+"""TOWARD WHAT a model is trained: one file a loss, one line here."""
+
+from tunewright.core.registry import Table
+
+OBJECTIVES = Table("objective", {"sft": "tunewright.objectives.sft:SFT"})

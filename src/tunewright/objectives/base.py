@@ -1,0 +1,54 @@
+"""What an objective is: a pure function from (policy, batch) to terms, with one capability row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from tunewright.ops.types import Batch, Term
+
+
+@dataclass(frozen=True)
+class ObjectiveCard:
+    """The capability row. shapes: data shapes it can use; group_size: examples in a group (0 = any)."""
+
+    title: str
+    shapes: tuple[str, ...]
+    group_size: int = 1
+    needs_reference: bool = False
+    needs_rollouts: bool = False
+    openai_method: str | None = None
+
+
+class Options(BaseModel):
+    """Base of every option block: unknown options are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class TokenModel(Protocol):
+    """What an objective may ask of the model: quantities per target token, never [T, V] logits."""
+
+    def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]: ...
+
+    def divergence(self, batch: Batch, teacher: Any, kind: str) -> Tensor: ...
+
+
+class Objective(Protocol):
+    """`weights` gives each term's weight from the batch alone, so that the loop can divide before the first forward.
+
+    It must equal the weights of the terms that the call returns. `metrics` (optional detached sums for charts, each
+    with its own weight) come back through `Term`s with coef 0.
+    """
+
+    card: ClassVar[ObjectiveCard]
+    Options: ClassVar[type[BaseModel]]
+
+    def __init__(self, options: Any) -> None: ...
+
+    def weights(self, batch: Batch) -> dict[str, float]: ...
+
+    def __call__(self, policy: TokenModel, batch: Batch, stats: Any = None) -> dict[str, Term]: ...

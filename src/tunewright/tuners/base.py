@@ -1,0 +1,103 @@
+"""What a tuner is: the few moments at which it may act, with one capability row. Defaults do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TunerCard:
+    """The capability row.
+
+    artefact: `adapter`, `delta`, `weights` or `recipe`. default_lr: learning rate when the job says `auto`.
+    """
+
+    title: str
+    artefact: str
+    mergeable: bool
+    identity_at_start: bool
+    works_on_nf4: bool
+    default_lr: float
+
+
+class Options(BaseModel):
+    """Base of every option block: unknown options are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Tuner:
+    """One method of deciding what is trained. A subclass overrides the moments it needs; there is one level only.
+
+    Order in a run: attach (once), [load (continuing from an artefact)], then per step before_step, on_gradients (after
+    the last micro-batch's backward, before clipping), penalty (added once a step), after_step; save at checkpoints.
+    """
+
+    card: ClassVar[TunerCard]
+    Options: ClassVar[type[BaseModel]] = Options
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def attach(self, model: nn.Module, seed: int) -> nn.Module:
+        """Prepare `model` (in place) for training: add modules, set requires_grad. Returns the model to run."""
+        raise NotImplementedError
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of everything that is trained, in a stable order."""
+        raise NotImplementedError
+
+    def before_step(self, step: int) -> None:
+        """Before the step's first forward. step: 1-based."""
+
+    def on_gradients(self, step: int) -> None:
+        """After the step's backward, before clipping."""
+
+    def penalty(self) -> Tensor | None:
+        """A scalar added once a step to the loss, or None."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """After the optimizer's update."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able state beyond weights and optimizer (masks' seeds, scores …)."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within this, the model computes exactly what the base does."""
+        raise NotImplementedError
+        yield
+
+    def save(self, folder: Path, base: str) -> None:
+        """Write the artefact's files (PEFT's formats on disk). base: the base model's name or folder."""
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> None:
+        """Set the trained weights from an artefact written by save(). Raises CheckpointError if they do not fit."""
+        raise NotImplementedError
+
+    def merge(self) -> nn.Module:
+        """The plain model with what was trained folded into its weights."""
+        raise NotImplementedError
+
+
+def parameter_bytes(parameters: dict[str, nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters.values())
+
+
+def to_float32(parameters: dict[str, nn.Parameter]) -> None:
+    """Trained weights are kept in float32 (master weights); autocast brings them down for the products."""
+    for p in parameters.values():
+        p.data = p.data.to(torch.float32)
