@@ -1,0 +1,47 @@
+"""Shared fixtures: the tiny model, a data folder, rows to train on. Torch is imported only by tests that use a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from tunewright.core.home import Home
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny random Llama, shared by the session: read it, never write into it."""
+    return tiny.build_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """An empty data folder."""
+    return Home(tmp_path / "home").ensure()
+
+
+@pytest.fixture
+def tiny_home(home: Home, tiny_model_dir: Path) -> Home:
+    """A data folder in which the tiny model answers to the name `tiny`."""
+    tiny.install_tiny_model(home.root, "tiny", built=tiny_model_dir)
+    return home
+
+
+@pytest.fixture
+def sft_rows() -> Callable[[int], list[dict[str, Any]]]:
+    """sft_rows(n) -> n chat rows."""
+    return tiny.sft_rows
+
+
+@pytest.fixture
+def sft_file() -> Callable[..., Path]:
+    """sft_file(folder, n=24, name="train.jsonl") -> the path of a JSONL file with n chat rows."""
+
+    def make(folder: Path, n: int = 24, name: str = "train.jsonl") -> Path:
+        return tiny.write_rows(folder / name, tiny.sft_rows(n))
+
+    return make

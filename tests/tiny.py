@@ -1,0 +1,122 @@
+"""A tiny random Llama with a real byte-level BPE tokenizer and ChatML template, and rows to train it on.
+
+Imports torch only inside build_tiny_model. Scripts that are started by tests use it with PYTHONPATH=tests.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+THINGS = ("the sky", "a leaf", "an apple", "the night", "a lemon", "fresh snow", "the sea", "a raven")
+
+
+def sft_rows(n: int) -> list[dict[str, Any]]:
+    """n different chat rows in OpenAI's format, of varied length, some with two turns."""
+    rows = []
+    for i in range(n):
+        thing, colour = THINGS[i % len(THINGS)], COLOURS[(i * 5) % len(COLOURS)]
+        messages = [
+            {"role": "system", "content": "You answer with one colour."},
+            {"role": "user", "content": f"Question {i}: what colour is {thing}?" + " Think well." * (i % 4)},
+            {"role": "assistant", "content": f"It is {colour}."},
+        ]
+        if i % 3 == 2:
+            messages += [
+                {"role": "user", "content": "Are you sure?"},
+                {"role": "assistant", "content": f"Yes, {thing} is {colour}, as I said before."},
+            ]
+        rows.append({"messages": messages})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    texts = [m["content"] for row in sft_rows(64) for m in row["messages"]]
+    texts += ["The quick brown fox jumps over the lazy dog.", "system user assistant tool", '{"name": "value", "n": 1}']
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        min_frequency=1,
+    )
+    raw.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=CHATML,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_tiny_model(folder: Path | str, seed: int = 0, **changes: Any) -> Path:
+    """Write config, safetensors, tokenizer and generation_config of a 2-layer Llama; returns the folder.
+
+    changes: fields of LlamaConfig that differ from the standard ones.
+    """
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    folder = Path(folder)
+    tokenizer = _tokenizer()
+    config = LlamaConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.1,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "dtype": "float32",
+            **changes,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def install_tiny_model(home_root: Path | str, name: str = "tiny", built: Path | None = None) -> Path:
+    """Make the tiny model a catalogue model called `name` of the data folder. built: a ready folder to copy."""
+    folder = Path(home_root) / "models" / name
+    if built is None:
+        build_tiny_model(folder)
+    else:
+        shutil.copytree(built, folder)
+    (folder / "source.json").write_text(json.dumps({"name": name, "source": "a random model made by the tests"}))
+    return folder
