@@ -1,0 +1,119 @@
+"""plan.json: every number that was `auto`, decided once. Later attempts obey it, or resume could not be exact."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tunewright.core.errors import SpecError
+from tunewright.core.example import Group
+from tunewright.core.spec import JobSpec
+from tunewright.tuners.base import TunerCard
+
+MICRO_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Plan:
+    """n_tokens: tokens of one epoch. peak_memory_bytes, seconds_per_step, predicted_seconds: measured predictions."""
+
+    n_rows: int
+    n_valid_rows: int
+    n_tokens: int
+    n_epochs: int
+    batch_size: int
+    total_steps: int
+    learning_rate: float
+    learning_rate_multiplier: float
+    seed: int
+    dtype: str
+    threads: int
+    micro_batch_tokens: int
+    eval_every: int
+    max_length: int
+    parameters: int
+    trainable_parameters: int
+    peak_memory_bytes: int = 0
+    seconds_per_step: float = 0.0
+    predicted_seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def auto_epochs(n_rows: int) -> int:
+    """3 passes, more for a small set so that it is seen at least 100 times, at most 25 (OpenAI's published rule)."""
+    return min(25, max(3, math.ceil(100 / n_rows)))
+
+
+def auto_batch_size(n_rows: int) -> int:
+    """8 rows a step, fewer when that would leave less than about five steps an epoch."""
+    return max(1, min(8, n_rows // 5))
+
+
+def resolve(
+    spec: JobSpec,
+    groups: Sequence[Group],
+    valid: Sequence[Group],
+    card: TunerCard,
+    *,
+    dtype: str,
+    threads: int,
+    context: int,
+    parameters: int,
+    trainable: int,
+    versions: dict[str, str],
+) -> Plan:
+    """The plan of a job before anything was measured. Raises SpecError if nothing is left to train on."""
+    n = len(groups)
+    if n == 0:
+        raise SpecError("No training row is left (see the notes on dropped rows).", code="invalid_n_examples")
+    epochs = auto_epochs(n) if spec.n_epochs == "auto" else spec.n_epochs
+    batch = auto_batch_size(n) if spec.batch_size == "auto" else spec.batch_size
+    multiplier = 1.0 if spec.learning_rate_multiplier == "auto" else spec.learning_rate_multiplier
+    rate = card.default_lr if spec.learning_rate == "auto" else spec.learning_rate
+    total = math.ceil(n / batch) * epochs
+    return Plan(
+        n_rows=n,
+        n_valid_rows=len(valid),
+        n_tokens=sum(g.n_tokens for g in groups),
+        n_epochs=epochs,
+        batch_size=batch,
+        total_steps=total,
+        learning_rate=rate * multiplier,
+        learning_rate_multiplier=multiplier,
+        seed=spec.seed if spec.seed is not None else 0,
+        dtype=dtype,
+        threads=threads,
+        micro_batch_tokens=MICRO_BATCH_TOKENS if spec.micro_batch_tokens == "auto" else spec.micro_batch_tokens,
+        eval_every=max(1, total // 10) if spec.eval_every == "auto" else spec.eval_every,
+        max_length=context if spec.max_length == "auto" else min(spec.max_length, context),
+        parameters=parameters,
+        trainable_parameters=trainable,
+        versions=versions,
+    )
+
+
+def order(seed: int, epoch: int, n: int) -> list[int]:
+    """The rows' order in an epoch (0-based), a function of (seed, epoch) alone."""
+    rows = list(range(n))
+    random.Random(f"order/{seed}/{epoch}").shuffle(rows)
+    return rows
+
+
+def step_rows(plan: Plan, step: int) -> list[int]:
+    """Row indices of one step (1-based), exactly batch_size of them but in an epoch's last step."""
+    per_epoch = math.ceil(plan.n_rows / plan.batch_size)
+    epoch, k = divmod(step - 1, per_epoch)
+    return order(plan.seed, epoch, plan.n_rows)[k * plan.batch_size : (k + 1) * plan.batch_size]
+
+
+def valid_rows(plan: Plan, step: int, n: int) -> list[int]:
+    """The n validation rows looked at in this step: a window that moves through the file."""
+    total = plan.n_valid_rows
+    start = (step // plan.eval_every - 1) * n % max(total, 1)
+    return [(start + i) % total for i in range(min(n, total))]
