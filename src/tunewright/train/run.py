@@ -31,7 +31,7 @@ from tunewright.data.validate import check_file, raise_for, read_conversations
 from tunewright.models.loader import load_model, materialise
 from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
-from tunewright.ops.runtime import choose_dtype, choose_threads, deterministic
+from tunewright.ops.runtime import be_deterministic, choose_dtype, set_threads
 from tunewright.train.checkpoint import State, list_checkpoints, load_newest
 from tunewright.train.describe import describe
 from tunewright.train.loop import Parts, announce_checkpoint, train
@@ -63,10 +63,9 @@ def run_job(run: Run, home: Home, events: EventWriter, stop: Callable[[], bool])
     spec = check_parts(job.spec, describe())
     saved = run.plan()
     earlier = None if saved is None else Plan(**saved)
-    threads = earlier.threads if earlier else choose_threads(spec.threads)
+    threads = set_threads(earlier.threads if earlier else spec.threads)
     dtype = choose_dtype(earlier.dtype if earlier else spec.dtype)
-    torch.set_num_threads(threads)
-    deterministic()
+    be_deterministic()
     start = find_start(run, job, home, events)
     tokenizer = Tokenizer.load(start.weights)
     objective = part(OBJECTIVES, spec.objective)
