@@ -1,0 +1,77 @@
+# One file of commands. Needs python3 (3.11 or newer) and make; everything else goes into .venv.
+#
+# PYTHON=python3.12            another interpreter
+# TORCH_INDEX=URL              where torch comes from: https://download.pytorch.org/whl/cpu for a small CPU build,
+#                              https://download.pytorch.org/whl/cu130 for CUDA; empty = whatever pip is set up for
+# TUNEWRIGHT_HOME=FOLDER       where models, jobs and the database live (default ~/.tunewright)
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo install dev sdks test test-slow test-all check fmt serve bench nightly lock docs clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: install ## install everything, train the demo model, show base and tuned answers side by side
+	$(BIN)/tunewright demo
+
+install: $(VENV)/.runtime
+
+dev: $(VENV)/.dev
+
+$(VENV)/.runtime: requirements/lock.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "tunewright needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "Python has no venv module here (Debian: apt install python3-venv)."; exit 1; }
+	@echo "Installing $(TORCH) (set TORCH_INDEX= to choose a CPU or CUDA build) ..."
+	$(PIP) install $(TORCH) -c requirements/lock.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@echo "Installing the pinned packages of requirements/lock.txt ..."
+	$(PIP) install -q --no-deps -r requirements/lock.txt
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime requirements/dev.txt
+	@echo "Installing what tests and checks need ..."
+	$(PIP) install -q --no-deps -r requirements/dev.txt
+	@touch $@
+
+sdks: $(VENV)/.dev ## the versions of the openai package that the tests talk with, into .sdks/
+	@$(BIN)/python tests/api/install_sdks.py
+
+test: dev sdks ## the default tests (about a minute)
+	$(BIN)/python -m pytest
+
+test-slow: dev sdks ## the slow tests: real model, kill -9, browser (about ten minutes; the browser ones need chromium)
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow ## all tests
+
+check: dev ## lint, formatting, types, layers, file lengths
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python tools/long_files.py
+
+fmt: dev ## fix formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+serve: install ## API and dashboard on this machine, without API keys
+	$(BIN)/tunewright up --open
+
+docs: dev ## write the generated pages of docs/reference
+	$(BIN)/python tools/reference.py
+
+lock: ## resolve the dependencies again
+	PYTHON=$(PYTHON) requirements/lock.sh
+
+clean: ## remove the environment and the caches (never the data folder)
+	rm -rf $(VENV) .sdks .pytest_cache .ruff_cache .import_linter_cache

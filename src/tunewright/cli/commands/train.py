@@ -1,0 +1,157 @@
+"""`tunewright train job.yaml`: one job in the foreground, by the same worker as under the server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunewright.core.home import Home
+    from tunewright.core.run import Run
+    from tunewright.core.spec import JobSpec
+
+FILES = ("training_file", "validation_file")
+
+
+def train(
+    job: Annotated[Path | None, typer.Argument(help="A job spec in YAML.", show_default=False)] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: n_epochs=2, tuner.r=32.")
+    ] = None,
+    resume: Annotated[str | None, typer.Option(metavar="JOB", help="Continue this job from its checkpoint.")] = None,
+    home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
+) -> None:
+    """Train one model in the foreground, without a server.
+
+    Ctrl-C saves a checkpoint and prints the command that continues from it.
+    """
+    from rich.console import Console
+
+    from tunewright.cli.progress import run_foreground
+    from tunewright.core.home import find_home
+
+    console = Console()
+    place = find_home(home).ensure()
+    run = find_run(place, resume) if resume else new_run(place, read_spec(job, set or []), console)
+    if resume and set:
+        raise typer.BadParameter("a resumed job keeps its spec; start a new job to change it", param_hint="--set")
+    end = run_foreground(place, run, console)
+    if end.data.get("status") == "succeeded":
+        _done(run, console)
+        return
+    raise typer.Exit(exit_code(end.data))
+
+
+def exit_code(end: dict[str, Any]) -> int:
+    """The shell's exit code for an attempt that did not succeed: the worker's table (docs/reference/exit-codes.md)."""
+    from tunewright.core import errors
+
+    status = end.get("status")
+    if status == "interrupted":
+        return errors.Interrupted.exit_code
+    if status == "paused":
+        return errors.DiskFull.exit_code
+    return next((c.exit_code for c in _tree(errors.TunewrightError) if c.code == end.get("code")), 70)
+
+
+def _tree(top: type[Any]) -> list[type[Any]]:
+    return [top, *(c for sub in top.__subclasses__() for c in _tree(sub))]
+
+
+def read_spec(path: Path | None, overrides: list[str]) -> JobSpec:
+    """The spec of a YAML file with `--set` overrides. Data paths in the file are relative to the file."""
+    import yaml
+
+    from tunewright.core.errors import SpecError
+    from tunewright.core.spec import parse_spec
+
+    if path is None and not overrides:
+        raise SpecError("Give a job file (`tunewright train job.yaml`), `--set` fields, or `--resume JOB`.")
+    raw: Any = {}
+    if path is not None:
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        except OSError as e:
+            raise SpecError(f"The job file '{path}' cannot be read: {e.strerror}.") from e
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise SpecError(f"The job file '{path}' is not valid YAML: {' '.join(str(e).split())}.") from e
+        if isinstance(raw, dict):
+            raw = {k: str(path.parent / v) if k in FILES and isinstance(v, str) else v for k, v in raw.items()}
+    for item in overrides:
+        raw = override(raw, item)
+    return parse_spec(raw)
+
+
+def override(raw: Any, item: str) -> Any:
+    """`raw` with one `key.sub=value` set; the value is read as YAML, so 3 is a number and true is a boolean."""
+    import yaml
+
+    from tunewright.core.errors import SpecError
+
+    key, equals, text = item.partition("=")
+    if not equals or not key or not isinstance(raw, dict):
+        raise SpecError(f"'--set {item}' is not KEY=VALUE. Example: --set n_epochs=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise SpecError(f"'--set {item}': the value is not valid YAML.") from e
+    head, _, rest = key.partition(".")
+    if not rest:
+        return {**raw, head: value}
+    inner = raw.get(head, {})
+    inner = {"name": inner} if isinstance(inner, str) else inner
+    return {**raw, head: override(inner, f"{rest}={text}")}
+
+
+def find_run(home: Home, job_id: str) -> Run:
+    """The run of a job id. Raises NotFound with the nearest id, StateError when there is nothing left to do."""
+    from tunewright.core.errors import NotFound, StateError, did_you_mean
+    from tunewright.core.run import list_runs
+
+    runs = {run.id: run for run in list_runs(home)}
+    if job_id not in runs:
+        known = did_you_mean(job_id, runs) or " `tunewright jobs` lists what there is."
+        raise NotFound(f"There is no job '{job_id}' in {home.root}.{known}")
+    end = runs[job_id].end()
+    if end is not None and end.data.get("status") == "succeeded":
+        raise StateError(f"The job {job_id} has finished; its model is {runs[job_id].job().name}.")
+    return runs[job_id]
+
+
+def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
+    """Check the spec against what is installed and the data row by row, then write the run folder."""
+    from tunewright.core.ids import new_id
+    from tunewright.core.spec import check_parts
+    from tunewright.jobs.describe import load_describe
+    from tunewright.jobs.prepare import create_run
+
+    spec = check_parts(spec, load_describe(home))
+    for path in (spec.training_file, spec.validation_file):
+        if path is not None:
+            check_data(Path(path), spec, console)
+    validation = Path(spec.validation_file) if spec.validation_file else None
+    return create_run(
+        home, spec, job_id=new_id("ftjob-"), train_path=Path(spec.training_file), validation_path=validation
+    )
+
+
+def check_data(path: Path, spec: JobSpec, console: Console) -> None:
+    """Print the report when something is wrong, then raise the one DataError."""
+    from tunewright.cli.report import print_report
+    from tunewright.data.validate import check_file, raise_for
+
+    report = check_file(path, format=spec.format, min_examples=spec.min_examples)
+    if report.n_problems:
+        print_report(path.name, report, console)
+    raise_for(report)
+
+
+def _done(run: Run, console: Console) -> None:
+    name = run.job().name
+    console.print(f"Done. The model is {name}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Its files: {run.result}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Talk to it: tunewright chat {name}", markup=False, highlight=False, soft_wrap=True)
