@@ -131,7 +131,7 @@ def test_sigterm_saves_and_the_next_attempt_goes_on(golden: tuple[Home, Any, int
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside(golden: tuple[Home, Any, int]) -> None:
-    """One flipped bit in the newest checkpoint: the one before it is used, with a warning, and the result is the same."""
+    """A flipped bit in the newest checkpoint: the one before it is used, with a warning; the result is the same."""
     home, expected, _ = golden
     run = new_run(home)
     kill_at_step(run, home, 9)

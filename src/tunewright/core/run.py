@@ -28,6 +28,7 @@ from tunewright.core.ids import parse_model_name
 from tunewright.core.spec import JobSpec
 
 ARTEFACT = "artefact.json"
+BASE_IS_START = "@start"  # the base is the run's own copy of the weights it continued from
 
 
 class JobFile(BaseModel):
@@ -53,7 +54,7 @@ class Artefact(BaseModel):
     """artefact.json: what a folder of weights is, so that the engine can serve it.
 
     kind: `adapter` (peft files over `base`), `weights` (a whole model), later `delta` and `recipe`.
-    base: the catalogue name or folder of the base model; None when kind is weights.
+    base: the catalogue name or folder of the base model, or BASE_IS_START; None when kind is weights.
     decoding: default sampling parameters from the job's task.
     """
 
@@ -152,6 +153,16 @@ def read_artefact(folder: Path) -> Artefact:
         return Artefact.model_validate(read_json(folder / ARTEFACT))
     except (OSError, ValueError) as e:
         raise CheckpointError(f"'{folder.name}' is not a model of tunewright: its {ARTEFACT} cannot be read.") from e
+
+
+def base_of(folder: Path, artefact: Artefact) -> str | None:
+    """The catalogue name or the folder of an artefact's base model. folder: where the artefact lies."""
+    if artefact.base != BASE_IS_START:
+        return artefact.base
+    run = next((p for p in folder.absolute().parents if (p / "job.json").is_file()), None)
+    if run is None:
+        raise CheckpointError(f"'{folder.name}' continues from weights that are kept in its run folder, which is gone.")
+    return str(run / "start")
 
 
 def find_artefact(home: Home, name: str) -> Path:

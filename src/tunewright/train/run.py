@@ -23,7 +23,7 @@ from tunewright.core.errors import Diverged, SpecError
 from tunewright.core.events import EventWriter
 from tunewright.core.example import Group
 from tunewright.core.home import Home
-from tunewright.core.run import ARTEFACT, Artefact, JobFile, Run, read_artefact
+from tunewright.core.run import ARTEFACT, BASE_IS_START, Artefact, JobFile, Run, read_artefact
 from tunewright.core.spec import JobSpec, check_parts
 from tunewright.data.render import RenderReport, render_rows
 from tunewright.data.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -134,7 +134,7 @@ def find_start(run: Run, job: JobFile, home: Home, events: EventWriter) -> Start
     """Where the weights come from: the base model, or the artefact that the job continues from."""
     artefact = read_artefact(run.folder / job.start) if job.start else None
     if job.start and artefact and artefact.kind == "weights":
-        return Start(run.folder / job.start, None, f"../{job.start}")
+        return Start(run.folder / job.start, None, BASE_IS_START)
     events.write("phase", f"Preparing the base model {job.base}", {"name": "base", "done": 0, "total": 1})
     adapter = run.folder / job.start if job.start else None
     return Start(materialise(job.base, home), adapter, job.base)
