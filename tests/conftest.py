@@ -1,4 +1,4 @@
-"""Shared fixtures: the tiny model, a data folder, rows to train on. Torch is imported only by tests that use a model."""
+"""Shared fixtures: the tiny model, a data folder, rows to train on. Only tests that use a model import torch."""
 
 from __future__ import annotations
 

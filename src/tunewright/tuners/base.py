@@ -18,6 +18,7 @@ class TunerCard:
     """The capability row.
 
     artefact: `adapter`, `delta`, `weights` or `recipe`. default_lr: learning rate when the job says `auto`.
+    float32_base: load the base in float32 (it is what is trained); else in the dtype of the computation.
     """
 
     title: str
@@ -26,6 +27,7 @@ class TunerCard:
     identity_at_start: bool
     works_on_nf4: bool
     default_lr: float
+    float32_base: bool = False
 
 
 class Options(BaseModel):

@@ -1,0 +1,177 @@
+"""The only place that loads models through transformers: safetensors, no remote code, quietly.
+
+`materialise` brings a model into the store once (a GGUF file is dequantised to float32, which is exact; float16 or
+bfloat16 would round the scale * level + minimum of a 4-bit block). `load_model` opens a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from tunewright.core.durable import Lock, commit_folder, sha256_file, write_json
+from tunewright.core.errors import Busy, UserError
+from tunewright.core.home import Home
+from tunewright.models.catalogue import ModelInfo, check_config, resolve
+from tunewright.ops import attention
+from tunewright.ops.runtime import quiet
+
+Progress = Callable[[str, int, int], None]
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
+HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*"]
+
+
+def no_progress(phase: str, done: int, total: int) -> None:
+    """The default progress callback."""
+
+
+def materialise(name: str, home: Home, progress: Progress = no_progress, *, allow_paths: bool = True) -> Path:
+    """The folder with the model's safetensors and tokenizer, made first if need be.
+
+    A folder given as a path is used where it is. Everything else ends up under home.models, committed at once, with a
+    source.json that says where it came from; a second process waits for the first.
+    progress(phase, done, total) is told of long phases.
+    Raises ModelNotFound for an unknown name, UserError for files that cannot or must not be used.
+    """
+    info = resolve(name, home, allow_paths=allow_paths)
+    if info.folder is not None:
+        check_folder(info.folder)
+        return info.folder
+    final = home.models / info.store_name
+    with _waiting_lock(home.models / f".{info.store_name}.lock", progress):
+        if not (final / "config.json").is_file():
+            commit_folder(final, lambda tmp: _fill(tmp, info, progress))
+    return final
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError if the folder cannot be loaded safely and completely."""
+    check_config(folder)
+    if not any(folder.glob("*.safetensors")):
+        other = sorted(p.name for ext in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(ext))
+        raise UserError(
+            f"The model '{folder.name}' has no *.safetensors weights"
+            + (f", only {', '.join(other[:3])}, a format that can run code when opened. " if other else ". ")
+            + "Convert it once with transformers' save_pretrained(), on a machine where you trust the file.",
+            param="model",
+        )
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"The model '{folder.name}' has no tokenizer.json. Save its fast tokenizer there with "
+            "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(folder).",
+            param="model",
+        )
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The causal LM in a folder, in `dtype`, in eval mode, with per-segment attention and no cache.
+
+    Raises UserError if the architecture cannot be trained packed, or if weights are missing or superfluous.
+    """
+    check_folder(folder)
+    with quiet():
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention.register(),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    model, report = loaded
+    wrong = sorted(str(k) for k in (*report["missing_keys"], *report["mismatched_keys"]))
+    if wrong:
+        raise UserError(
+            f"The weights of '{folder.name}' do not fit its config.json: {len(wrong)} tensors are missing or have "
+            f"another shape, first {wrong[0]}.",
+            param="model",
+        )
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _fill(folder: Path, info: ModelInfo, progress: Progress) -> None:
+    {"package": _from_gguf, "gguf": _from_gguf, "hub": _from_hub}[info.kind](folder, info, progress)
+    check_folder(folder)
+
+
+def _from_gguf(folder: Path, info: ModelInfo, progress: Progress) -> None:
+    path = Path(info.location)
+    progress("checking the file", 0, 3)
+    sha256 = sha256_file(path)
+    if info.sha256 is not None and sha256 != info.sha256:
+        raise UserError(
+            f"The file {path.name} of {info.source} is not the one that tunewright knows: "
+            f"its sha256 is {sha256[:12]}…, expected {info.sha256[:12]}…. "
+            "Reinstall the package, or give the file's path if you trust it.",
+            code="model_file_changed",
+            param="model",
+        )
+    progress("dequantising", 1, 3)
+    with quiet():
+        where = {"gguf_file": path.name, "local_files_only": True}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **where)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
+        progress("saving", 2, 3)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config  # the weights are no longer quantised
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    _write_record(folder, info, {"sha256": sha256, "file": path.name, "dtype": "float32"})
+    progress("saving", 3, 3)
+
+
+def _from_hub(folder: Path, info: ModelInfo, progress: Progress) -> None:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    progress("downloading", 0, 1)
+    try:
+        revision = HfApi().model_info(info.location).sha
+        snapshot_download(info.location, revision=revision, local_dir=folder, allow_patterns=HUB_FILES)
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, ConnectionError, OSError) as e:
+        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(
+            f"The model '{info.location}' could not be downloaded from the hub: {first} "
+            "Check the name, the network and, for a gated model, that HF_TOKEN is set.",
+            code="model_download_failed",
+            param="model",
+        ) from e
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    check_config(folder)
+    if not (folder / "tokenizer.json").is_file():
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer.save_pretrained(folder)
+    _write_record(folder, info, {"revision": revision})
+    progress("downloading", 1, 1)
+
+
+def _write_record(folder: Path, info: ModelInfo, facts: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_bytes())
+    record = {"name": info.name, "source": info.source, **facts, "context": config.get("max_position_embeddings")}
+    write_json(folder / "source.json", record)
+
+
+@contextmanager
+def _waiting_lock(path: Path, progress: Progress) -> Iterator[None]:
+    """Hold the lock, waiting for another process that makes the same model."""
+    while True:
+        try:
+            lock = Lock(path)
+            break
+        except Busy:
+            progress("waiting for another process that prepares this model", 0, 1)
+            time.sleep(0.2)
+    with lock:
+        yield

@@ -1,0 +1,88 @@
+"""Policy: a causal language model as objectives see it, through quantities per target token. Never [T, V] logits."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunewright.ops import logprob
+from tunewright.ops.logprob import Head
+from tunewright.ops.types import Batch
+
+
+class Policy:
+    """model: a transformers causal LM from load_model(), or a PeftModel around one.
+
+    autocast: dtype of the products (bfloat16), or None to compute in the dtype of the weights.
+    """
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+        self.model = model
+        self.autocast = autocast
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """[T, D]: the last layer's output after the final norm, in the dtype of the computation."""
+        decoder = decoder_of(self.model)
+        with self._cast():
+            out = decoder(
+                input_ids=batch.tokens_T[None],
+                position_ids=batch.position_T[None],
+                cu_seqlens=batch.cu_seqlens.tolist(),
+                use_cache=False,
+            )
+        return out.last_hidden_state[0]
+
+    def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]:
+        """{name: [T] float32}, 0 where weights_T is 0: only supervised tokens reach the LM head.
+
+        want: names from ops.logprob.STATS.
+        """
+        rows = batch.weights_T.nonzero()[:, 0]
+        h_ND = self.hidden(batch)[rows]
+        with self._cast():
+            stats = logprob.token_stats(h_ND, head_of(self.model), batch.targets_T[rows], want)
+        return {name: _spread(values, rows, batch.n_tokens) for name, values in stats.items()}
+
+    def divergence(self, batch: Batch, teacher: Policy, kind: str) -> Tensor:
+        """[T] float32, 0 where weights_T is 0. kind: forward_kl, reverse_kl or jsd. No gradient to the teacher."""
+        rows = batch.weights_T.nonzero()[:, 0]
+        with torch.no_grad():
+            teacher_h_ND = teacher.hidden(batch)[rows]
+        h_ND = self.hidden(batch)[rows]
+        with self._cast():
+            values = logprob.divergence(h_ND, head_of(self.model), teacher_h_ND, head_of(teacher.model), kind)
+        return _spread(values, rows, batch.n_tokens)
+
+    def _cast(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
+
+
+def _spread(values_N: Tensor, rows_N: Tensor, n_tokens: int) -> Tensor:
+    """[T] zeros with the values at their rows."""
+    return torch.zeros(n_tokens, dtype=values_N.dtype, device=values_N.device).index_put((rows_N,), values_N)
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model below any peft wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of the model that turns tokens into hidden states."""
+    lm = causal_lm(model)
+    return getattr(lm, lm.base_model_prefix)  # type: ignore[arg-type]
+
+
+def head_of(model: nn.Module) -> Head:
+    """The LM head with the model's own scale and cap on the logits (Granite, Cohere, Gemma 2, Falcon-H1)."""
+    lm = causal_lm(model)
+    linear = lm.get_output_embeddings()  # type: ignore[operator]
+    config: Any = lm.config
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return Head(linear.weight, linear.bias, scale / divisor, getattr(config, "final_logit_softcapping", None))

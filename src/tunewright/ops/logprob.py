@@ -1,0 +1,160 @@
+"""Quantities per supervised token from hidden states and the LM head, in chunks of rows: [T, V] never exists.
+
+Everything after the product with the head is float32. Gradients come back through recomputation of each chunk, or, in
+the common case (only log-probs wanted, frozen head), from a gradient kept at the forward: one product less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 256
+STATS = ("logp", "correct", "entropy", "mean_logp")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head: logits = cap * tanh(scale * (h @ weight.T + bias) / cap).
+
+    weight: [V, D]. bias: [V] or None. scale: a factor on the logits. softcap: None, or the cap (Gemma 2).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        """[N, V] float32."""
+        z_NV = F.linear(h_ND, self.weight.to(h_ND.dtype), self.bias).float()
+        if self.scale != 1.0:
+            z_NV = z_NV * self.scale
+        return z_NV if self.softcap is None else torch.tanh(z_NV / self.softcap) * self.softcap
+
+    @property
+    def is_plain_and_frozen(self) -> bool:
+        trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        return not trained and self.softcap is None
+
+
+def token_stats(h_ND: Tensor, head: Head, targets_N: Tensor, want: set[str], chunk: int = CHUNK) -> dict[str, Tensor]:
+    """{name: [N] float32} for rows that are supervised.
+
+    logp: log p(target). correct: 1.0 where the target is the most likely token (no gradient).
+    entropy: -sum p log p, in nats. mean_logp: mean of log p over the vocabulary (label smoothing).
+    Raises ValueError for a name that is not in STATS.
+    """
+    unknown = want - set(STATS)
+    if unknown:
+        raise ValueError(f"no such token statistic: {', '.join(sorted(unknown))}; there are: {', '.join(STATS)}")
+    names = sorted(want)
+    if want <= {"logp", "correct"} and head.is_plain_and_frozen and torch.is_grad_enabled() and h_ND.requires_grad:
+        logp_N, correct_N = _FrozenHeadLogp.apply(h_ND, head, targets_N, chunk)
+        return {name: {"logp": logp_N, "correct": correct_N}[name] for name in names}
+
+    def part(h: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        return _chunk_stats(head.logits(h), targets, names)
+
+    return dict(zip(names, _in_chunks(part, (h_ND, targets_N), len(names), chunk), strict=True))
+
+
+def divergence(
+    h_ND: Tensor, head: Head, teacher_h_ND: Tensor, teacher_head: Head, kind: str, chunk: int = CHUNK
+) -> Tensor:
+    """[N] float32, in nats, gradient to the student only.
+
+    forward_kl: KL(teacher || student). reverse_kl: KL(student || teacher). jsd: mean of both against their mixture.
+    Raises ValueError for another kind or for vocabularies of different sizes.
+    """
+    if kind not in DIVERGENCES:
+        raise ValueError(f"no such divergence: {kind}; there are: {', '.join(DIVERGENCES)}")
+    if head.weight.shape[0] != teacher_head.weight.shape[0]:
+        raise ValueError(
+            f"student and teacher have vocabularies of {head.weight.shape[0]} and {teacher_head.weight.shape[0]} tokens"
+        )
+
+    def part(h: Tensor, teacher_h: Tensor) -> tuple[Tensor]:
+        with torch.no_grad():
+            teacher = F.log_softmax(teacher_head.logits(teacher_h), dim=-1)
+        return (_divergence(F.log_softmax(head.logits(h), dim=-1), teacher, kind),)
+
+    return _in_chunks(part, (h_ND, teacher_h_ND.detach()), 1, chunk)[0]
+
+
+def _in_chunks(
+    part: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, Tensor], n_out: int, chunk: int
+) -> tuple[Tensor, ...]:
+    """Apply `part` to blocks of rows, remembering only its inputs for the backward."""
+    n = rows[0].shape[0]
+    if n == 0:
+        empty = rows[0].float().sum(-1)  # [0], still connected to the graph
+        return (empty,) * n_out
+    outs = [
+        checkpoint(part, *(r[i : i + chunk] for r in rows), use_reentrant=False, preserve_rng_state=False)
+        for i in range(0, n, chunk)
+    ]
+    return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
+
+
+def _chunk_stats(z_NV: Tensor, targets_N: Tensor, names: list[str]) -> tuple[Tensor, ...]:
+    logp_NV = F.log_softmax(z_NV, dim=-1)
+    formulas: dict[str, Callable[[], Tensor]] = {
+        "logp": lambda: logp_NV.gather(-1, targets_N[:, None])[:, 0],
+        "correct": lambda: (logp_NV.argmax(-1) == targets_N).float(),
+        "entropy": lambda: -(logp_NV.exp() * logp_NV).sum(-1),
+        "mean_logp": lambda: logp_NV.mean(-1),
+    }
+    return tuple(formulas[name]() for name in names)
+
+
+def _divergence(student_NV: Tensor, teacher_NV: Tensor, kind: str) -> Tensor:
+    def kl(a_NV: Tensor, b_NV: Tensor) -> Tensor:
+        return (a_NV.exp() * (a_NV - b_NV)).sum(-1)
+
+    if kind == "forward_kl":
+        return kl(teacher_NV, student_NV)
+    if kind == "reverse_kl":
+        return kl(student_NV, teacher_NV)
+    mixture_NV = torch.logaddexp(student_NV, teacher_NV) - torch.log(torch.tensor(2.0))
+    return 0.5 * (kl(student_NV, mixture_NV) + kl(teacher_NV, mixture_NV))
+
+
+class _FrozenHeadLogp(torch.autograd.Function):
+    """logp and correct with a frozen head.
+
+    d logp_n / d h_n = scale * (onehot(y_n) - p_n) @ W needs no incoming gradient but a factor per row, so it is
+    computed at the forward, while the chunk's probabilities are at hand, and kept: [N, D] instead of [N, V].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, h_ND: Tensor, head: Head, targets_N: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        logps, corrects, grads = [], [], []
+        weight_VD = head.weight.to(h_ND.dtype)
+        for i in range(0, h_ND.shape[0], chunk):
+            h, y = h_ND[i : i + chunk], targets_N[i : i + chunk]
+            z_NV = head.logits(h)
+            target_z = z_NV.gather(-1, y[:, None])
+            log_norm = torch.logsumexp(z_NV, dim=-1, keepdim=True)
+            corrects.append((z_NV.argmax(-1) == y).float())
+            logps.append((target_z - log_norm)[:, 0])
+            p_NV = z_NV.sub_(log_norm).exp_()
+            p_NV.scatter_add_(-1, y[:, None], torch.full_like(target_z, -1.0))  # before rounding: p[y] may be near 1
+            grads.append(-head.scale * (p_NV.to(weight_VD.dtype) @ weight_VD))
+        correct_N = torch.cat(corrects) if corrects else h_ND.new_zeros(0, dtype=torch.float32)
+        ctx.mark_non_differentiable(correct_N)  # type: ignore[attr-defined]
+        ctx.save_for_backward(torch.cat(grads) if grads else h_ND.detach())  # type: ignore[attr-defined]
+        return (torch.cat(logps) if logps else h_ND.new_zeros(0, dtype=torch.float32)), correct_N
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_ND,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grads[0][:, None].to(grad_ND.dtype) * grad_ND, None, None, None

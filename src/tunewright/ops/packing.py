@@ -1,0 +1,56 @@
+"""Groups -> Batch: segments laid end to end in one row, without padding; targets never cross a segment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from tunewright.core.example import Example, Group
+from tunewright.ops.types import Batch
+
+
+def collate(groups: Sequence[Group]) -> Batch:
+    """One Batch of all groups, in the given order. Raises ValueError if there is none or an example is empty."""
+    examples = [e for g in groups for e in g.examples]
+    if not examples or not all(e.ids for e in examples):
+        raise ValueError("a batch needs at least one group, and every example at least one token")
+    lengths = [len(e.ids) for e in examples]
+    ends = list(accumulate(lengths))
+    return Batch(
+        tokens_T=torch.tensor([t for e in examples for t in e.ids], dtype=torch.int64),
+        targets_T=torch.tensor([t for e in examples for t in (*e.ids[1:], 0)], dtype=torch.int64),
+        weights_T=torch.tensor([w for e in examples for w in _target_weights(e)], dtype=torch.float32),
+        position_T=torch.tensor([p for n in lengths for p in range(n)], dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32),
+        parent_S=torch.full((len(examples),), -1, dtype=torch.int64),
+        group_S=torch.tensor([i for i, g in enumerate(groups) for _ in g.examples], dtype=torch.int64),
+        last_S=torch.tensor(ends, dtype=torch.int64) - 1,
+        source_S=torch.tensor([e.source for e in examples], dtype=torch.int64),
+    )
+
+
+def _target_weights(example: Example) -> tuple[float, ...]:
+    """Weight of what each position predicts: the next token's, and 0 at the end."""
+    return (*example.weights[1:], 0.0)
+
+
+def pack(groups: Sequence[Group], micro_batch_tokens: int) -> list[Batch]:
+    """The groups of one step as micro-batches of at most micro_batch_tokens tokens each.
+
+    First fit in the given order, so the same groups always give the same batches. A group is never split: one larger
+    than the budget gets a batch of its own.
+    """
+    bins: list[list[Group]] = []
+    room: list[int] = []
+    for group in groups:
+        n = group.n_tokens
+        fits = next((i for i, free in enumerate(room) if n <= free), None)
+        if fits is None:
+            bins.append([group])
+            room.append(micro_batch_tokens - n)
+        else:
+            bins[fits].append(group)
+            room[fits] -= n
+    return [collate(b) for b in bins]
