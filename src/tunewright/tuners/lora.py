@@ -150,3 +150,9 @@ def _targets(model: nn.Module, wanted: str | list[str]) -> list[str]:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
+
+
+def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """`model` with a saved adapter folded into its weights, as a plain model again (load it in float32)."""
+    saved_shape(folder)
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()  # type: ignore[arg-type,operator]
