@@ -3,28 +3,62 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from tunewright.core.home import Home
+    from tunewright.core.run import Run
 
 
 def models(
     home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
 ) -> None:
-    """List the base models this machine knows and the models it has trained."""
+    """List the base models this machine knows, and the models and checkpoints it has trained."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
     from tunewright.core.home import find_home
-    from tunewright.core.run import list_runs
-    from tunewright.models.catalogue import list_models
 
     place = find_home(home)
-    print("Base models")
-    for info in list_models(place):
-        print(f"  {info.name}\t{info.source}")
-    names = [n for run in list_runs(place) for n in _callable(run)]
-    print("Trained here" if names else "Trained here: none yet. `tunewright demo` makes the first one.")
-    for name in names:
-        print(f"  {name}")
+    rows = [*_base(place), *_tuned(place)]
+    columns = ("model", "kind", "source")
+    console = Console()
+    if not console.is_terminal:
+        print("\n".join("\t".join(row) for row in (columns, *rows)))
+        return
+    table = Table(*columns, box=SIMPLE)
+    for name, kind, source in rows:
+        table.add_row(name, kind, source)
+    table.columns[0].overflow = "fold"
+    console.print(table)
+    console.print("`tunewright chat MODEL` talks to one; a job spec's `model:` takes any of them.", style="dim")
 
 
-def _callable(run) -> list[str]:  # noqa: ANN001
-    return []
+def _base(home: Home) -> list[tuple[str, str, str]]:
+    from tunewright.models.catalogue import list_models
+
+    return [
+        (info.name, "base", info.source + (" (would be downloaded)" if info.needs_network else ""))
+        for info in list_models(home)
+    ]
+
+
+def _tuned(home: Home) -> list[tuple[str, str, str]]:
+    from tunewright.core.run import list_runs
+
+    return [(name, kind, run.id) for run in list_runs(home) for name, kind in callable_models(run)]
+
+
+def callable_models(run: Run) -> list[tuple[str, str]]:
+    """(name, `tuned` or `checkpoint`) of everything of this run that answers to a name, checkpoints first."""
+    from tunewright.core.run import ARTEFACT, read_artefact
+
+    name = run.job().name
+    last = read_artefact(run.result).step if (run.result / ARTEFACT).is_file() else None
+    steps = sorted({e.data["step"] for e in run.events() if e.type == "checkpoint" and e.data.get("kind") == "epoch"})
+    there = [s for s in steps if s != last and (run.checkpoint(s) / "artefact" / ARTEFACT).is_file()]
+    final = [] if last is None else [(name, "tuned")]
+    return [(f"{name}:ckpt-step-{s}", "checkpoint") for s in there] + final
