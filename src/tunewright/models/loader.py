@@ -1,7 +1,6 @@
 """The only place that loads models through transformers: safetensors, no remote code, quietly.
 
-`materialise` brings a model into the store once (a GGUF file is dequantised to float32, which is exact; float16 or
-bfloat16 would round the scale * level + minimum of a 4-bit block). `load_model` opens a folder.
+`materialise` brings a model into the store once, `load_model` opens a folder.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch import nn
 from tunewright.core.durable import Lock, commit_folder, sha256_file, write_json
 from tunewright.core.errors import Busy, UserError
 from tunewright.core.home import Home
+from tunewright.models import gguf
 from tunewright.models.catalogue import ModelInfo, check_config, resolve
 from tunewright.ops import attention
 from tunewright.ops.runtime import quiet
@@ -118,17 +118,9 @@ def _from_gguf(folder: Path, info: ModelInfo, progress: Progress) -> None:
             param="model",
         )
     progress("dequantising", 1, 3)
-    with quiet():
-        where = {"gguf_file": path.name, "local_files_only": True}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **where)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
-        progress("saving", 2, 3)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # the weights are no longer quantised
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    _write_record(folder, info, {"sha256": sha256, "file": path.name, "dtype": "float32"})
-    progress("saving", 3, 3)
+    facts = gguf.convert(path, folder)
+    progress("saving", 2, 3)
+    _write_record(folder, info, {"sha256": sha256, "file": path.name, **facts})
 
 
 def _from_hub(folder: Path, info: ModelInfo, progress: Progress) -> None:
