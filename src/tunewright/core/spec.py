@@ -69,19 +69,29 @@ class JobSpec(BaseModel):
     model: a catalogue name, a folder, or an `ft:` model or checkpoint to continue from.
     training_file, validation_file: a path (command line) or a file id (HTTP).
     task: a preset that fills in format, head, metric, decoding and early_stop_metric.
+    format: the row format; `auto` looks at the rows and says why it decided so.
     train_on: `assistant` trains every assistant turn (per-message `weight` may switch one off), `last` only the last.
+    objective: toward what is trained. tuner: what is trained. optimizer: the update rule.
+    schedule: how the learning rate moves over the steps.
     n_epochs: passes over the data. batch_size: groups (rows) in one optimizer step.
     learning_rate: absolute; `auto` is the tuner's default times learning_rate_multiplier.
+    learning_rate_multiplier: a factor on the learning rate; `auto` is 1.
+    max_grad_norm: gradients are scaled down to this norm; 0 never clips.
     max_length: tokens a row may have; `auto` is the model's context. overlong: what happens to a longer row.
+    seed: fixes data order, initial weights and noise; None draws one, which job.json then records.
+    suffix: up to 64 letters, digits, `.`, `_`, `-` in the finished model's name.
+    dtype: of the computation; `auto` is bfloat16 where the hardware multiplies it, else float32.
     micro_batch_tokens: tokens computed at once inside a step; changes memory and speed, not the result.
     eval_every: steps between validation batches; eval_rows: rows of such a batch.
     early_stopping: epochs without improvement of early_stop_metric before stopping; None never stops.
+    early_stop_metric, metric, head, decoding: filled in by the task where empty.
     result: which checkpoint becomes the model: the last, or the best by early_stop_metric (`auto`: best if
         early_stopping is set, else last).
     save_every_seconds, save_every_steps: how often a recovery checkpoint is written; epoch ends always are.
     keep_checkpoints: how many epoch checkpoints stay, as callable models.
     min_examples: fewer rows than this are refused (OpenAI asks for 10).
     threads: CPU threads; `auto` is all cores.
+    metadata: pairs of your own, stored with the job.
     """
 
     model_config = ConfigDict(extra="forbid", validate_default=True)

@@ -1,0 +1,115 @@
+"""Writes docs/reference/job-spec.md from JobSpec and the tables, so that the page cannot drift. A test compares them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tunewright.core.spec import TASKS, JobSpec
+
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "job-spec.md"
+HEAD = """# Job spec
+
+<!-- Made by `make docs` from src/tunewright/core/spec.py and the tables. Do not edit. -->
+
+The same fields in a YAML file (`tunewright train job.yaml`), in the `tunewright` object of an HTTP request, and in the
+dashboard's form. An unknown field is an error that names the nearest one. The smallest spec:
+
+```yaml
+model: smollm2-135m-instruct
+training_file: train.jsonl
+```
+
+A part (tuner, objective, optimizer, schedule) is written as its name, `tuner: lora`, or with options,
+`tuner: {name: lora, r: 32}`. On the command line: `--set tuner.r=32`.
+"""
+BOUNDS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+
+
+def meanings(doc: str) -> dict[str, str]:
+    """field -> what the docstring says of it. Entries look like `name: text` or `name, name: text`."""
+    text = " ".join(doc.split("\n\n", 1)[1].split())
+    names = "|".join(JobSpec.model_fields)
+    starts = list(re.finditer(rf"(?:^|(?<=[.;] ))((?:{names})(?:, (?:{names}))*): ", text))
+    found: dict[str, str] = {}
+    for here, after in zip(starts, [*starts[1:], None], strict=True):
+        said = text[here.end() : after.start() if after else len(text)].strip(" ;")
+        found.update(dict.fromkeys(here[1].split(", "), said))
+    return found
+
+
+def spec_rows() -> list[str]:
+    """One table row a field, in the order of the model."""
+    schema = JobSpec.model_json_schema()["properties"]
+    said = meanings(JobSpec.__doc__ or "")
+    rows = ["| field | allowed | default | meaning |", "|---|---|---|---|"]
+    for name, field in JobSpec.model_fields.items():
+        default = "required" if field.is_required() else f"`{plain(field.get_default(call_default_factory=True))}`"
+        rows.append(f"| `{name}` | {allowed(schema[name])} | {default} | {said.get(name, '')} |")
+    return rows
+
+
+def plain(value: Any) -> str:
+    name = getattr(value, "name", None)
+    return str(name) if name else json.dumps(value, ensure_ascii=False)
+
+
+def allowed(schema: dict[str, Any]) -> str:
+    """The JSON Schema of one field in words."""
+    if "$ref" in schema:
+        return "a part"
+    if "anyOf" in schema:
+        return " or ".join(allowed(s) for s in schema["anyOf"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "enum" in schema:
+        return ", ".join(f"`{v}`" for v in schema["enum"])
+    kind = "list" if schema.get("type") == "array" else str(schema.get("type", "any"))
+    bounds = [f" {word} {schema[key]}" for key, word in BOUNDS.items() if key in schema]
+    return kind + "".join(bounds)
+
+
+def task_rows() -> list[str]:
+    rows = ["| task | metric | decoding |", "|---|---|---|"]
+    return rows + [
+        f"| `{name}` | {t.metric} | {', '.join(f'{k} {v:g}' for k, v in t.decoding.items()) or 'default'} |"
+        for name, t in TASKS.items()
+    ]
+
+
+def part_rows(kind: str, table: dict[str, Any]) -> list[str]:
+    """A section for each row of a table: its first line, and its options."""
+    lines = [f"## {kind.capitalize()}", ""]
+    for name, row in table.items():
+        title = row["card"].get("title", "")
+        lines += [f"**`{name}`**: {title + '. ' if title else ''}{row.get('doc', '')}", ""]
+        options = row["schema"].get("properties", {})
+        if options:
+            lines += ["| option | allowed | default | meaning |", "|---|---|---|---|"]
+            for option, schema in options.items():
+                default = json.dumps(row["defaults"].get(option), ensure_ascii=False)
+                lines.append(f"| `{option}` | {allowed(schema)} | `{default}` | {schema.get('description', '')} |")
+            lines.append("")
+    return lines
+
+
+def page(describe: dict[str, Any]) -> str:
+    """The whole page. describe: what `python -m tunewright.train.describe` prints."""
+    lines = [HEAD, "## Fields", "", *spec_rows(), "", "## Tasks", "", *task_rows(), ""]
+    for kind in ("tuner", "objective", "optimizer", "schedule"):
+        lines += part_rows(kind, describe[kind])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def read_describe() -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-m", "tunewright.train.describe"], capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(read_describe()), encoding="utf-8")
+    print(f"wrote {PAGE}")
