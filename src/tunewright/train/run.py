@@ -185,9 +185,9 @@ def with_progress(rows: Iterator[Conversation], total: int, what: str, events: E
 
 
 def attach(start: Start, tuner: Tuner, spec: JobSpec, dtype: torch.dtype) -> nn.Module:
-    """Load the weights and make them trainable. What is trained whole is held in float32, a frozen base in `dtype`."""
+    """Load the weights and make them trainable."""
     whole = tuner.card.artefact == "weights"
-    model = load_model(start.weights, torch.float32 if whole else dtype)
+    model = load_model(start.weights, torch.float32 if tuner.card.float32_base else dtype)
     if start.adapter is not None and whole:
         model = merge_adapter(model, start.adapter)
     model = tuner.attach(model, seed=spec.seed or 0)

@@ -1,0 +1,239 @@
+"""The loop in one process: equal to a plain transformers + peft loop, the same however steps are cut, exact resume."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+
+from tunewright.core import durable
+from tunewright.core.durable import sha256_file
+from tunewright.core.errors import Diverged, Interrupted
+from tunewright.core.events import EventWriter
+from tunewright.core.example import Example, Group
+from tunewright.core.run import Run
+from tunewright.core.spec import parse_spec
+from tunewright.models.loader import load_model
+from tunewright.models.policy import Policy
+from tunewright.objectives.sft import SFT
+from tunewright.train import optim
+from tunewright.train.checkpoint import State, load_newest
+from tunewright.train.loop import Parts, train
+from tunewright.train.plan import Plan, order, resolve
+from tunewright.tuners.lora import LoRA
+
+EPOCHS, BATCH, ROWS = 2, 4, 10
+
+
+def make_groups(n: int = ROWS) -> list[Group]:
+    """Rows of different lengths, the first third of each not trained."""
+    g = torch.Generator().manual_seed(3)
+    groups = []
+    for i in range(n):
+        length = int(torch.randint(6, 40, (1,), generator=g))
+        ids = torch.randint(5, 300, (length,), generator=g).tolist()
+        groups.append(Group((Example(tuple(ids), tuple(float(k >= length // 3) for k in range(length)), i + 1),)))
+    return groups
+
+
+def make_parts(folder: Path, model_dir: Path, attempt: int = 1, stop: Callable[[], bool] = lambda: False) -> Parts:
+    spec = parse_spec(
+        {
+            "model": "tiny",
+            "training_file": "f",
+            "n_epochs": EPOCHS,
+            "batch_size": BATCH,
+            "seed": 5,
+            "micro_batch_tokens": 64,
+            "save_every_steps": 1,
+            "eval_rows": 2,
+        }
+    )
+    groups = make_groups()
+    tuner = LoRA(LoRA.Options(r=4, alpha=8))
+    model = tuner.attach(load_model(model_dir), seed=5)
+    plan = resolve(
+        spec,
+        groups,
+        groups[:3],
+        LoRA.card,
+        dtype="float32",
+        threads=1,
+        context=512,
+        parameters=1,
+        trainable=1,
+        versions={},
+    )
+    options = optim.Linear.Options(warmup=2)
+    run = Run(folder)
+
+    def write_artefact(place: Path, state: State) -> None:
+        place.mkdir()
+        tuner.save(place, "tiny")
+
+    return Parts(
+        run=run,
+        spec=spec,
+        plan=plan,
+        policy=Policy(model),
+        tuner=tuner,
+        objective=SFT(SFT.Options()),
+        optimizer=optim.AdamW.build(tuner.trainable(), plan.learning_rate, optim.AdamW.Options(weight_decay=0.01)),
+        rate=lambda s: plan.learning_rate * optim.Linear.factor(s, plan.total_steps, options),
+        groups=groups,
+        valid=groups[:3],
+        events=EventWriter(run.attempt(attempt) / "events.jsonl", attempt),
+        write_artefact=write_artefact,
+        stop=stop,
+    )
+
+
+def losses(parts: Parts) -> list[tuple[Any, ...]]:
+    keys = ("step", "train_loss", "train_mean_token_accuracy", "grad_norm", "full_valid_loss")
+    return [tuple(e.data.get(k) for k in keys) for e in parts.run.events() if e.type == "metrics"]
+
+
+def weights_hash(parts: Parts) -> str:
+    last = parts.run.checkpoint(parts.plan.total_steps) / "artefact" / "adapter_model.safetensors"
+    return sha256_file(last)
+
+
+def test_equals_a_plain_transformers_and_peft_loop(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Every step's loss to 1e-5: the same rows padded in one batch, labels of -100, transformers' own loss."""
+    parts = make_parts(tmp_path, tiny_model_dir)
+    ours = make_parts(tmp_path / "weights", tiny_model_dir)
+    train(parts, State())
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config)
+    theirs = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    mine = ours.tuner.trainable()
+    assert theirs.keys() == mine.keys()
+    with torch.no_grad():
+        for name, p in theirs.items():
+            p.copy_(mine[name])
+    optimizer = torch.optim.AdamW(theirs.values(), lr=parts.plan.learning_rate, weight_decay=0.01)
+    total = parts.plan.total_steps
+    reference = []
+    rates = get_linear_schedule_with_warmup(optimizer, 2, total).lr_lambdas[0]
+    for step in range(1, total + 1):
+        per_epoch = total // EPOCHS
+        rows = order(5, (step - 1) // per_epoch, ROWS)[(step - 1) % per_epoch * BATCH :][:BATCH]
+        examples = [parts.groups[i].examples[0] for i in rows]
+        width = max(len(e.ids) for e in examples)
+        ids = torch.tensor([[*e.ids, *[0] * (width - len(e.ids))] for e in examples])
+        mask = torch.tensor([[1] * len(e.ids) + [0] * (width - len(e.ids)) for e in examples])
+        labels = torch.tensor(
+            [
+                [t if w else -100 for t, w in zip(e.ids, e.weights, strict=True)] + [-100] * (width - len(e.ids))
+                for e in examples
+            ]
+        )
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        optimizer.param_groups[0]["lr"] = parts.plan.learning_rate * (rates(step) if step <= 2 else rates(step - 1))
+        optimizer.step()
+        reference.append(loss.item())
+    assert [row[1] for row in losses(parts)] == pytest.approx(reference, abs=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_any_cut_of_a_step_is_the_same_step(tmp_path: Path, tiny_model_dir: Path, budget: int) -> None:
+    whole, cut = make_parts(tmp_path / "a", tiny_model_dir), make_parts(tmp_path / "b", tiny_model_dir)
+    train(whole, State())
+    train(replace(cut, plan=replace(cut.plan, micro_batch_tokens=budget)), State())
+    for a, b in zip(losses(whole), losses(cut), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+class Crash(BaseException):
+    """Stands for the process's death inside this process."""
+
+
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_resume_is_exact_from_a_crash_at_a_file_operation_of_a_save(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, stride: int
+) -> None:
+    """Stride 1: at every one of them."""
+    golden = make_parts(tmp_path / "golden", tiny_model_dir)
+    train(golden, State())
+    expected, weights = losses(golden), weights_hash(golden)
+    count = {"n": 0, "at": 0}
+    rename, replace_ = os.rename, os.replace
+
+    def crashing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            count["n"] += 1
+            if count["n"] == count["at"]:
+                raise Crash
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(durable.os, "rename", crashing(rename))
+    monkeypatch.setattr(durable.os, "replace", crashing(replace_))
+    points = 0
+    while True:
+        count.update(n=0, at=points + stride)
+        folder = tmp_path / f"crash-{points}"
+        parts = make_parts(folder, tiny_model_dir)
+        try:
+            train(parts, State())
+            break
+        except Crash:
+            points += stride
+        count["at"] = 0
+        again = make_parts(folder, tiny_model_dir, attempt=2)
+        state, _ = load_newest(again.run, again.tuner, again.optimizer, again.events)
+        again.events.write("resumed", "", {"step": state.step})
+        train(again, state)
+        assert losses(again) == expected
+        assert weights_hash(again) == weights
+    assert points > 10
+
+
+def test_a_stop_saves_and_the_next_attempt_is_exact(tmp_path: Path, tiny_model_dir: Path) -> None:
+    golden = make_parts(tmp_path / "golden", tiny_model_dir)
+    train(golden, State())
+    asked = {"n": 0}
+
+    def stop() -> bool:
+        asked["n"] += 1
+        return asked["n"] > 3
+
+    parts = make_parts(tmp_path / "stopped", tiny_model_dir, stop=stop)
+    with pytest.raises(Interrupted):
+        train(parts, State())
+    again = make_parts(tmp_path / "stopped", tiny_model_dir, attempt=2)
+    state, _ = load_newest(again.run, again.tuner, again.optimizer, again.events)
+    assert 0 < state.step < again.plan.total_steps
+    again.events.write("resumed", "", {"step": state.step})
+    train(again, state)
+    assert losses(again) == losses(golden)
+    assert weights_hash(again) == weights_hash(golden)
+
+
+def test_divergence_fails_with_the_rows(tmp_path: Path, tiny_model_dir: Path) -> None:
+    parts = make_parts(tmp_path, tiny_model_dir)
+    with torch.no_grad():
+        next(iter(parts.tuner.trainable().values())).fill_(float("nan"))
+    with pytest.raises(Diverged, match=r"rows \[\d+"):
+        train(parts, State())
+
+
+def test_plan_is_what_the_loop_obeys(tmp_path: Path, tiny_model_dir: Path) -> None:
+    parts = make_parts(tmp_path, tiny_model_dir)
+    state = train(parts, State())
+    assert isinstance(parts.plan, Plan)
+    assert (state.step, state.epoch) == (parts.plan.total_steps, EPOCHS)
+    assert state.tokens == EPOCHS * sum(g.n_tokens for g in parts.groups)
+    best = min((row[4], row[0]) for row in losses(parts) if row[4] is not None)
+    assert state.best == {"step": best[1], "value": best[0]}
