@@ -1,0 +1,140 @@
+"""Chat completions from the engine's events: one JSON object, or a stream of server-sent events."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunewright.api.generation import EngineFailed, Event, Generation
+from tunewright.api.schemas import (
+    Choice,
+    Chunk,
+    ChunkChoice,
+    Completion,
+    Logprobs,
+    Message,
+    TokenLogprob,
+    Usage,
+)
+from tunewright.core.errors import TunewrightError
+from tunewright.core.ids import new_id
+
+PING_SECONDS = 10.0
+PING = ": ping\n\n"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What every part of one answer shares."""
+
+    model: str
+    metadata: dict[str, str] | None = None
+    with_logprobs: bool = False
+    include_usage: bool = False
+    id: str = field(default_factory=lambda: new_id("chatcmpl-"))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+async def whole(answer: Answer, generation: Generation) -> Completion:
+    """Wait for the end and return the completion. Raises what the engine reports."""
+    tokens: dict[int, list[TokenLogprob]] = {}
+    while (event := await generation.next()) is not None:
+        if event["type"] == "token" and answer.with_logprobs:
+            tokens.setdefault(event["index"], []).extend(token_logprobs(event))
+        elif event["type"] == "done":
+            return Completion(
+                id=answer.id,
+                created=answer.created,
+                model=answer.model,
+                choices=[_choice(answer, c, tokens.get(c["index"], [])) for c in event["choices"]],
+                usage=Usage(**event["usage"]),
+                metadata=answer.metadata,
+            )
+    raise EngineFailed("The engine stopped before the answer was complete. Send the request again.")
+
+
+def _choice(answer: Answer, choice: dict[str, Any], tokens: list[TokenLogprob]) -> Choice:
+    return Choice(
+        index=choice["index"],
+        message=Message(content=choice["text"]),
+        logprobs=Logprobs(content=tokens) if answer.with_logprobs else None,
+        finish_reason=choice["finish_reason"],
+    )
+
+
+async def stream(answer: Answer, generation: Generation, first: Event | None) -> AsyncGenerator[str, None]:
+    """The lines of the event stream. first: an event read already, if any.
+
+    An error after the start becomes an event with `error`, which the SDK raises; the stream never just stops short.
+    """
+    try:
+        async for text in _lines(answer, generation, first):
+            yield text
+        yield "data: [DONE]\n\n"
+    except TunewrightError as e:
+        yield _data({"error": e.to_openai()})
+    finally:
+        await generation.stop()
+
+
+async def _lines(answer: Answer, generation: Generation, first: Event | None) -> AsyncGenerator[str, None]:
+    started: set[int] = set()
+    event = first
+    while True:
+        if event is not None:
+            for text in _chunks(answer, event, started):
+                yield text
+            if event["type"] == "done":
+                return
+        event = None
+        with suppress(TimeoutError):
+            event = await generation.next(PING_SECONDS)
+            if event is None:
+                raise EngineFailed("The engine stopped before the answer was complete. Send the request again.")
+        if event is None:
+            yield PING
+
+
+def _chunks(answer: Answer, event: Event, started: set[int]) -> list[str]:
+    """The event-stream texts of one engine event. started: choices whose role was sent; grows here."""
+    if event["type"] == "token":
+        if not event["text"] and not answer.with_logprobs:
+            return []
+        shown = Logprobs(content=token_logprobs(event)) if answer.with_logprobs else None
+        choice = ChunkChoice(index=event["index"], delta={"content": event["text"]}, logprobs=shown)
+        return [*_role(answer, event["index"], started), _chunk(answer, [choice])]
+    if event["type"] != "done":
+        return []
+    texts = []
+    for c in event["choices"]:
+        texts += _role(answer, c["index"], started)
+        texts.append(_chunk(answer, [ChunkChoice(index=c["index"], delta={}, finish_reason=c["finish_reason"])]))
+    if answer.include_usage:
+        texts.append(_chunk(answer, [], Usage(**event["usage"])))
+    return texts
+
+
+def _role(answer: Answer, index: int, started: set[int]) -> list[str]:
+    if index in started:
+        return []
+    started.add(index)
+    delta = {"role": "assistant", "content": "", "refusal": None}
+    return [_chunk(answer, [ChunkChoice(index=index, delta=delta)])]
+
+
+def _chunk(answer: Answer, choices: list[ChunkChoice], usage: Usage | None = None) -> str:
+    chunk = Chunk(id=answer.id, created=answer.created, model=answer.model, choices=choices, usage=usage)
+    return _data(chunk.model_dump(exclude=None if answer.include_usage else {"usage"}))
+
+
+def _data(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def token_logprobs(event: Event) -> list[TokenLogprob]:
+    """The log-probabilities that ride on one token event."""
+    raise NotImplementedError

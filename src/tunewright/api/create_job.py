@@ -1,0 +1,64 @@
+"""A create request becomes a run folder, then a row. The folder is the truth, so it is complete before the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunewright.api import jobspec
+from tunewright.api.idempotency import job_id_for
+from tunewright.api.lookup import check_trainable, find_data_file
+from tunewright.api.requests import CreateJob
+from tunewright.api.state import ORG, Server
+from tunewright.core.durable import discard
+from tunewright.jobs.prepare import create_run
+from tunewright.jobs.rows import JobRow
+
+
+def create(
+    server: Server, request: CreateJob, describe: Mapping[str, Any], idempotency_key: str | None, body: Any
+) -> JobRow:
+    """Check everything, write the run folder, index it. Raises UserError; then nothing was made."""
+    jobspec.refuse_wandb(request)
+    spec = jobspec.build_spec(request, describe)
+    check_trainable(server, request.model)
+    train = find_data_file(server, request.training_file, "training_file")
+    other = request.validation_file
+    validation = find_data_file(server, other, "validation_file") if other else None
+    with server.changing:
+        job_id = job_id_for(server.home, idempotency_key, body)
+        known = server.store.get_job(job_id)
+        if known is not None:
+            return known
+        run = create_run(
+            server.home,
+            spec,
+            job_id=job_id,
+            org=ORG,
+            train_path=server.home.blob(train.sha256),
+            validation_path=server.home.blob(validation.sha256) if validation else None,
+            names={"train": train.filename, **({"validation": validation.filename} if validation else {})},
+        )
+        try:
+            job = run.job()
+            row = JobRow(
+                id=job_id,
+                created_at=int(job.created_at),
+                model=request.model,
+                base=job.base,
+                name=job.name,
+                training_file=train.id,
+                validation_file=validation.id if validation else None,
+                spec=job.spec.model_dump(mode="json"),
+                method=jobspec.method_object(request, spec, describe),
+                hyperparameters=jobspec.shown_numbers(request),
+                seed=job.spec.seed or 0,
+                suffix=request.suffix,
+                metadata=request.metadata,
+                tunewright=jobspec.echo(request, spec),
+            )
+            server.store.add_job(row)
+        except BaseException:
+            discard(run.folder)
+            raise
+    return row

@@ -1,0 +1,86 @@
+"""Between a request and the engine: a bounded number at once, keep-alives, an end when the client goes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from typing import Any
+
+from tunewright.api.errors import RateLimited
+from tunewright.core.errors import Busy, TunewrightError, UserError
+
+Event = dict[str, Any]
+
+
+class EngineFailed(TunewrightError):
+    """The engine reported an error, or died, while answering."""
+
+    code = "engine_error"
+
+
+class Slots:
+    """At most `limit` generations at once; one more is answered 429, which the SDK retries by itself."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def take(self) -> None:
+        """Take a slot. Raises RateLimited."""
+        if self.used >= self.limit:
+            raise RateLimited(
+                f"The server is answering {self.used} requests, which is its limit. Try again in a second, or send "
+                "fewer at once."
+            )
+        self.used += 1
+
+    def give(self) -> None:
+        self.used -= 1
+
+
+class Generation:
+    """One running generation. A task of its own reads the engine, so that waiting for it can time out harmlessly."""
+
+    def __init__(self, events: AsyncGenerator[Event, None], slots: Slots) -> None:
+        slots.take()
+        self._slots = slots
+        self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._task = asyncio.create_task(self._pump(events))
+
+    async def _pump(self, events: AsyncGenerator[Event, None]) -> None:
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    self._queue.put_nowait(event)
+        finally:
+            self._queue.put_nowait(None)
+            self._slots.give()
+
+    async def next(self, timeout: float | None = None) -> Event | None:
+        """The next event, or None at the end. Raises TimeoutError (nothing is lost) and what the engine reported."""
+        event = await asyncio.wait_for(self._queue.get(), timeout)
+        if event is None:
+            await self._task  # raises what ended it
+        elif event["type"] == "error":
+            raise engine_error(event["error"])
+        return event
+
+    async def stop(self) -> None:
+        """End it; the engine notices that nobody listens and frees the request."""
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+
+def engine_error(error: dict[str, Any]) -> TunewrightError:
+    """The engine's error object as one of ours, with the HTTP status that belongs to its type."""
+    kinds: dict[str, type[TunewrightError]] = {
+        "invalid_request_error": UserError,
+        "rate_limit_error": RateLimited,
+        "rate_limit_exceeded": RateLimited,
+    }
+    kind = kinds.get(str(error.get("type")), EngineFailed)
+    if error.get("code") in ("overloaded", "queue_full", "rate_limit_exceeded", Busy.code):
+        kind = RateLimited
+    return kind(str(error.get("message")), code=error.get("code"), param=error.get("param"))

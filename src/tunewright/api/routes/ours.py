@@ -1,0 +1,84 @@
+"""/v1/tunewright/*: what OpenAI has no endpoint for. The dashboard uses these, and anybody may."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.concurrency import run_in_threadpool
+
+from tunewright import __version__
+from tunewright.api import present
+from tunewright.api.body import json_body
+from tunewright.api.errors import parse
+from tunewright.api.filecheck import check_training_file
+from tunewright.api.lookup import base_models, find_file, find_job
+from tunewright.api.requests import CheckFile, CreateKey, CreateSession
+from tunewright.api.schemas import BaseModelInfo, Description, FileReport, Key, MetricPoints, Session, WhoAmI
+from tunewright.api.state import ORGANIZATION_ID, server_of
+from tunewright.core.errors import AuthError
+from tunewright.core.spec import JobSpec
+
+router = APIRouter()
+OURS = "/v1/tunewright"
+
+Body = Annotated[Any, Depends(json_body)]
+
+
+@router.get(OURS + "/describe")
+async def describe(request: Request) -> Description:
+    """What a job can be made of: the spec's JSON Schema, every part's options, the base models."""
+    server = server_of(request)
+    parts = await server.describe()
+    infos = await run_in_threadpool(base_models, server)
+    shown = [BaseModelInfo(id=m.name, **{f: getattr(m, f) for f in BaseModelInfo.FACTS}) for m in infos.values()]
+    return Description(spec=JobSpec.model_json_schema(), parts=parts, models=shown)
+
+
+@router.post(OURS + "/sessions")
+def create_session(request: Request, body: Body) -> Session:
+    """Exchange a one-time sign-in token (printed at the server's start) for a key."""
+    key = server_of(request).store.redeem_signin_token(parse(CreateSession, body).token)
+    if key is None:
+        raise AuthError(
+            "This sign-in link was used already or is too old. Restart `tunewright up` to get a new one.",
+            code="invalid_signin_token",
+            param="token",
+        )
+    return Session(key=key)
+
+
+@router.post(OURS + "/keys")
+def create_key(request: Request, body: Body) -> Key:
+    """A new API key for a program; its text is shown only in this answer."""
+    plain, row = server_of(request).store.add_key(parse(CreateKey, body).name)
+    return Key(id=row.id, name=row.name, key=plain, created_at=row.created_at)
+
+
+@router.get(OURS + "/whoami")
+def whoami(request: Request) -> WhoAmI:
+    key = getattr(request.state, "key", None)
+    return WhoAmI(
+        organization_id=ORGANIZATION_ID,
+        open_access=server_of(request).open_access,
+        key=key.name if key else None,
+        version=__version__,
+    )
+
+
+@router.post(OURS + "/files/{file_id}/check")
+def check_file(request: Request, file_id: str, body: Body) -> FileReport:
+    """Every line of a training file looked at, as the job would do it."""
+    server = server_of(request)
+    row = find_file(server, file_id)
+    return check_training_file(server.home.blob(row.sha256), row, parse(CheckFile, body))
+
+
+@router.get(OURS + "/jobs/{job_id}/metrics")
+def job_metrics(request: Request, job_id: str, after_step: Annotated[int, Query(ge=0)] = 0) -> MetricPoints:
+    """The points of the job's charts with step > after_step."""
+    server = server_of(request)
+    row = find_job(server, job_id)
+    return MetricPoints(
+        job_id=job_id, status=present.job(row).status, data=server.store.metric_points(job_id, after_step)
+    )
