@@ -135,7 +135,10 @@ class Problem:
 
 @dataclass
 class DataReport:
-    """What validation found, in full: at most `limit` problems are kept, `n_problems` counts all of them."""
+    """What validation found, in full: at most `limit` problems are kept, `n_problems` counts all of them.
+
+    name: the file's name as the user knows it.
+    """
 
     n_rows: int = 0
     n_problems: int = 0
@@ -144,6 +147,7 @@ class DataReport:
     shape: str = ""
     reason: str = ""
     notes: list[str] = field(default_factory=list)
+    name: str = ""
 
 
 class DataError(UserError):
