@@ -25,7 +25,7 @@ def _history(history: Any, found: Findings) -> list[Message]:
     """Pairs of [question, answer]."""
     if history in (None, "", []):
         return []
-    pairs = history if isinstance(history, list) else [None]
+    pairs: list[Any] = history if isinstance(history, list) else [None]
     messages = []
     for j, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):

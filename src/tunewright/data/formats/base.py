@@ -37,12 +37,17 @@ class Format:
 
     def detect(self, sample: Sequence[Collection[str]]) -> str | None:
         """Why the sample (rows, or just their field names) looks like this format, or None if it does not."""
-        hits = sum(self.fits(row) for row in sample)
-        return f"{hits} of the first {len(sample)} rows have {self.wants}" if hits else None
+        counts = [sum(all(f in row for f in fields) for row in sample) for fields in self.needs]
+        most = max(counts)
+        return f"{most} of the first {len(sample)} rows have {_spell(self.needs[counts.index(most)])}" if most else None
 
     @property
     def wants(self) -> str:
-        return " or ".join(" + ".join(f"'{f}'" for f in fields) for fields in self.needs)
+        return " or ".join(_spell(fields) for fields in self.needs)
+
+
+def _spell(fields: Iterable[str]) -> str:
+    return " + ".join(f"'{f}'" for f in fields)
 
 
 class Findings:

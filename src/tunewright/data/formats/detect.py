@@ -64,7 +64,7 @@ def _unknown(fields: Collection[str], formats: list[Format]) -> str:
     needs = "; ".join(f"{f.name} needs {f.wants}" for f in formats)
     renames, near = _nearest(fields, formats)
     hint = f" Nearest: {near}" + (f" (rename {', '.join(renames)})." if renames else ".") if near else ""
-    return f"{EXPECTED} The fields found are {shown}. {needs[0].upper()}{needs[1:]}.{hint}"
+    return f"{EXPECTED} The fields found are {shown}.{hint} What each format needs: {needs}."
 
 
 def _nearest(fields: Collection[str], formats: list[Format]) -> tuple[list[str], str]:

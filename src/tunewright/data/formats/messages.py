@@ -1,4 +1,4 @@
-"""The rules of OpenAI's chat messages, shared by the formats that hold them. Field paths count from 0, people from 1."""
+"""The rules of OpenAI's chat messages, shared by the formats. Field paths count from 0, words for people from 1."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _text(item: Row, key: str, who: str, path: str, found: Findings) -> str:
 
 
 def _read_plain(item: Row, fields: Row, who: str, path: str, calls: dict[str, str], found: Findings) -> None:
-    if fields["content"] is None and not isinstance(item.get("content"), (list, dict)):
+    if "content" not in item:
         found.missing("content", who=f"{who} ", path=f"{path}.")
 
 
@@ -140,7 +140,8 @@ def _read_assistant(item: Row, fields: Row, who: str, path: str, calls: dict[str
         fields["tool_calls"] = _tool_calls([call], who, f"{path}.function_call", found)
     for call in fields.get("tool_calls") or ():
         calls[call.id] = call.function.name
-    silent = not (fields["content"] or "").strip() and not fields.get("tool_calls")
+    wrong = fields["content"] is None and "content" in item  # said already
+    silent = not wrong and not (fields["content"] or "").strip() and not {"tool_calls", "function_call"} & item.keys()
     if silent and fields.get("weight") != 0:
         found.add(
             f"{who} has neither content nor tool_calls, so there is nothing to learn from; give it text or weight 0.",

@@ -1,4 +1,4 @@
-"""OpenAI's preference pairs: {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}."""
+"""OpenAI's preference pairs: {"input": {"messages"}, "preferred_output": [...], "non_preferred_output": [...]}."""
 
 from __future__ import annotations
 
