@@ -53,12 +53,13 @@ test-slow: dev sdks ## the slow tests: real model, kill -9, browser (about ten m
 
 test-all: test test-slow ## all tests
 
-check: dev ## lint, formatting, types, layers, file lengths
+check: dev ## lint, formatting, types, layers, file lengths, generated pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python tools/long_files.py
+	$(BIN)/python tools/reference.py --check
 
 fmt: dev ## fix formatting
 	$(BIN)/ruff check --fix .

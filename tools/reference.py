@@ -1,4 +1,4 @@
-"""Writes docs/reference/job-spec.md from JobSpec and the tables, so that the page cannot drift. A test compares them."""
+"""Writes docs/reference/job-spec.md from JobSpec and the tables, so that the page cannot drift."""
 
 from __future__ import annotations
 
@@ -110,6 +110,17 @@ def read_describe() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def main(args: list[str], describe: dict[str, Any] | None = None) -> int:
+    """Write the page; with --check only compare. Returns the exit code."""
+    text = page(describe or read_describe())
+    if "--check" not in args:
+        PAGE.write_text(text, encoding="utf-8")
+        return 0
+    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    print(f"{PAGE.name} is not up to date; run `make docs`", file=sys.stderr)
+    return 1
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(read_describe()), encoding="utf-8")
-    print(f"wrote {PAGE}")
+    sys.exit(main(sys.argv[1:]))

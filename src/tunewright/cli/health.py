@@ -61,8 +61,6 @@ def run_checks(home: Home, host: str = "127.0.0.1", port: int = 8000) -> Iterato
 
 def python() -> Check:
     found = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):
-        return Check("python", "bad", found, "Install Python 3.11 or newer.")
     return Check("python", "ok", f"{found} in {sys.prefix}")
 
 
@@ -113,7 +111,9 @@ def torch() -> Check:
     done = subprocess.run([sys.executable, "-c", TORCH_PROBE], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return Check("torch", "bad", f"does not import: {last}", "Reinstall it: pip install --force-reinstall torch==2.13.0")
+        return Check(
+            "torch", "bad", f"does not import: {last}", "Reinstall it: pip install --force-reinstall torch==2.13.0"
+        )
     return torch_check(json.loads(done.stdout))
 
 
@@ -159,7 +159,7 @@ def data_folder(home: Home) -> Check:
         home.ensure()
     except UserError as e:
         return Check("data folder", "bad", e.message, "Set TUNEWRIGHT_HOME to a folder that you may write.")
-    if is_locked(home.root / "lock"):
+    if is_locked(home.root / "server.lock"):
         return Check("data folder", "note", f"{home.root}, in use by a running server")
     return Check("data folder", "ok", str(home.root))
 

@@ -144,7 +144,7 @@ class _BarView:
 
 
 def _figures(data: dict[str, Any]) -> str:
-    parts = [f"loss {data['train_loss']:.4f}"]
+    parts = [f"loss {data['train_loss']:.4f}"] if data.get("train_loss") is not None else ["loss is not a number"]
     parts += [f"valid {data['valid_loss']:.4f}"] if data.get("valid_loss") is not None else []
     parts += [f"{data['tokens_per_second']:,.0f} tokens/s"] if data.get("tokens_per_second") else []
     parts += [f"{seconds_text(data['eta_s'])} left"] if data.get("eta_s") is not None else []
@@ -208,11 +208,11 @@ def _pass_on(worker: subprocess.Popen[Any], n: int, view: _PlainView | _BarView)
     if worker.poll() is not None:
         return n
     if n == 1:
-        view.say("Stopping after this step and saving a checkpoint. Ctrl-C once more stops at once.")
         worker.terminate()
+        view.say("Stopping after this step and saving a checkpoint. Ctrl-C once more stops at once.")
     else:
-        view.say("Stopping at once.")
         os.killpg(worker.pid, signal.SIGKILL)
+        view.say("Stopping at once.")
     return n
 
 
@@ -237,7 +237,7 @@ def _killed(worker: subprocess.Popen[Any], run: Run, attempt: int) -> Event:
         name = signal.Signals(-code).name
         why = f"was killed by {name}" + (" (often: the system ran out of memory)" if name == "SIGKILL" else "")
     else:
-        log = run.attempt(attempt) / "log.txt"
+        log = run.folder / "worker.log"
         last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
         why = f"stopped with exit code {code}" + (f": {last[0]}" if last else "")
     data = {"status": "killed", "code": "worker_died", "exit_code": code}
@@ -250,7 +250,7 @@ def _closing_words(home: Home, run: Run, end: Event, console: Console) -> None:
     if status == "succeeded":
         return
     message = end.data.get("message") or end.message
-    reasons = {"interrupted": "Stopped; the checkpoint is saved.", "failed": f"The job failed: {message}"}
-    console.print(reasons.get(str(status), message), markup=False, highlight=False, soft_wrap=True)
+    text = f"The job failed: {message}" if status == "failed" else message
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     if status != "failed":
         console.print(f"To continue:  {resume_command(home, run)}", markup=False, highlight=False, soft_wrap=True)

@@ -47,8 +47,6 @@ def check(
     console.print("No problems found.", style="green")
 
 
-def _count(
-    file: Path, format: str, model: str, max_length: int | None, home: Path | None, console: Console
-) -> None:
+def _count(file: Path, format: str, model: str, max_length: int | None, home: Path | None, console: Console) -> None:
     """Render the rows as training would and print how many tokens they have."""
     raise NotImplementedError(file, format, model, max_length, home, console)

@@ -39,9 +39,17 @@ def jobs(
 
 
 def status_of(run: Run) -> str:
-    """`queued`, `running`, `succeeded`, `failed`, `paused`, `interrupted`, or `killed` (no end and no worker)."""
+    """The status that the server gave the job; for a job of the command line what its folder says.
+
+    Of the latter: `queued`, `running`, `succeeded`, `failed`, `paused`, `interrupted`, or `killed` (no end, no worker).
+    """
+    from tunewright.jobs import journal
+
     if run.is_active():
         return "running"
+    given = [fields["status"] for e in journal.read(run)[0] if "status" in (fields := journal.changes_of(e) or {})]
+    if given:
+        return str(given[-1])
     end = run.end()
     if end is not None:
         return str(end.data.get("status"))

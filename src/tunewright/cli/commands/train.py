@@ -127,8 +127,9 @@ def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
     from tunewright.core.ids import new_id
     from tunewright.core.spec import check_parts
     from tunewright.jobs.describe import load_describe
-    from tunewright.jobs.prepare import create_run
+    from tunewright.jobs.prepare import create_run, find_origin
 
+    find_origin(spec.model, home)  # a wrong name is said before anything that takes time
     spec = check_parts(spec, load_describe(home))
     for path in (spec.training_file, spec.validation_file):
         if path is not None:

@@ -1,0 +1,107 @@
+"""The job file and its overrides become a spec; whatever is wrong becomes one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tunewright.cli.commands import train
+from tunewright.core.durable import write_json
+from tunewright.core.errors import NotFound, SpecError, StateError
+from tunewright.core.events import EventWriter
+from tunewright.core.home import Home
+from tunewright.core.run import JobFile, Run
+from tunewright.core.spec import parse_spec
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_paths_in_a_job_file_are_relative_to_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: m\ntraining_file: data/train.jsonl\nvalidation_file: /abs/valid.jsonl\n")
+    spec = train.read_spec(path, [])
+    assert spec.training_file == str(tmp_path / "data" / "train.jsonl")
+    assert spec.validation_file == "/abs/valid.jsonl"
+
+
+def test_overrides_are_yaml_values_and_reach_into_parts(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: m\ntraining_file: t\ntuner: lora\nn_epochs: 9\n")
+    overrides = ["n_epochs=2", "tuner.r=32", "tuner.alpha=64", "learning_rate=1e-3", "seed=null", "suffix=a.b"]
+    spec = train.read_spec(path, overrides)
+    assert (spec.n_epochs, spec.learning_rate, spec.seed, spec.suffix) == (2, 1e-3, None, "a.b")
+    assert spec.tuner.name == "lora" and spec.tuner.options == {"r": 32, "alpha": 64}
+
+
+def test_no_file_is_needed_when_fields_are_set() -> None:
+    spec = train.read_spec(None, ["model=m", "training_file=t.jsonl"])
+    assert (spec.model, spec.training_file) == ("m", "t.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("model: m\ntraining_file: t\nn_epoch: 3", [], "unknown field 'n_epoch'. Did you mean 'n_epochs'?"),
+        ("model: [", [], "is not valid YAML"),
+        ("- a", [], "not list"),
+        ("", [], "not NoneType"),
+        ("model: m\ntraining_file: t", ["n_epochs"], "'--set n_epochs' is not KEY=VALUE"),
+        ("model: m\ntraining_file: t", ["n_epochs=500"], "n_epochs is 500; allowed: 'auto' or 1 to 50"),
+        ("model: m\ntraining_file: t", ["a.b.c=1"], "unknown field 'a'"),
+        ("training_file: t", [], "the field 'model' is missing"),
+    ],
+)
+def test_a_wrong_job_file_is_one_error(tmp_path: Path, text: str, overrides: list[str], expected: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        train.read_spec(write(tmp_path, text), overrides)
+    assert expected in caught.value.message and "\n" not in caught.value.message
+
+
+def test_a_missing_job_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"none\.yaml' cannot be read: No such file"):
+        train.read_spec(tmp_path / "none.yaml", [])
+    with pytest.raises(SpecError, match=r"tunewright train job\.yaml"):
+        train.read_spec(None, [])
+
+
+def make_run(home: Home, job_id: str, status: str | None) -> Run:
+    run = Run(home.runs / job_id)
+    run.attempt(1).mkdir(parents=True)
+    spec = parse_spec({"model": "tiny", "training_file": "t"})
+    name = "ft:tiny:personal::AbCd1234"
+    write_json(
+        run.folder / "job.json",
+        JobFile(id=job_id, created_at=1.0, name=name, base="tiny", spec=spec, train="data/t").model_dump(mode="json"),
+    )
+    if status:
+        events = EventWriter(run.attempt(1) / "events.jsonl", 1)
+        events.write("end", status, {"status": status})
+        events.close()
+    return run
+
+
+def test_resume_finds_the_run_and_refuses_a_finished_one(home: Home) -> None:
+    stopped, done = make_run(home, "ftjob-stopped", "interrupted"), make_run(home, "ftjob-done", "succeeded")
+    assert train.find_run(home, stopped.id) == stopped
+    with pytest.raises(StateError, match="has finished; its model is ft:tiny:personal::AbCd1234"):
+        train.find_run(home, done.id)
+    with pytest.raises(NotFound, match="Did you mean 'ftjob-stopped'"):
+        train.find_run(home, "ftjob-stoped")
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ({"status": "interrupted"}, 75),
+        ({"status": "paused", "reason": "disk_full"}, 73),
+        ({"status": "failed", "code": "out_of_memory"}, 71),
+        ({"status": "failed", "code": "diverged"}, 72),
+        ({"status": "failed", "code": "invalid_training_file"}, 65),
+        ({"status": "killed", "code": "worker_died"}, 70),
+    ],
+)
+def test_the_exit_code_follows_the_table(end: dict[str, str], code: int) -> None:
+    assert train.exit_code(end) == code
