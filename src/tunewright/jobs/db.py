@@ -12,7 +12,7 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from pysqlite3 import dbapi2  # pyright: ignore[reportAttributeAccessIssue]
+from pysqlite3 import dbapi2
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import QueuePool
@@ -27,7 +27,9 @@ def _engine(path: Path, begin: str, pragmas: tuple[str, ...], size: int, overflo
     """An engine whose transactions open with `begin`. Python's own transaction handling is switched off."""
 
     def connect() -> Any:
-        raw = dbapi2.connect(str(path), timeout=_BUSY_SECONDS, check_same_thread=False, isolation_level=None)
+        raw = dbapi2.connect(  # pyright: ignore[reportAttributeAccessIssue]
+            str(path), timeout=_BUSY_SECONDS, check_same_thread=False, isolation_level=None
+        )
         for pragma in pragmas:
             raw.execute(f"PRAGMA {pragma}")
         return raw

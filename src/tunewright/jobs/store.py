@@ -85,6 +85,11 @@ class Store:
         self._db.close()
         self._lock.close()
 
+    def check(self) -> bool:
+        """Whether the database can be read and written."""
+        with self._db.write() as c:
+            return c.exec_driver_sql("PRAGMA user_version").scalar() is not None
+
     def _now(self) -> int:
         return int(self._clock())
 
@@ -146,8 +151,13 @@ class Store:
     def add_job(self, row: JobRow) -> None:
         """Record a job whose run folder is complete."""
         first = [journal.change(asdict(row)), Line(f"Created fine-tuning job: {row.id}")]
+        at = (lambda: float(row.created_at)) if row.started_by == "foreground" else self._clock
         with self._db.write() as c:
-            self._write_journal(c, row.id, first)
+            self._apply(c, row.id, *journal.append(self.run(row.id), first, at))
+
+    def job_ids(self) -> set[str]:
+        with self._db.read() as c:
+            return set(c.execute(select(jobs.c.id)).scalars())
 
     def get_job(self, job_id: str) -> JobRow | None:
         with self._db.read() as c:
@@ -157,9 +167,9 @@ class Store:
     def list_jobs(
         self, after: str | None = None, limit: int = 20, metadata: dict[str, str] | str | None = None
     ) -> Page[JobRow]:
-        """Jobs, newest first. metadata: pairs a job must have, or "null" for jobs without metadata."""
+        """Jobs, newest first. metadata: pairs a job must have; {} or "null" for jobs without any."""
         query = select(jobs)
-        if metadata == "null":
+        if metadata == "null" or metadata == {}:
             query = query.where(or_(jobs.c.metadata.is_(None), func.json(jobs.c.metadata) == "{}"))
         elif isinstance(metadata, dict):
             for key, value in metadata.items():
@@ -214,6 +224,12 @@ class Store:
             return
         with self._db.write() as c:
             self._apply(c, job_id, new, offset)
+
+    def has_event(self, job_id: str, message: str) -> bool:
+        """Whether the job has an event with exactly this message."""
+        query = select(events.c.id).where(events.c.job_id == job_id, events.c.message == message)
+        with self._db.read() as c:
+            return c.execute(query.limit(1)).first() is not None
 
     def offset(self, job_id: str, attempt: int) -> int:
         """The byte up to which an attempt's events have been taken over."""

@@ -1,0 +1,179 @@
+"""A job's run folder, made whole before anyone hears of the job: data by hash, what it continues from, job.json."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright.core.durable import discard, disk_full_is_clear, fsync_path, sha256_file
+from tunewright.core.errors import NotFound, StateError
+from tunewright.core.home import Home
+from tunewright.core.ids import ModelName, new_id, parse_model_name, random_part
+from tunewright.core.run import JobFile, Run, base_of, find_artefact, read_artefact
+from tunewright.core.spec import JobSpec
+from tunewright.models.catalogue import resolve
+
+_UNFINISHED_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a job starts from. short: the base in the model's name. base: its catalogue name or folder.
+
+    artefact: the folder to continue from. private_base: a base folder that belongs to another run.
+    """
+
+    short: str
+    base: str
+    artefact: Path | None = None
+    private_base: Path | None = None
+
+
+def create_run(
+    home: Home,
+    spec: JobSpec,
+    *,
+    job_id: str | None = None,
+    org: str = "personal",
+    train_path: Path,
+    validation_path: Path | None = None,
+    names: dict[str, str] | None = None,
+) -> Run:
+    """Make the run folder of a job and return it; when this returns, the job survives a power cut.
+
+    The seed is drawn if the spec has none. Data files are linked from the data folder or copied from elsewhere, and an
+    artefact to continue from comes along, so that nothing of the job depends on files that others may delete.
+    names: {"train": …, "validation": …}, what the files are called, if not as their paths say.
+    Raises ModelNotFound, NotFound for a missing data file, DiskFull, StateError if the job has begun already.
+    """
+    job_id = job_id or new_id("ftjob-")
+    seed = secrets.randbelow(1 << 31) if spec.seed is None else spec.seed
+    spec = spec.model_copy(update={"seed": seed})
+    origin = find_origin(spec.model, home)
+    run = Run(home.runs / job_id)
+    _make_way(run)
+    with disk_full_is_clear(f"the run folder of {job_id}"):
+        try:
+            train, validation, sources = _fill(home, run, origin, train_path, validation_path, names or {})
+            fsync_path(home.runs)
+            run.write_job(
+                JobFile(
+                    id=job_id,
+                    created_at=time.time(),
+                    name=str(ModelName(origin.short, org, spec.suffix or "", random_part(8))),
+                    base=origin.base if origin.private_base is None else str(run.folder / "base"),
+                    spec=spec,
+                    train=train,
+                    validation=validation,
+                    sources=sources,
+                    start=None if origin.artefact is None else "start",
+                )
+            )
+        except BaseException:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            raise
+    return run
+
+
+def _fill(
+    home: Home, run: Run, origin: Origin, train_path: Path, validation_path: Path | None, names: dict[str, str]
+) -> tuple[str, str | None, dict[str, dict[str, Any]]]:
+    """Everything but job.json, which makes the folder a job; returns what job.json says of the data."""
+    (run.folder / "data").mkdir(mode=0o700, parents=True)
+    train, source = _take_data(home, run, train_path, names.get("train"), "training_file")
+    sources, validation = {"train": source}, None
+    if validation_path is not None:
+        validation, source = _take_data(home, run, validation_path, names.get("validation"), "validation_file")
+        sources["validation"] = source
+    if origin.artefact is not None:
+        copy_tree(origin.artefact, run.folder / "start")
+    if origin.private_base is not None:
+        copy_tree(origin.private_base, run.folder / "base")
+    return train, validation, sources
+
+
+def find_origin(model: str, home: Home) -> Origin:
+    """What a job on `model` (a base model's name or path, or an `ft:` name) starts from. Raises ModelNotFound."""
+    tuned = parse_model_name(model)
+    if tuned is not None:
+        return _tuned_origin(tuned, home)
+    info = resolve(model, home)
+    base = info.location if info.kind in ("folder", "gguf") else info.name
+    return Origin(_short(Path(base).stem if info.kind == "gguf" else Path(base).name, info.name), base)
+
+
+def _tuned_origin(tuned: ModelName, home: Home) -> Origin:
+    """Continuing keeps the original base, in the name and below the adapter."""
+    folder = find_artefact(home, str(tuned))
+    parent = Run(next(p for p in folder.parents if (p / "job.json").is_file()))
+    base = base_of(folder, read_artefact(folder)) or parent.job().base
+    private = Path(base) if Path(base).is_dir() and home.runs in Path(base).parents else None
+    return Origin(tuned.base, base, folder, private)
+
+
+def _short(last: str, name: str) -> str:
+    """A base's name as a part of an `ft:` name: a hub id keeps its organisation, a path only its last part."""
+    text = name.replace("/", "--") if name.count("/") == 1 and not name.startswith(("/", ".", "~")) else last
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-") or "model"
+
+
+def _make_way(run: Run) -> None:
+    """Remove a folder of the same id whose job was never acknowledged; never one that has begun."""
+    if not run.folder.exists():
+        return
+    if run.attempts() or run.is_active():
+        raise StateError(f"The job {run.id} exists already.")
+    discard(run.folder)
+
+
+def _take_data(home: Home, run: Run, path: Path, name: str | None, param: str) -> tuple[str, dict[str, Any]]:
+    """Bring a data file into the run; its path there and where it came from."""
+    if not path.is_file():
+        raise NotFound(f"There is no file '{name or path}'.", param=param)
+    name = name or path.name
+    draft = run.folder / "data" / f"draft-{random_part(8)}"
+    link_or_copy(path, draft, link=home.files in path.absolute().parents)
+    digest = sha256_file(draft)
+    suffix = Path(name).suffix.lower()
+    target = f"data/{digest}{suffix if re.fullmatch(r'[.][a-z0-9]{1,8}', suffix) else ''}"
+    os.rename(draft, run.folder / target)
+    fsync_path(run.folder / target)
+    fsync_path(run.folder / "data")
+    return target, {"name": name, "sha256": digest, "bytes": (run.folder / target).stat().st_size}
+
+
+def link_or_copy(source: Path, target: Path, link: bool = True) -> None:
+    """A hard link where the files never change, and where the file system can; else a copy."""
+    if link:
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            target.unlink(missing_ok=True)  # other file system, or one without links
+    shutil.copyfile(source, target)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """A folder of files that never change, linked or copied and synced."""
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_file():
+            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            link_or_copy(path, place)
+            fsync_path(place)
+    for folder in [target, *(p for p in target.rglob("*") if p.is_dir())]:
+        fsync_path(folder)
+
+
+def sweep_unfinished(home: Home) -> None:
+    """Remove folders of jobs whose making, or whose removal, was cut off more than a day ago."""
+    for path in home.runs.iterdir():
+        finished = (path / "job.json").exists() and not path.name.startswith(".trash-")
+        if not finished and path.stat().st_mtime < time.time() - _UNFINISHED_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
