@@ -67,7 +67,7 @@ class Chat:
                 if piece.finish_reason == "length":
                     self.note = f"cut at {body['max_tokens']} tokens"
                 if piece.usage:
-                    tokens = f"{piece.usage['prompt_tokens']} in · {piece.usage['completion_tokens']} out"
+                    tokens = f"{piece.usage['prompt_tokens']} tokens in · {piece.usage['completion_tokens']} out"
                     self.note = " · ".join(x for x in (tokens, self.note) if x)
                 self.version += 1
         except asyncio.CancelledError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,20 @@ MAX_PAGES = 5
 
 
 class ApiError(TunewrightError):
-    """What the API refused, in its own words. `status` is the HTTP status."""
+    """What the API refused, in its own words. status: of HTTP. problems: lines of a data file that are not usable."""
 
-    def __init__(self, message: str, *, status: int, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        code: str | None = None,
+        param: str | None = None,
+        problems: Sequence[dict[str, Any]] = (),
+    ) -> None:
         super().__init__(message, code=code, param=param)
         self.status = status
+        self.problems = list(problems)
 
 
 class ApiDown(ApiError):
@@ -104,12 +113,13 @@ class Api:
 
     # --- endpoints ---------------------------------------------------------------------------------------------------
 
-    async def sign_in(self, token: str) -> dict[str, Any]:
-        """Trade the one-time token of the sign-in link for {"api_key", "expires_at"}."""
-        return await self.request("POST", "/v1/tunewright/sessions", json={"token": token})
+    async def sign_in(self, token: str) -> str:
+        """Trade the one-time token of the sign-in link for an API key."""
+        return (await self.request("POST", "/v1/tunewright/sessions", json={"token": token}))["key"]
 
     async def describe(self) -> dict[str, Any]:
-        return await self.request("GET", "/v1/tunewright/describe")
+        """kind -> name -> {schema, defaults, card, doc} of everything a job can be made of."""
+        return (await self.request("GET", "/v1/tunewright/describe"))["parts"]
 
     async def models(self) -> list[dict[str, Any]]:
         return (await self.request("GET", "/v1/models"))["data"]
@@ -140,7 +150,7 @@ class Api:
     async def metrics(self, job_id: str, after_step: int) -> list[dict[str, Any]]:
         """The points of the charts with step > after_step, in order."""
         params = {"after_step": after_step}
-        return (await self.request("GET", f"/v1/tunewright/jobs/{job_id}/metrics", params=params))["points"]
+        return (await self.request("GET", f"/v1/tunewright/jobs/{job_id}/metrics", params=params))["data"]
 
     async def files(self) -> list[dict[str, Any]]:
         """Files that a job can train on, newest first."""
@@ -151,8 +161,8 @@ class Api:
         return await self.request("GET", f"/v1/files/{file_id}")
 
     async def check_file(self, file_id: str) -> dict[str, Any]:
-        """{format, reason, n_rows, n_problems, problems: [{line, field, value, message, allowed}]}; can be slow."""
-        return await self.request("POST", f"/v1/tunewright/files/{file_id}/check", timeout=600.0)
+        """{usable, message, format, reason, notes, n_rows, n_problems, problems: [{line, field, value, …}]}."""
+        return await self.request("POST", f"/v1/tunewright/files/{file_id}/check", json={}, timeout=600.0)
 
     async def upload(self, name: str, size: int, chunks: AsyncIterator[bytes]) -> dict[str, Any]:
         """Send a training file without ever holding it whole. size: bytes that `chunks` will yield."""
@@ -186,7 +196,8 @@ def error_from(status: int, body: bytes) -> ApiError:
     """The ApiError of an OpenAI-shaped error body, or of whatever else came."""
     try:
         error = json.loads(body)["error"]
-        return ApiError(str(error["message"]), status=status, code=error.get("code"), param=error.get("param"))
+        message, code, param = str(error["message"]), error.get("code"), error.get("param")
+        return ApiError(message, status=status, code=code, param=param, problems=error.get("problems") or ())
     except (ValueError, KeyError, TypeError):
         return ApiError(f"The API answered with HTTP status {status}.", status=status)
 

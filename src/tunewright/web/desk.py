@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +38,6 @@ class Session:
 
     def sign_out(self) -> None:
         self.store.pop("api_key", None)
-        self.store.pop("expires_at", None)
 
 
 @dataclass
@@ -54,22 +52,20 @@ class Desk:
     def session(self, id: str, store: MutableMapping[str, Any]) -> Session | None:
         """The session of a browser, None if it has to sign in."""
         key = store.get("api_key")
-        expired = (store.get("expires_at") or float("inf")) < time.time()
-        if self.public or (key and not expired):
+        if self.public or key:
             return Session(id, store, self.api.with_key(None if self.public else key), self)
         return None
 
     async def sign_in(self, token: str, store: MutableMapping[str, Any]) -> None:
         """Trade a one-time token for a key and keep it. Raises ApiError."""
-        answer = await self.api.sign_in(token)
-        store["api_key"], store["expires_at"] = answer["api_key"], answer.get("expires_at")
+        store["api_key"] = await self.api.sign_in(token)
 
     async def sign_in_with_key(self, key: str, store: MutableMapping[str, Any]) -> None:
         """Keep an API key after the API has accepted it once. Raises ApiError."""
         if not key.isascii() or not key.isprintable() or not key:
             raise ApiError("An API key is one line of plain characters.", status=400)
         await self.api.with_key(key).models()
-        store["api_key"], store["expires_at"] = key, None
+        store["api_key"] = key
 
     def health(self) -> Feed[bool]:
         return self.feed(("health",), lambda: health_feed(self.api))

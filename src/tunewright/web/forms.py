@@ -154,9 +154,8 @@ def job_request(draft: dict[str, Any], describe: dict[str, Any]) -> tuple[dict[s
     extra = {kind: attempt(part_of, kind, draft, describe) for kind in ("objective", "tuner", "optimizer", "schedule")}
     if method:
         body["method"] = {"type": method, method: {"hyperparameters": hyper}}
-        extra.pop("objective")
     else:
-        extra.update(hyper)
+        body["hyperparameters"] = hyper
     body["tunewright"] = extra
     return body, problems
 

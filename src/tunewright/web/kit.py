@@ -234,7 +234,7 @@ def drop_zone(
 def choice(options: Sequence[str], value: str, on_change: Callable[[str], Any], *, name: str) -> ui.toggle:
     """A few words of which one is chosen."""
     made = ui.toggle(list(options), value=value, on_change=lambda e: on_change(e.value))
-    made.props("no-caps unelevated dense spread toggle-color=tw-on").classes("tw-toggle")
+    made.props("no-caps unelevated dense spread toggle-color=tw-on toggle-text-color=tw-on").classes("tw-toggle")
     return tag(made, name)
 
 

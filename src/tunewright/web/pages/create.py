@@ -110,6 +110,8 @@ def build_choice(form: Form, role: str, place: Element, draw: Callable[[], None]
             draw()
             with place:
                 kit.error_box(e.message, f"{event.file.name} was not accepted.", name="upload-error")
+                if e.problems:
+                    problem_table(e.problems, role)
             return
         form.files.insert(0, sent)
         await take(form, role, sent, place, draw)
@@ -159,24 +161,37 @@ def build_chosen(form: Form, role: str, file: dict[str, Any], draw: Callable[[],
 
 def build_report(check: dict[str, Any], role: str) -> None:
     """What the line-by-line check found."""
-    found = f"{count(check['n_rows'])} rows · {check['format'] or 'unknown format'}"
-    if not check["n_problems"]:
-        with kit.tag(kit.box("tw-report tw-report-good"), f"check-{role}"):
-            ui.icon("check_circle").props("aria-hidden=true")
-            with kit.box():
-                kit.Text(f"{found}: every line can be used", "tw-strong")
-                kit.Text(check.get("reason") or "", "tw-muted tw-small")
-        return
-    with kit.tag(kit.box("tw-report tw-report-bad"), f"check-{role}"):
-        ui.icon("error").props("aria-hidden=true")
+    good = check["usable"]
+    with kit.tag(kit.box(f"tw-report tw-report-{'good' if good else 'bad'}"), f"check-{role}"):
+        ui.icon("check_circle" if good else "error").props("aria-hidden=true")
         with kit.box():
-            kit.Text(f"{count(check['n_problems'])} problems in {found}", "tw-strong")
-            kit.Text("Correct the file and choose it again; nothing has been started.", "tw-muted tw-small")
-    rows = [(p["line"], p["field"] or "–", problem_text(p), p["allowed"] or "–") for p in check["problems"]]
-    kit.table(("Line", "Field", "Problem", "Allowed"), rows, "Problems in the file", f"problems-{role}")
+            for number, line in enumerate(report_lines(check)):
+                kit.Text(line, "tw-muted tw-small tw-line" if number else "tw-strong")
+    if check["problems"]:
+        problem_table(check["problems"], role)
     hidden = check["n_problems"] - len(check["problems"])
     if hidden > 0:
         kit.Text(f"{count(hidden)} more are not shown.", "tw-muted tw-small")
+
+
+def report_lines(check: dict[str, Any]) -> list[str]:
+    """The verdict, then what explains it."""
+    found = f"{count(check['n_rows'])} rows" + (f" · {check['format']}" if check["format"] else "")
+    if check["usable"]:
+        return [f"{found}: every line can be used", check["reason"], *check["notes"]]
+    if not check["n_problems"]:
+        return [check["message"], found]
+    advice = "Correct the file and choose it again; nothing has been started."
+    return [f"{count(check['n_problems'])} problems in {found}", advice, *check["notes"]]
+
+
+def problem_table(problems: list[dict[str, Any]], role: str) -> None:
+    rows = [(p["line"], field_cell(p["field"]), problem_text(p), p["allowed"] or "–") for p in problems]
+    kit.table(("Line", "Field", "Problem", "Allowed"), rows, "Problems in the file", f"problems-{role}")
+
+
+def field_cell(path: str) -> Callable[[], Any]:
+    return lambda: kit.Text(path or "–", "tw-mono")
 
 
 def problem_text(problem: dict[str, Any]) -> str:
@@ -213,7 +228,7 @@ def build_part(form: Form, kind: str) -> None:
     with kit.field(label):
         options = {name: row_title(name, row) for name, row in sorted(rows.items())}
         kit.select(label, options, form.draft[kind], lambda v: chosen(v), name=kind)
-        words = kit.Text("", "tw-field-help")
+        words = kit.Text("", "tw-muted tw-small")
         place = kit.box()
 
     def chosen(name: str) -> None:
@@ -347,9 +362,7 @@ def build_summary(form: Form) -> None:
 def summary_rows(form: Form) -> list[tuple[str, str]]:
     draft = form.draft
     training, validation = draft.get("training_file"), draft.get("validation_file")
-    hyper = " · ".join(
-        f"{draft.get(key) or 'auto'} {word}" for key, word in (("n_epochs", "epochs"), ("batch_size", "rows"))
-    )
+    hyper = f"{draft.get('n_epochs') or 'auto'} epochs, {draft.get('batch_size') or 'auto'} rows a step"
     return [
         ("Data", file_words(training) if training else "choose a file"),
         ("Validation", file_words(validation) if validation else "none"),
@@ -370,9 +383,8 @@ def data_problems(draft: dict[str, Any]) -> list[str]:
     found = []
     for role, (title, _) in ROLES.items():
         file = draft.get(role) or {}
-        n = (file.get("check") or {}).get("n_problems")
-        if n:
-            found.append(
-                f"{title.removesuffix(' (optional)')}: {file['filename']} has {n} problems; see the lines above."
-            )
+        check = file.get("check")
+        if check and not check["usable"]:
+            what = title.removesuffix(" (optional)")
+            found.append(f"{what}: {file['filename']} cannot be used as it is. {report_lines(check)[0]}.")
     return found

@@ -76,7 +76,7 @@ def title_of(job: dict[str, Any]) -> str:
 
 def suffix_of(job: dict[str, Any]) -> str:
     """The suffix, from wherever the API tells it."""
-    own = job.get("suffix") or (job.get("tunewright") or {}).get("suffix")
+    own = job.get("user_provided_suffix")
     parts = (job.get("fine_tuned_model") or "").split(":")
     return own or (parts[3] if len(parts) >= 5 else "")
 
