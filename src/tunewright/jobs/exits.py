@@ -54,11 +54,14 @@ class Case:
 
 
 def read(run: Run, attempt: int, code: int | None) -> Exit:
-    """How attempt `attempt` (or a later one) ended. An unseen exit code is told from the `end` event."""
+    """How attempt `attempt` (or a later one) ended.
+
+    The `end` event tells an exit code that nobody saw, and counts more than a signal that came after it.
+    """
     last = max(run.attempts(), default=0)
     lines = read_events(run.attempt(last) / "events.jsonl", last)[0] if last >= max(attempt, 1) else []
     end = lines[-1] if lines and lines[-1].type == "end" else None
-    if code is None and end is not None:
+    if end is not None and (code is None or code < 0):
         code = _code_of(end)
     return Exit(code, end)
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from tunewright.core.errors import Busy, DiskFull, NotFound, StateError, TunewrightError
 from tunewright.core.home import Home
 from tunewright.core.run import Run
@@ -32,6 +34,8 @@ PATIENCE = {"pause": 30.0, "cancel": 10.0}
 CANCEL_AT_ONCE = frozenset({"validating_files", "queued", "paused"})
 BUSY_AGAIN_S = 5.0
 FOREGROUND_EVERY_S = 2.0
+TROUBLE_S = 5.0
+KILL_S = 10.0
 
 
 def check_data(home: Home, run: Run) -> None:
@@ -64,7 +68,7 @@ class Supervisor:
         max_running: int = 1,
         backoff: tuple[float, ...] = (2.0, 10.0, 40.0),
         patience: dict[str, float] | None = None,
-        poll: float = 0.25,
+        poll: float = 0.5,
     ) -> None:
         self.store = store
         self.home = home
@@ -79,7 +83,8 @@ class Supervisor:
         self._checking: dict[str, Future[None]] = {}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._asked: dict[str, float] = {}
-        self._looked_for_foreground = 0.0
+        self._looked_for_foreground = float("-inf")
+        self._stopping = False
         self._wake: asyncio.Event | None = None
 
     # ---- the loop ----
@@ -91,9 +96,14 @@ class Supervisor:
         try:
             while True:
                 self._wake.clear()
-                await asyncio.to_thread(self.tick)
+                wait = self._poll
                 try:
-                    await asyncio.wait_for(self._wake.wait(), self._poll)
+                    await asyncio.to_thread(self.tick)
+                except (TunewrightError, OSError, SQLAlchemyError):
+                    log.exception("the supervisor could not do its work; it tries again")
+                    wait = TROUBLE_S
+                try:
+                    await asyncio.wait_for(self._wake.wait(), wait)
                 except TimeoutError:
                     continue
         finally:
@@ -101,7 +111,9 @@ class Supervisor:
 
     def tick(self) -> None:
         """One look at everything. Takes milliseconds; call it from one thread at a time."""
-        self._each(self.store.jobs_with({"validating_files"}), self._validate)
+        validating = self.store.jobs_with({"validating_files"})
+        self._checking = {j.id: self._checking[j.id] for j in validating if j.id in self._checking}
+        self._each(validating, self._validate)
         self._each(self.store.jobs_with(WITH_WORKER), self._watch)
         self._each(self.store.jobs_with({"paused"}), self._look_at_paused)
         self._each(self.store.jobs_with({"queued"}), self._start)
@@ -150,7 +162,7 @@ class Supervisor:
             self._attach(job, run)
             return
         waits = (job.retry or {}).get("not_before", 0.0) > self.clock()
-        if waits or len(self.store.jobs_with(WITH_WORKER)) >= self.max_running:
+        if waits or self._stopping or len(self.store.jobs_with(WITH_WORKER)) >= self.max_running:
             return
         attempt = max(run.attempts(), default=0) + 1
         if not self.store.update_job(job.id, {"queued"}, status="running", attempt=attempt, error=None):
@@ -185,7 +197,8 @@ class Supervisor:
         steps = [e for e in self.store.catch_up(job.id) if e.type == "metrics" and e.data.get("eta_s") is not None]
         if steps:
             finish = int(steps[-1].time + steps[-1].data["eta_s"])
-            self.store.update_job(job.id, {"running", "pausing"}, estimated_finish=finish)
+            if abs(finish - (job.estimated_finish or 0)) > 1:
+                self.store.update_job(job.id, {"running", "pausing"}, estimated_finish=finish)
 
     def _press(self, job: JobRow, run: Run) -> None:
         """SIGTERM once, SIGKILL when patience is over."""
@@ -200,11 +213,12 @@ class Supervisor:
         """The worker is gone, and everything it started."""
         exit = exits.read(run, job.attempt, code)
         fresh = self.store.get_job(job.id)
-        if fresh is not None and fresh.status in WITH_WORKER:
-            changes, say = exits.outcome(fresh, run, exit, self.store, self.clock(), self._backoff)
-            self.store.update_job(job.id, {fresh.status}, say=say, **changes)
-        self._children.pop(job.id, None)
-        self._asked.pop(job.id, None)
+        if fresh is None or fresh.status not in WITH_WORKER:
+            return
+        changes, say = exits.outcome(fresh, run, exit, self.store, self.clock(), self._backoff)
+        if self.store.update_job(job.id, {fresh.status}, say=say, **changes):
+            self._children.pop(job.id, None)
+            self._asked.pop(job.id, None)
 
     def _look_at_paused(self, job: JobRow) -> None:
         run = self.store.run(job.id)
@@ -221,7 +235,7 @@ class Supervisor:
     # ---- what people ask for ----
 
     async def request_cancel(self, job_id: str) -> None:
-        """Cancel a job: at once when no worker runs, else as soon as its worker is gone. Raises StateError, NotFound."""
+        """Cancel a job: at once if no worker runs, else when its worker is gone. Raises StateError, NotFound."""
         await asyncio.to_thread(self.cancel, job_id)
         self._look_now()
 
@@ -273,20 +287,18 @@ class Supervisor:
         self.store.update_job(job_id, {"paused"}, say=say, status="queued", intent=None, error=None, retry=None)
 
     def stop_workers(self, timeout: float = 30.0) -> None:
-        """Ask every worker to save and end; they go on when the next server starts. For a planned shutdown."""
-        end = time.monotonic() + timeout
-        runs = [self.store.run(job.id) for job in self.store.jobs_with(WITH_WORKER) if job.started_by == "api"]
-        for run in runs:
-            self.launcher.signal(run, signal.SIGTERM)
-        while any(self._still(run) for run in runs):
-            if time.monotonic() > end:
-                for run in runs:
-                    self.launcher.signal(run, signal.SIGKILL)
-            time.sleep(0.05)
+        """Ask every worker to save and end; they go on when the next server starts. For a planned shutdown.
 
-    def _still(self, run: Run) -> bool:
-        child = self._children.get(run.id)
-        return (child is not None and child.poll() is None) or self.launcher.alive(run)
+        Those that need longer than `timeout` seconds are killed. Nothing is started afterwards.
+        """
+        self._stopping = True
+        runs = [self.store.run(job.id) for job in self.store.jobs_with(WITH_WORKER) if job.started_by == "api"]
+        for number, patience in ((signal.SIGTERM, timeout), (signal.SIGKILL, KILL_S)):
+            for run in runs:
+                self.launcher.signal(run, number)
+            end = time.monotonic() + patience
+            while any(self.launcher.alive(run) for run in runs) and time.monotonic() < end:
+                time.sleep(0.05)
 
     def _job(self, job_id: str) -> JobRow:
         job = self.store.get_job(job_id)

@@ -182,12 +182,23 @@ def _is(pid: float, create_time: float) -> bool:
 def _group(run: Run) -> list[psutil.Process]:
     """The living processes of the worker's group: its leader has the recorded start, or is gone already."""
     who = _started(run)
-    if who is None or (psutil.pid_exists(int(who["pid"])) and not _same_start(who)):
+    if who is None or not _group_exists(int(who["pid"])) or not _same_start(who):
         return []
     return [p for p in psutil.process_iter() if _in_group(p, int(who["pid"]))]
 
 
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _same_start(who: dict[str, float]) -> bool:
+    """Whether the group's leader is the process that was started, or gone (its number is not given out meanwhile)."""
     try:
         return abs(psutil.Process(int(who["pid"])).create_time() - who["create_time"]) < _SAME_START_S
     except psutil.NoSuchProcess:
