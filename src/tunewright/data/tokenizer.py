@@ -15,6 +15,14 @@ import tokenizers
 from tunewright.core.errors import UserError
 from tunewright.data.template import Abilities, compile_template, probe, run_template
 
+# What belongs to a tokenizer in a model folder; generation_config.json holds the end tokens.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
