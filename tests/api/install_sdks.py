@@ -25,7 +25,7 @@ def installed(version: str) -> bool:
 
 
 def install(version: str) -> None:
-    """pip install --target, into a temporary folder first, so that a broken-off install is not taken for a whole one."""
+    """pip install --target, into a temporary folder first: a broken-off install is not taken for a whole one."""
     target = folder() / version
     half = target.with_name(f".{version}.tmp")
     shutil.rmtree(half, ignore_errors=True)

@@ -80,7 +80,9 @@ def _lifespan(store: Store, open_access: bool) -> Callable[[FastAPI], Any]:
             keeping.cancel()
             server.supervising.cancel()
             await asyncio.wait({keeping, server.supervising})
-            await engine.stop()
+            # workers save and end; the next server lets them go on
+            await run_in_threadpool(supervisor.stop_workers)
+            await engine.aclose()
             store.close()
 
     return lifespan

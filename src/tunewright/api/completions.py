@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunewright.api.generation import EngineFailed, Event, Generation
+from tunewright.api.generation import Event, Generation
 from tunewright.api.schemas import (
     Choice,
     Chunk,
@@ -18,13 +18,16 @@ from tunewright.api.schemas import (
     Logprobs,
     Message,
     TokenLogprob,
+    TopLogprob,
     Usage,
 )
 from tunewright.core.errors import TunewrightError
 from tunewright.core.ids import new_id
+from tunewright.engine.client import EngineFailed
 
 PING_SECONDS = 10.0
 PING = ": ping\n\n"
+BROKE_OFF = "The engine stopped before the answer was complete. Send the request again."
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,14 @@ async def whole(answer: Answer, generation: Generation) -> Completion:
                 usage=Usage(**event["usage"]),
                 metadata=answer.metadata,
             )
-    raise EngineFailed("The engine stopped before the answer was complete. Send the request again.")
+    raise EngineFailed(BROKE_OFF)
 
 
 def _choice(answer: Answer, choice: dict[str, Any], tokens: list[TokenLogprob]) -> Choice:
+    calls = choice.get("tool_calls")
     return Choice(
         index=choice["index"],
-        message=Message(content=choice["text"]),
+        message=Message(content=choice["text"] or (None if calls else ""), tool_calls=calls),
         logprobs=Logprobs(content=tokens) if answer.with_logprobs else None,
         finish_reason=choice["finish_reason"],
     )
@@ -94,7 +98,7 @@ async def _lines(answer: Answer, generation: Generation, first: Event | None) ->
         with suppress(TimeoutError):
             event = await generation.next(PING_SECONDS)
             if event is None:
-                raise EngineFailed("The engine stopped before the answer was complete. Send the request again.")
+                raise EngineFailed(BROKE_OFF)
         if event is None:
             yield PING
 
@@ -112,6 +116,7 @@ def _chunks(answer: Answer, event: Event, started: set[int]) -> list[str]:
     texts = []
     for c in event["choices"]:
         texts += _role(answer, c["index"], started)
+        texts += [_delta(answer, c["index"], delta) for delta in _tool_deltas(c.get("tool_calls") or [])]
         texts.append(_chunk(answer, [ChunkChoice(index=c["index"], delta={}, finish_reason=c["finish_reason"])]))
     if answer.include_usage:
         texts.append(_chunk(answer, [], Usage(**event["usage"])))
@@ -122,8 +127,20 @@ def _role(answer: Answer, index: int, started: set[int]) -> list[str]:
     if index in started:
         return []
     started.add(index)
-    delta = {"role": "assistant", "content": "", "refusal": None}
-    return [_chunk(answer, [ChunkChoice(index=index, delta=delta)])]
+    return [_delta(answer, index, {"role": "assistant", "content": "", "refusal": None})]
+
+
+def _tool_deltas(calls: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Two pieces a call, as OpenAI's: who is called, then with what."""
+    for number, call in enumerate(calls):
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        head = {"id": call["id"], "type": "function", "function": {"name": name, "arguments": ""}}
+        yield {"tool_calls": [{"index": number, **head}]}
+        yield {"tool_calls": [{"index": number, "function": {"arguments": arguments}}]}
+
+
+def _delta(answer: Answer, index: int, delta: dict[str, Any]) -> str:
+    return _chunk(answer, [ChunkChoice(index=index, delta=delta)])
 
 
 def _chunk(answer: Answer, choices: list[ChunkChoice], usage: Usage | None = None) -> str:
@@ -136,5 +153,8 @@ def _data(value: dict[str, Any]) -> str:
 
 
 def token_logprobs(event: Event) -> list[TokenLogprob]:
-    """The log-probabilities that ride on one token event."""
-    raise NotImplementedError
+    """The log-probabilities that ride on one token event: none on text that completes an earlier token."""
+    if "logprob" not in event:
+        return []
+    top = [TopLogprob(**t) for t in event["top_logprobs"]]
+    return [TokenLogprob(token=event["token"], bytes=event["bytes"], logprob=event["logprob"], top_logprobs=top)]

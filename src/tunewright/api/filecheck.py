@@ -12,6 +12,7 @@ from tunewright.data.sources import read_rows
 from tunewright.data.validate import check_file, raise_for
 from tunewright.jobs.rows import FileRow
 
+INVALID = "Invalid file format."
 # purposes whose files are rows of JSON
 ROW_PURPOSES = ("fine-tune", "batch", "evals")
 
@@ -21,17 +22,18 @@ def check_upload(path: Path, filename: str, purpose: str) -> None:
     if purpose not in ROW_PURPOSES:
         return
     n_rows = 0
-    for _, row in read_rows(path):
+    for _, row in read_rows(path, filename):
         n_rows += 1
         if isinstance(row, Problem):
-            raise DataError(f"Expected file to have JSONL format. {row}", problems=[row], param="file")
+            text = row.message if row.message.startswith("Expected") else f"{INVALID} Example {row.line} {row.message}"
+            raise DataError(text, problems=[row], code=row.code, param="file")
     if n_rows == 0:
         raise DataError("The file is empty. Expected JSONL: one JSON object a line.", param="file")
 
 
 def check_training_file(path: Path, row: FileRow, wanted: CheckFile) -> FileReport:
     """What a job would say of the file, with up to 100 problems."""
-    report = check_file(path, format=wanted.format, min_examples=wanted.min_examples)
+    report = check_file(path, format=wanted.format, min_examples=wanted.min_examples, name=row.filename)
     message = ""
     try:
         raise_for(report)

@@ -8,15 +8,9 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 from tunewright.api.errors import RateLimited
-from tunewright.core.errors import Busy, TunewrightError, UserError
+from tunewright.core.errors import Busy
 
 Event = dict[str, Any]
-
-
-class EngineFailed(TunewrightError):
-    """The engine reported an error, or died, while answering."""
-
-    code = "engine_error"
 
 
 class Slots:
@@ -40,7 +34,10 @@ class Slots:
 
 
 class Generation:
-    """One running generation. A task of its own reads the engine, so that waiting for it can time out harmlessly."""
+    """One running generation. A task of its own reads the engine, so that waiting for it can time out harmlessly.
+
+    events: those of engine/engine.py, up to and including `done`.
+    """
 
     def __init__(self, events: AsyncGenerator[Event, None], slots: Slots) -> None:
         slots.take()
@@ -53,6 +50,8 @@ class Generation:
             async with aclosing(events):
                 async for event in events:
                     self._queue.put_nowait(event)
+        except Busy as e:
+            raise RateLimited(e.message) from e
         finally:
             self._queue.put_nowait(None)
             self._slots.give()
@@ -62,8 +61,6 @@ class Generation:
         event = await asyncio.wait_for(self._queue.get(), timeout)
         if event is None:
             await self._task  # raises what ended it
-        elif event["type"] == "error":
-            raise engine_error(event["error"])
         return event
 
     async def stop(self) -> None:
@@ -71,16 +68,3 @@ class Generation:
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
-
-
-def engine_error(error: dict[str, Any]) -> TunewrightError:
-    """The engine's error object as one of ours, with the HTTP status that belongs to its type."""
-    kinds: dict[str, type[TunewrightError]] = {
-        "invalid_request_error": UserError,
-        "rate_limit_error": RateLimited,
-        "rate_limit_exceeded": RateLimited,
-    }
-    kind = kinds.get(str(error.get("type")), EngineFailed)
-    if error.get("code") in ("overloaded", "queue_full", "rate_limit_exceeded", Busy.code):
-        kind = RateLimited
-    return kind(str(error.get("message")), code=error.get("code"), param=error.get("param"))

@@ -6,7 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
@@ -18,6 +18,9 @@ from tunewright.core.durable import disk_full_is_clear, fsync_path
 from tunewright.core.errors import UserError
 from tunewright.core.home import Home
 from tunewright.core.ids import random_part
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 MAX_FIELD_BYTES = 64 * 1024
@@ -115,7 +118,7 @@ class _Form:
         self._name = ""
         self._text = b""
 
-    def callbacks(self) -> dict:
+    def callbacks(self) -> MultipartCallbacks:
         return {
             "on_part_begin": self._begin,
             "on_header_field": lambda data, start, end: self._on_header(data[start:end], b""),

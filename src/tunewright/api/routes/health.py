@@ -30,6 +30,6 @@ def _supervisor(server: Server) -> str:
 
 
 def _status(server: Server, parts: dict[str, str]) -> Any:
-    if parts["database"] != "ok" or parts["supervisor"] != "running" or parts["engine"] == "failed":
+    if parts["database"] != "ok" or parts["supervisor"] != "running" or parts["engine"] == "failing":
         return "failing"
     return "ready" if server.describing.done() else "starting"
