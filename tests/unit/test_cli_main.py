@@ -40,7 +40,8 @@ def test_every_command_loads_and_has_help(capsys: pytest.CaptureFixture[str]) ->
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f" {name} " in out for name in main.COMMANDS)
+    assert all(f"\n  {name} " in out for name in main.COMMANDS)
+    assert "..." not in out.partition("Commands:")[2], "a command's first line must fit"
 
 
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,15 +53,17 @@ def load_command(name: str) -> Any:
     module, _, attribute = COMMANDS[name].partition(":")
     found = getattr(importlib.import_module(module), attribute)
     if isinstance(found, typer.Typer):
-        return typer.main.get_command(found)
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        group = typer.main.get_command(found)
+        group.name = name
+        return group
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name)(found)
     return typer.main.get_command(single)
 
 
 def build() -> Any:
     """The whole command line as one typer command."""
-    app = typer.Typer(cls=LazyGroup, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(cls=LazyGroup, add_completion=False, rich_markup_mode=None)
 
     @app.callback(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
     def tunewright() -> None:

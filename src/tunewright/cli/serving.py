@@ -15,6 +15,7 @@ from tunewright.cli.health import can_bind, nearest_free_port
 from tunewright.cli.processes import Child, child_env, tend
 from tunewright.core.errors import Busy, UserError
 from tunewright.core.home import Home
+from tunewright.core.run import list_runs
 
 READY_SECONDS = 180.0
 STOP_SECONDS = 30.0
@@ -155,3 +156,11 @@ def announce(place: Place, say: Callable[[str], None]) -> None:
             say(f"Sign in:    {place.url(place.web_port)}/signin?token={token}  (works once, for 15 minutes)")
     say(f"Data:       {place.home.root}")
     say("Ctrl-C stops everything.")
+
+
+def still_training(home: Home) -> list[str]:
+    """What to say of jobs whose worker lives on without the server."""
+    ids = [run.id for run in list_runs(home) if run.is_active()]
+    if not ids:
+        return []
+    return [f"Still training, without the server: {', '.join(ids)}. The next `tunewright up` shows them again."]

@@ -10,7 +10,11 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+    from tunewright.core.errors import DataReport
+    from tunewright.core.home import Home
+    from tunewright.data.render import RenderReport
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
 
 
 @app.callback()
@@ -34,6 +38,7 @@ def check(
     from rich.console import Console
 
     from tunewright.cli.report import print_report
+    from tunewright.core.home import find_home
     from tunewright.data.validate import check_file
 
     console = Console()
@@ -43,10 +48,49 @@ def check(
         console.print(f"{report.n_problems:,} problems.", style="red", highlight=False)
         raise typer.Exit(1)
     if model is not None:
-        _count(file, report.format, model, max_length, home, console)
+        count_tokens(file, report, model, max_length, find_home(home).ensure(), console)
     console.print("No problems found.", style="green")
 
 
-def _count(file: Path, format: str, model: str, max_length: int | None, home: Path | None, console: Console) -> None:
-    """Render the rows as training would and print how many tokens they have."""
-    raise NotImplementedError(file, format, model, max_length, home, console)
+def count_tokens(
+    file: Path, found: DataReport, model: str, max_length: int | None, home: Home, console: Console
+) -> None:
+    """Render the rows as training would, and print how long they are. Prints and raises what cannot be rendered."""
+    from tunewright.cli.report import print_problems
+    from tunewright.cli.store_model import context_of, tokenizer_folder
+    from tunewright.core.errors import DataError
+    from tunewright.data.render import RenderReport, render_rows
+    from tunewright.data.tokenizer import Tokenizer
+    from tunewright.data.validate import read_conversations
+
+    folder = tokenizer_folder(model, home)
+    limit = max_length or context_of(folder)
+    tokenizer = Tokenizer.load(folder)
+    report, lengths = RenderReport(), []
+    rows = read_conversations(file, found.format)
+    try:
+        for group in render_rows(
+            rows, tokenizer, shape=found.shape, max_length=limit or 1 << 20, overlong="drop", report=report
+        ):
+            lengths.append(group.n_tokens)
+    except DataError as e:
+        print_problems(file.name, e.problems, report.n_problems, console)
+        raise
+    for line in token_lines(report, sorted(lengths), model, limit):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def token_lines(report: RenderReport, lengths: list[int], model: str, limit: int | None) -> list[str]:
+    """What rendering found: tokens in all, tokens that are learned, the spread of lengths, rows that are too long."""
+    lines = [f"With {model}: {report.tokens:,} tokens an epoch, of which {report.supervised_tokens:,} are learned"]
+    if lengths:
+        middle, high = lengths[len(lengths) // 2], lengths[int(0.95 * (len(lengths) - 1))]
+        lines.append(f"Tokens a row: median {middle:,}, 95 % up to {high:,}, longest {report.longest:,}")
+    if report.end_of_turn:
+        lines.append(f"Trained turns end with {report.end_of_turn}")
+    if report.overlong:
+        lines.append(
+            f"{report.overlong:,} rows are longer than {limit:,} tokens; the job's `overlong` says what becomes of "
+            "them (error, truncate or drop)"
+        )
+    return [*lines, *(f"Note: {note}" for note in report.notes)]

@@ -15,7 +15,10 @@ def doctor(
     host: Annotated[str, typer.Option(help="The address to check ports on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65534, help="The API's port; the dashboard's is the next.")] = 8000,
 ) -> None:
-    """Say what works on this machine and what is missing, with the fix. The exit code is 1 if something is bad."""
+    """Say what works on this machine and what is missing, with the fix.
+
+    The exit code is 1 if something is bad.
+    """
     from rich.console import Console
     from rich.text import Text
 

@@ -39,21 +39,21 @@ def jobs(
 
 
 def status_of(run: Run) -> str:
-    """The status that the server gave the job; for a job of the command line what its folder says.
+    """The newest word on the job: of its worker, or of the server (a status of the API).
 
-    Of the latter: `queued`, `running`, `succeeded`, `failed`, `paused`, `interrupted`, or `killed` (no end, no worker).
+    A worker's: `running`, `succeeded`, `failed`, `paused`, `interrupted`, or `killed` (it left no word and is gone).
     """
     from tunewright.jobs import journal
 
     if run.is_active():
         return "running"
-    given = [fields["status"] for e in journal.read(run)[0] if "status" in (fields := journal.changes_of(e) or {})]
-    if given:
-        return str(given[-1])
+    given = [e for e in journal.read(run)[0] if "status" in (journal.changes_of(e) or {})]
     end = run.end()
-    if end is not None:
+    if end is not None and (not given or end.time > given[-1].time):
         return str(end.data.get("status"))
-    return "killed" if run.attempts() else "queued"
+    if given and given[-1].data["job"]["status"] != "running":
+        return str(given[-1].data["job"]["status"])
+    return "killed" if any(run.attempts()) else "queued"
 
 
 def _row(run: Run) -> tuple[str, ...]:

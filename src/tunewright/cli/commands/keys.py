@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
 HomeOption = Annotated[Path | None, typer.Option("--home", help="The data folder.", show_default="~/.tunewright")]
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
 
 
 @app.callback()
 def keys() -> None:
-    """Make, list and revoke API keys. Stop the server first: it is the only one that may write its database."""
+    """Make, list and revoke API keys.
+
+    Stop the server first: it is the only one that may write its database.
+    """
 
 
 @app.command()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def models(
     home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
 ) -> None:
-    """List the base models this machine knows, and the models and checkpoints it has trained."""
+    """List base models, and the models and checkpoints trained here."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table

@@ -19,7 +19,10 @@ def up(
     open: Annotated[bool, typer.Option("--open", help="Ask for no API key; only on this machine.")] = False,
     home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
 ) -> None:
-    """Start the API, the job queue and the dashboard, and keep them running. Ctrl-C stops them."""
+    """Start the API, the job queue and the dashboard.
+
+    A job that is training goes on by itself when the server stops; the next `tunewright up` finds it again.
+    """
     from tunewright.cli import serving
     from tunewright.cli.processes import stop_all
     from tunewright.core.home import find_home
@@ -37,6 +40,8 @@ def up(
         say("Stopping …")
         stop_all(children[::-1], serving.STOP_SECONDS, lambda: len(stops) > 1)
         place.token_file.unlink(missing_ok=True)
+        for line in serving.still_training(place.home):
+            say(line)
     raise typer.Exit(code)
 
 

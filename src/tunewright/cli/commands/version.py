@@ -10,7 +10,7 @@ from tunewright import __version__
 
 
 def version() -> None:
-    """Print the versions of tunewright and of what it stands on."""
+    """Print the versions of tunewright and what it stands on."""
     print(f"tunewright {__version__}")
     print(f"python {platform.python_version()}")
     for name in ("torch", "transformers", "peft", "tokenizers", "fastapi", "nicegui"):
