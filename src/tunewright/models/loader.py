@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from tunewright.core.durable import Lock, commit_folder, sha256_file, write_json
-from tunewright.core.errors import Busy, UserError
+from tunewright.core.errors import Busy, OutOfMemory, UserError
 from tunewright.core.home import Home
 from tunewright.models import gguf
 from tunewright.models.catalogue import ModelInfo, check_config, resolve
+from tunewright.models.probe import check_packable
 from tunewright.ops import attention
 from tunewright.ops.runtime import quiet
 
@@ -78,17 +80,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     Raises UserError if the architecture cannot be trained packed, or if weights are missing or superfluous.
     """
     check_folder(folder)
-    with quiet():
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention.register(),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    model, report = loaded
+    model, report = _open(folder, dtype)
     wrong = sorted(str(k) for k in (*report["missing_keys"], *report["mismatched_keys"]))
     if wrong:
         raise UserError(
@@ -97,7 +89,31 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
             param="model",
         )
     model.config.use_cache = False
-    return model.eval()
+    model.eval()
+    check_packable(model)
+    return model
+
+
+def _open(folder: Path, dtype: torch.dtype) -> Any:
+    """(model, what was loaded) from transformers, its errors turned into ours."""
+    try:
+        with quiet():
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention.register(),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        if "allocate memory" in str(e) or "out of memory" in str(e):
+            raise OutOfMemory(f"The model '{folder.name}' does not fit into memory: {first}") from e
+        raise UserError(
+            f"The model '{folder.name}' cannot be loaded: {first}", code="unsupported_model", param="model"
+        ) from e
 
 
 def _fill(folder: Path, info: ModelInfo, progress: Progress) -> None:

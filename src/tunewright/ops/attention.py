@@ -1,7 +1,7 @@
 """Per-segment causal attention for packed rows, as the attention implementation "tunewright" of transformers.
 
-No mask is ever built: each segment attends to itself through a causal kernel, so tokens of different examples cannot
-see each other by construction. transformers builds no mask either for an implementation name it does not know.
+Each segment attends to itself through a causal kernel, so tokens of different examples cannot see each other by
+construction, and no mask of the row is ever built: transformers builds none for an implementation it does not know.
 """
 
 from __future__ import annotations
@@ -15,28 +15,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tunewright.core.errors import UserError
+
 NAME = "tunewright"
 
 
-class UnsupportedAttention(ValueError):
-    """The model asks for something that this attention does not compute; the text says what."""
-
-
 def segment_attention(
-    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, cu_seqlens: Sequence[int], scale: float | None
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTK: Tensor,
+    cu_seqlens: Sequence[int],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention within each segment. B is 1; K/V may have fewer heads (grouped queries).
 
-    cu_seqlens: S+1 cumulative lengths from 0 to T. Returns [1, H, T, K].
+    cu_seqlens: S+1 cumulative lengths from 0 to T. scale: factor on the scores, default K ** -0.5.
+    window: a token sees itself and the window - 1 tokens before it; None is all of them. Returns [1, H, T, K].
     """
     gqa = q_BHTK.shape[1] != k_BHTK.shape[1]
-    outs = [
-        F.scaled_dot_product_attention(
-            q_BHTK[:, :, a:b], k_BHTK[:, :, a:b], v_BHTK[:, :, a:b], is_causal=True, scale=scale, enable_gqa=gqa
+    lengths = [b - a for a, b in pairwise(cu_seqlens)]
+    outs = []
+    # split, not slices: the gradient of a slice is a zero-padded tensor of the whole row
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (q_BHTK, k_BHTK, v_BHTK)), strict=True):
+        mask = None if window is None or q.shape[2] <= window else _band(q.shape[2], window, q.device)
+        outs.append(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
         )
-        for a, b in pairwise(cu_seqlens)
-    ]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """[length, length] True where a query (row) may see a key (column) of its sliding window."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen.triu(1 - window)
 
 
 def _forward(
@@ -55,27 +68,31 @@ def _forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls. query: [1, H, T, K]; key, value: [1, Hkv, T, K]. Returns ([1, T, H, K], None)."""
-    if cu_seqlens is None:
-        cu_seqlens = [0, query.shape[2]]
-    longest = max(b - a for a, b in pairwise(cu_seqlens))
+    """What transformers calls. query: [1, H, T, K]; key, value: [1, Hkv, T, K]. Returns ([1, T, H, K], None).
+
+    cu_seqlens: None is one segment. Raises UserError for what this attention does not compute.
+    """
+    n = query.shape[2]
+    segments = [0, n] if cu_seqlens is None else cu_seqlens
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     problems = {
         "more than one row in a batch": query.shape[0] != 1,
-        "keys of another length than the queries (a cache)": key.shape[2] != query.shape[2],
-        "segments that do not cover the row": cu_seqlens[-1] != query.shape[2],
+        "keys of another length than the queries": key.shape[2] != n,
+        "segments that do not cover the row": segments[-1] != n,
         "an attention mask": attention_mask is not None,
         "attention that looks ahead": not causal,
-        "attention dropout": dropout != 0.0,
+        "dropout in its attention": dropout != 0.0,
         "capped attention scores": softcap is not None,
         "attention sinks": s_aux is not None,
-        f"a sliding window of {sliding_window} tokens on a row of {longest}": bool(sliding_window)
-        and longest > (sliding_window or 0),
     }
     wrong = [text for text, is_so in problems.items() if is_so]
     if wrong:
-        raise UnsupportedAttention(f"{type(module).__name__} needs {', '.join(wrong)}")
-    out = segment_attention(query, key, value, cu_seqlens, scaling)
+        raise UserError(
+            f"This model cannot be trained here: {type(module).__name__} asks for {', '.join(wrong)}.",
+            code="unsupported_model",
+            param="model",
+        )
+    out = segment_attention(query, key, value, segments, scale=scaling, window=sliding_window)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -155,4 +155,5 @@ def _plain(value: Any) -> Any:
 def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """`model` with a saved adapter folded into its weights, as a plain model again (load it in float32)."""
     saved_shape(folder)
+    read_tensors(folder / WEIGHTS)  # peft would look for a pickle file if this one were missing
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()  # type: ignore[arg-type,operator]
