@@ -14,7 +14,8 @@ from tunewright.core.errors import DataError, DataReport, Problem
 from tunewright.data.formats import FORMATS
 from tunewright.data.formats.base import Format
 from tunewright.data.formats.detect import Decision, decide
-from tunewright.data.sources import BAD_FORMAT, KINDS, read_rows, sniff
+from tunewright.data.lines import BAD_FORMAT
+from tunewright.data.sources import KINDS, read_rows, sniff
 
 SAMPLE = 100
 SHOWN = 5

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tunewright.core.conversation import Conversation
 from tunewright.core.errors import DataError, Problem, did_you_mean
-
-BAD_FORMAT = "invalid_file_format"
-Row = dict[str, Any]
+from tunewright.data.lines import BAD_FORMAT, Row
 
 
 @dataclass(frozen=True)
