@@ -1,0 +1,50 @@
+"""The independent reference: transformers and peft used plainly, with padding, attention masks and labels of -100."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from tunewright.core.example import Example, Group
+
+
+def rows_to_groups(folder: Path, rows: list[dict[str, Any]]) -> list[Group]:
+    """Chat rows as groups: the last turn is supervised, with weight 1."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    groups = []
+    for i, row in enumerate(rows):
+        full = tokenizer.apply_chat_template(row["messages"])["input_ids"]
+        prompt = tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True)["input_ids"]
+        weights = [0.0] * len(prompt) + [1.0] * (len(full) - len(prompt))
+        groups.append(Group((Example(tuple(full), tuple(weights), source=i + 1),)))
+    return groups
+
+
+def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+
+
+def padded(groups: list[Group]) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels [B, L], padded on the right; labels are -100 where nothing is trained."""
+    examples = [e for g in groups for e in g.examples]
+    longest = max(len(e.ids) for e in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for i, e in enumerate(examples):
+        n = len(e.ids)
+        ids[i, :n] = torch.tensor(e.ids)
+        mask[i, :n] = 1
+        labels[i, :n] = torch.where(torch.tensor(e.weights) > 0, torch.tensor(e.ids), torch.tensor(-100))
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def plain_loss(model: nn.Module, groups: list[Group]) -> Tensor:
+    """The loss that transformers computes itself: the mean over all trained tokens."""
+    return model(**padded(groups)).loss

@@ -1,0 +1,51 @@
+"""Packing: nothing is lost, split, reordered within a batch or predicted across a segment's end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tunewright.core.example import Example, Group
+from tunewright.ops.packing import collate, pack
+
+
+def group(*lengths: int, start: int = 0) -> Group:
+    return Group(tuple(Example(tuple(range(start, start + n)), tuple(float(i) for i in range(n)), 7) for n in lengths))
+
+
+def test_collate_lays_segments_end_to_end() -> None:
+    batch = collate([group(3, start=10), group(2, 1, start=20)])
+    assert batch.tokens_T.tolist() == [10, 11, 12, 20, 21, 20]
+    assert batch.targets_T.tolist() == [11, 12, 0, 21, 0, 0]
+    assert batch.weights_T.tolist() == [1.0, 2.0, 0.0, 1.0, 0.0, 0.0]
+    assert batch.position_T.tolist() == [0, 1, 2, 0, 1, 0]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 6]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.last_S.tolist() == [2, 4, 5]
+    assert batch.group_S.tolist() == [0, 1, 1]
+    assert batch.parent_S.tolist() == [-1, -1, -1]
+    assert batch.source_S.tolist() == [7, 7, 7]
+    assert (batch.n_tokens, batch.n_segments, batch.n_groups) == (6, 3, 2)
+
+
+def test_pack_is_first_fit_in_order() -> None:
+    groups = [group(n, start=100 * n) for n in (6, 5, 4, 3, 2)]
+    batches = pack(groups, 10)
+    assert [torch.diff(b.cu_seqlens).tolist() for b in batches] == [[6, 4], [5, 3, 2]]
+    assert [b.tokens_T.tolist() for b in pack(groups, 10)] == [b.tokens_T.tolist() for b in batches]
+
+
+def test_a_group_is_never_split_and_a_large_one_stands_alone() -> None:
+    batches = pack([group(4, 4), group(9, 9), group(2)], 10)
+    assert [torch.diff(b.cu_seqlens).tolist() for b in batches] == [[4, 4, 2], [9, 9]]
+
+
+@pytest.mark.parametrize("groups", [[], [Group((Example((), ()),))]])
+def test_nothing_to_collate_is_an_error(groups: list[Group]) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        collate(groups)
+
+
+def test_batch_moves_to_a_device_with_all_its_tensors() -> None:
+    moved = collate([group(3)]).to("meta")
+    assert moved.tokens_T.device.type == moved.cu_seqlens.device.type == "meta"

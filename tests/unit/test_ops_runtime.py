@@ -1,0 +1,59 @@
+"""Seeds, threads, dtype: the same on every run."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tunewright.ops import runtime
+
+
+def test_step_seed_depends_on_seed_step_and_rank_only() -> None:
+    def draw(*parts: int) -> tuple[float, float]:
+        runtime.seed_step(*parts)
+        return torch.rand(1).item(), random.random()
+
+    with torch.random.fork_rng(devices=[]):
+        state = random.getstate()
+        first = draw(1, 5)
+        assert draw(1, 5, 0) == first
+        assert len({draw(1, 5), draw(1, 6), draw(2, 5), draw(1, 5, 1)}) == 4
+        random.setstate(state)
+
+
+def test_derived_seed_is_the_same_in_another_process() -> None:
+    code = "from tunewright.ops.runtime import derive_seed; print(derive_seed('lora', 3))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) == runtime.derive_seed("lora", 3)
+    assert runtime.derive_seed("a", "bc") != runtime.derive_seed("ab", "c")
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx2 avx512f", torch.float32)],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA decides first")
+def test_auto_dtype_follows_the_processor(flags: str, dtype: torch.dtype, tmp_path, monkeypatch) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags: fpu {flags}\n")
+    monkeypatch.setattr(runtime, "_CPUINFO", tmp_path / "cpuinfo")
+    assert runtime.choose_dtype() == dtype
+
+
+def test_a_dtype_by_name_and_an_unknown_one() -> None:
+    assert runtime.choose_dtype("float32") == torch.float32
+    with pytest.raises(ValueError, match="float16.*use one of: auto, float32, bfloat16"):
+        runtime.choose_dtype("float16")
+
+
+def test_quiet_restores_what_it_changed() -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with runtime.quiet():
+        assert logging.get_verbosity() == logging.ERROR
+        assert not logging.is_progress_bar_enabled()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
