@@ -1,0 +1,116 @@
+"""Who computes what in a step: first come, first served, at most so many at once, prompts in bounded chunks."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunewright.core.errors import Busy
+from tunewright.engine.kv_cache import Cache
+from tunewright.engine.request import Settled
+from tunewright.engine.text import TextStream
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_running: sequences (choices) computed at once. max_waiting: requests that may queue.
+
+    chunk_tokens: prompt tokens in one step; more makes prompts faster and running answers wait longer.
+    max_models, max_adapters: weights, and adapters over each, that stay loaded.
+    """
+
+    max_running: int = 16
+    max_waiting: int = 512
+    chunk_tokens: int = 512
+    max_models: int = 3
+    max_adapters: int = 32
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One choice of a request. tokens: the prompt, then what was generated; `cache.length` of them are computed."""
+
+    request: Any
+    index: int
+    tokens: list[int]
+    n_prompt: int
+    end: int
+    how: Settled
+    text: TextStream
+    cache: Cache | None = None
+    counts: Counter[int] = field(default_factory=Counter)
+    finish_reason: str | None = None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def n_done(self) -> int:
+        """Tokens whose keys and values are in the cache."""
+        return self.cache.length if self.cache is not None else 0
+
+    @property
+    def n_new(self) -> int:
+        """Tokens still to be computed before the next one can be chosen."""
+        return len(self.tokens) - self.n_done
+
+    @property
+    def n_generated(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+
+class Scheduler:
+    """The queue and the running sequences. Strictly first come, first served: nobody can be overtaken for ever."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queue a request's sequences. Raises Busy when too many wait already."""
+        if len(self.waiting) + len(sequences) > max(self.limits.max_waiting, len(sequences)):
+            raise Busy(
+                f"{len(self.waiting)} answers are waiting already and at most {self.limits.max_waiting} may. "
+                "Try again in a few seconds.",
+                code="queue_full",
+            )
+        self.waiting.extend(sequences)
+
+    def admit(self, start: Callable[[Sequence], bool]) -> None:
+        """Move sequences from the queue to the running ones while there is room.
+
+        start: makes a sequence ready to run, or takes it and its siblings out of the queue if it cannot be; False means
+        its weights have to wait until others have finished.
+        """
+        while self.waiting and len(self.running) < self.limits.max_running:
+            sequence = self.waiting[0]
+            if not start(sequence):
+                return
+            if sequence.finish_reason is None:  # else its request failed and has left the queue
+                self.running.append(self.waiting.popleft())
+
+    def plan(self) -> list[tuple[Sequence, int]]:
+        """What the step computes: (sequence, new tokens). Running answers each get their token, prompts share the rest.
+
+        A prompt that does not fit is computed over several steps; the oldest comes first.
+        """
+        left = self.limits.chunk_tokens
+        out = []
+        for s in self.running:
+            n = 1 if s.n_new == 1 else min(s.n_new, left)
+            if s.n_new > 1:
+                left -= n
+            if n:
+                out.append((s, n))
+        return out
+
+    def remove(self, sequence: Sequence) -> None:
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
