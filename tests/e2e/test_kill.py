@@ -114,6 +114,7 @@ def kill_at_step(run: Run, home: Home, step: int) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_next_attempt_goes_on(golden: tuple[Home, Any, int]) -> None:
     home, expected, _ = golden
     run = new_run(home)

@@ -9,6 +9,7 @@ import csv
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,14 @@ def run_job(run: Run, home: Home, events: EventWriter, stop: Callable[[], bool])
     dtype = choose_dtype(earlier.dtype if earlier else spec.dtype)
     be_deterministic()
     start = find_start(run, job, home, events)
-    tokenizer = Tokenizer.load(start.weights)
+    tokenizer = Tokenizer.load(start.weights, now=datetime.fromtimestamp(job.created_at))
     objective = part(OBJECTIVES, spec.objective)
     context = context_length(start.weights)
     limit = context if spec.max_length == "auto" else min(spec.max_length, context)
-    groups = load_groups(run.folder / job.train, spec, tokenizer, objective, limit, "training", events)
+    groups = load_groups(run.folder / job.train, job, spec, tokenizer, objective, limit, "train", events)
     valid: list[Group] = []
     if job.validation:
-        valid = load_groups(run.folder / job.validation, spec, tokenizer, objective, limit, "validation", events)
+        valid = load_groups(run.folder / job.validation, job, spec, tokenizer, objective, limit, "validation", events)
 
     tuner: Tuner = part(TUNERS, spec.tuner)
     events.write("phase", "Loading the model", {"name": "loading", "done": 0, "total": 1})
@@ -149,17 +150,27 @@ def context_length(folder: Path) -> int:
 
 
 def load_groups(
-    path: Path, spec: JobSpec, tokenizer: Tokenizer, objective: Any, limit: int, what: str, events: EventWriter
+    path: Path,
+    job: JobFile,
+    spec: JobSpec,
+    tokenizer: Tokenizer,
+    objective: Any,
+    limit: int,
+    role: str,
+    events: EventWriter,
 ) -> list[Group]:
-    """Check a data file and render it to token ids. Raises DataError with every problem found."""
-    minimum = spec.min_examples if what == "training" else 1
-    report = check_file(path, format=spec.format, shapes=objective.card.shapes, min_examples=minimum)
+    """Check a data file and render it to token ids. role: `train` or `validation`. Raises DataError with every problem."""
+    what = {"train": "training", "validation": "validation"}[role]
+    name = job.sources.get(role, {}).get("name", path.name)
+    minimum = spec.min_examples if role == "train" else 1
+    shapes = objective.card.shapes
+    report = check_file(path, format=spec.format, purpose_shapes=shapes, min_examples=minimum, name=name)
     raise_for(report, what=what)
-    events.write("message", f"The {what} file has {report.n_rows} rows in the format {report.format}: {report.reason}")
+    events.write("message", f"The {what} file {name} has {report.n_rows} rows. {report.reason}")
     rendered = RenderReport()
     groups = list(
         render_rows(
-            with_progress(read_conversations(path, report.format), report.n_rows, what, events),
+            with_progress(read_conversations(path, report.format, name), report.n_rows, what, events),
             tokenizer,
             report=rendered,
             shape=report.shape,
