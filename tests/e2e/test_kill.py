@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tunewright.jobs.prepare import create_run
 
 import tiny
 from tunewright.core.durable import sha256_file
 from tunewright.core.home import Home
 from tunewright.core.run import Run
 from tunewright.core.spec import parse_spec
+from tunewright.jobs.prepare import create_run
 
 HERE = Path(__file__).parent
 SPEC: dict[str, Any] = {

@@ -197,8 +197,7 @@ def end_epoch(parts: Parts, state: State, metrics: dict[str, Any]) -> None:
     if value is None:
         return
     lower_is_better = "loss" in name
-    better = state.best is None or (value < state.best["value"] if lower_is_better else value > state.best["value"])
-    if better:
+    if state.best is None or (value < state.best["value"] if lower_is_better else value > state.best["value"]):
         state.best, state.bad_epochs = {"step": state.step, "value": value}, 0
         return
     state.bad_epochs += 1

@@ -159,7 +159,7 @@ def load_groups(
     role: str,
     events: EventWriter,
 ) -> list[Group]:
-    """Check a data file and render it to token ids. role: `train` or `validation`. Raises DataError with every problem."""
+    """Check a data file and render it to token ids. role: `train` or `validation`. Raises DataError."""
     what = {"train": "training", "validation": "validation"}[role]
     name = job.sources.get(role, {}).get("name", path.name)
     minimum = spec.min_examples if role == "train" else 1
