@@ -1,0 +1,68 @@
+"""The demo's evaluation: base, base with examples in its prompt and tuned model on held-out rows, and baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tunewright.core.errors import TunewrightError
+from tunewright.data.demo import DEPARTMENTS, URGENCIES, ClinicRow
+from tunewright.engine.client import EngineSession, payload
+from tunewright.evals.baselines import majority_labels, tfidf_labels
+from tunewright.evals.task import JsonTask, Message, Scorecard, score_answers, score_labels
+
+TASK = JsonTask(
+    instruction="You sort the messages that patients send to an online clinic.",
+    labels={"department": DEPARTMENTS, "urgency": URGENCIES},
+    texts=("reason",),
+)
+BASE, FEW_SHOT, TUNED, MAJORITY, TFIDF = "base", "base + 3 examples", "tuned", "majority class", "TF-IDF + logistic"
+MAX_TOKENS = 64
+TOGETHER = 16
+
+
+def examples(train: Sequence[ClinicRow]) -> list[tuple[str, str]]:
+    """(message, answer) of one row per urgency, each the first of a department not yet used."""
+    chosen: list[ClinicRow] = []
+    for urgency in URGENCIES:
+        used = {row.department for row in chosen}
+        chosen.append(next(r for r in train if r.urgency == urgency and r.department not in used))
+    return [(row.message, row.answer) for row in chosen]
+
+
+def prompts(system: str, train: Sequence[ClinicRow], heldout: Sequence[ClinicRow]) -> list[list[Message]]:
+    """The chat messages that `system` gets for each held-out row; base and tuned get the patient's message alone."""
+    if system == FEW_SHOT:
+        shots = examples(train)
+        return [TASK.few_shot(shots, row.message) for row in heldout]
+    return [[{"role": "user", "content": row.message}] for row in heldout]
+
+
+def ask(
+    engine: EngineSession, chats: Sequence[list[Message]], base: str | None = None, artefact: Path | None = None
+) -> Iterator[str]:
+    """The greedy answers in order. Raises the first error the engine reports."""
+    requests = [payload(chat, base, artefact, temperature=0.0, max_tokens=MAX_TOKENS) for chat in chats]
+    for reply in engine.chat_many(requests, concurrency=TOGETHER):
+        if isinstance(reply, TunewrightError):
+            raise reply
+        yield reply.text
+
+
+def truths(rows: Sequence[ClinicRow]) -> dict[str, list[str]]:
+    """Label field -> [N] labels."""
+    return {field: [getattr(row, field) for row in rows] for field in TASK.labels}
+
+
+def baselines(train: Sequence[ClinicRow], heldout: Sequence[ClinicRow]) -> list[Scorecard]:
+    """The two systems without a language model, trained on the same rows."""
+    known, wanted = truths(train), truths(heldout)
+    texts, asked = [r.message for r in train], [r.message for r in heldout]
+    guess = {field: majority_labels(known[field], len(heldout)) for field in known}
+    counted = {field: tfidf_labels(texts, known[field], asked) for field in known}
+    return [score_labels(MAJORITY, guess, wanted), score_labels(TFIDF, counted, wanted)]
+
+
+def score(system: str, answers: Sequence[str], heldout: Sequence[ClinicRow]) -> Scorecard:
+    """The scorecard of a system's answers to the held-out rows."""
+    return score_answers(TASK, system, answers, truths(heldout))
