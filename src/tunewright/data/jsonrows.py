@@ -14,7 +14,7 @@ from tunewright.data.lines import BLOCK, LINE_LIMIT, Row, decode, read_lines, re
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-class _Parser:
+class Parser:
     """A JSON decoder that also notices duplicate keys and NaN; one for each file that is read."""
 
     def __init__(self) -> None:
@@ -52,13 +52,17 @@ class _Parser:
                 f'Line {number} is not a dictionary (HINT: line starts with: "{start}...").',
                 value=start,
             )
+        flaw = self.flaw(value, source)
+        return value if flaw is None else refuse(number, *flaw)
+
+    def flaw(self, value: Any, source: str) -> tuple[str, str] | None:
+        """(message, field) of something that JSON's grammar allows but a row must not have."""
         if self.flaws:
-            return refuse(number, self.flaws[0])
-        if _SURROGATE.search(source):
-            where = next(_broken_text(value), None)
-            if where is not None:
-                return refuse(number, "holds half of a surrogate pair (\\ud800 to \\udfff alone), no character.", where)
-        return value
+            return self.flaws[0], ""
+        where = next(_broken_text(value), None) if _SURROGATE.search(source) else None
+        if where is None:
+            return None
+        return "holds half of a surrogate pair (\\ud800 to \\udfff alone), which is no character.", where
 
 
 def _broken_text(value: Any, path: str = "") -> Iterator[str]:
@@ -76,7 +80,7 @@ def _broken_text(value: Any, path: str = "") -> Iterator[str]:
 
 
 def read_jsonl(f: BinaryIO) -> Iterator[tuple[int, Row | Problem]]:
-    parser = _Parser()
+    parser = Parser()
     for number, raw in read_lines(f):
         if isinstance(raw, bytes) and not raw.strip():
             continue
@@ -84,7 +88,7 @@ def read_jsonl(f: BinaryIO) -> Iterator[tuple[int, Row | Problem]]:
         yield number, text if isinstance(text, Problem) else _parse_line(parser, text, number)
 
 
-def _parse_line(parser: _Parser, text: str, number: int) -> Row | Problem:
+def _parse_line(parser: Parser, text: str, number: int) -> Row | Problem:
     try:
         return parser.check(parser.line(text), number, text)
     except json.JSONDecodeError as e:
@@ -105,9 +109,9 @@ def _json_hint(text: str, e: json.JSONDecodeError) -> str:
     at = text[e.pos : e.pos + 1]
     hints = (
         (body in ("{", "["), "Each row must be on one line, or the whole file one JSON array."),
-        (_cut_off(text, e) and not text.endswith("\n"), "The file ends in the middle of this row: it was cut off."),
-        (at == "'" or body.startswith("{'"), "JSON wants double quotes; write rows with json.dumps."),
         (at in ("}", "]") and text[: e.pos].rstrip().endswith(","), "Remove the comma before the closing bracket."),
+        (at == "'" or body.startswith("{'"), "JSON wants double quotes; write rows with json.dumps."),
+        (_cut_off(text, e) and not text.endswith("\n"), "The file ends in the middle of this row: it was cut off."),
         (at in ("\u201c", "\u201d"), "Typographic quotes are not JSON quotes."),
         (e.msg == "Extra data", "Each row must be on a line of its own."),
     )
@@ -146,7 +150,7 @@ class _Window:
             if not self.more():
                 return ""
 
-    def value(self, parser: _Parser) -> Any:
+    def value(self, parser: Parser) -> Any:
         """Parse the value that begins here. Raises ValueError (with one word for 'too long'), RecursionError."""
         while True:
             try:
@@ -166,7 +170,7 @@ class _Window:
 
 def read_array(f: BinaryIO) -> Iterator[tuple[int, Row | Problem]]:
     """Elements of one JSON array. After a syntax error nothing more can be read, so the last item says that."""
-    window, parser, number = _Window(f), _Parser(), 0
+    window, parser, number = _Window(f), Parser(), 0
     try:
         window.peek()
         window.at += 1

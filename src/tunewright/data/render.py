@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tunewright.core.conversation import Conversation, Message
-from tunewright.core.errors import DataError, Problem
+from tunewright.core.errors import DataError, Problem, UserError
 from tunewright.core.example import Example, Group
 from tunewright.data.spans import Span, Turns, Written, plain, write
 from tunewright.data.tokenizer import Tokenizer
@@ -87,8 +87,8 @@ def render_rows(
         report.rows += 1
         try:
             groups = _render(conversation, tokenizer, shape, train_on, report)
-        except DataError as e:
-            report.refuse(e.problems)
+        except UserError as e:
+            report.refuse(e.problems if isinstance(e, DataError) else [Problem(conversation.source, e.message)])
             continue
         for group in groups:
             fitted = _fit(group, max_length, overlong, report)

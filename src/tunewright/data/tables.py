@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tunewright.core.errors import Problem
+from tunewright.data.jsonrows import Parser
 from tunewright.data.lines import BLOCK, LINE_LIMIT, Row, decode, read_lines, refuse
 
 # Columns that hold JSON text when a nested row is squeezed into a CSV cell.
@@ -51,10 +52,8 @@ def read_csv(f: BinaryIO) -> Iterator[tuple[int, Row | Problem]]:
         first = next(lines, "")
         delimiter = max(",;\t", key=first.count)
         csv.field_size_limit(LINE_LIMIT)  # process-wide in the standard library; its default of 128 KiB is too small
-        header = [h.strip() for h in next(csv.reader([first], delimiter=delimiter), [])]
-        if len(set(header)) != len(header) or "" in header:
-            raise _Stop(refuse(1, f"has a header with an empty or repeated column name: {', '.join(header)[:200]}."))
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        header = _header(first, delimiter)
+        reader, parser = csv.reader(lines, delimiter=delimiter, strict=True), Parser()
         while True:
             number += 1
             try:
@@ -63,16 +62,26 @@ def read_csv(f: BinaryIO) -> Iterator[tuple[int, Row | Problem]]:
                 yield number, refuse(number, f"cannot be parsed as CSV: {e}.")
                 continue
             if values:
-                yield number, _csv_row(header, values, number)
+                yield number, _csv_row(header, values, number, parser)
             else:
                 number -= 1
     except StopIteration:
         return
     except _Stop as stop:
-        yield max(number, 1), stop.problem
+        yield max(number, 1), replace(stop.problem, line=max(number, 1))
 
 
-def _csv_row(header: list[str], values: list[str], number: int) -> Row | Problem:
+def _header(line: str, delimiter: str) -> list[str]:
+    try:
+        names = [h.strip() for h in next(csv.reader([line], delimiter=delimiter), [])]
+    except csv.Error as e:
+        raise _Stop(refuse(1, f"has a header that cannot be parsed as CSV: {e}.")) from e
+    if len(set(names)) != len(names) or "" in names:
+        raise _Stop(refuse(1, f"has a header with an empty or repeated column name: {', '.join(names)[:200]}."))
+    return names
+
+
+def _csv_row(header: list[str], values: list[str], number: int, parser: Parser) -> Row | Problem:
     if len(values) != len(header):
         return refuse(
             number, f"has {len(values)} values, but the header names {len(header)} columns: {', '.join(header)[:200]}."
@@ -85,9 +94,12 @@ def _csv_row(header: list[str], values: list[str], number: int) -> Row | Problem
                 row[column] = cell
             continue
         try:
-            row[column] = json.loads(cell)
+            row[column] = parser.line(cell)
         except (ValueError, RecursionError) as e:
             return refuse(number, f"column '{column}' holds invalid JSON: {str(e)[:200]}.", column, cell[:80])
+        flaw = parser.flaw(row[column], cell)
+        if flaw is not None:
+            return refuse(number, f"column '{column}' {flaw[0]}", column + flaw[1])
     return row
 
 
