@@ -42,7 +42,7 @@ class Stop:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tunewright.train.worker", description="Run one fine-tuning job in its run folder.")
+    parser = argparse.ArgumentParser(prog="tunewright.train.worker", description="Run one job in its run folder.")
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--home", default=None, help="data folder (default: TUNEWRIGHT_HOME)")
     args = parser.parse_args(argv)
