@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,13 @@ from tunewright.web.kit import Text, box, tag
 from tunewright.web.series import MAX_POINTS, Point, delta, last, number, thin
 
 GREY = "#8a94a3"
+# Puts each piece at its place, so that a piece which arrives twice, or after a drawing that has it already, changes
+# nothing. (ECharts' own appendData would draw it twice.) The pieces are numbers only.
+APPEND = """(() => {
+  const series = getElement(%(id)d).options.series;
+  for (const [index, start, points] of %(pieces)s) series[index].data.splice(start, Infinity, ...points);
+  return {series: series.map((s) => ({data: s.data}))};
+})()"""
 
 
 @dataclass(frozen=True)
@@ -58,15 +66,14 @@ class LineChart:
         self._describe()
 
     def _append(self, grown: dict[str, list[Point]]) -> None:
+        pieces = []
         for index, (key, points) in enumerate(grown.items()):
-            if not points:
-                continue
-            scaled = self._scaled(points)
-            # the options keep the whole truth, for a browser that reconnects and builds the chart anew
-            self.plot.options["series"][index]["data"].extend(scaled)
-            self.plot.run_chart_method("appendData", {"seriesIndex": index, "data": scaled})
+            start, scaled = self._sent[key], self._scaled(points)
+            # the options keep the whole truth, for a browser that connects again and builds the chart anew
+            self.plot.options["series"][index]["data"][start:] = scaled
             self._sent[key] += len(points)
-        self.plot.run_chart_method("resize")
+            pieces.append([index, start, scaled])
+        self.plot.run_chart_method(":setOption", APPEND % {"id": self.plot.id, "pieces": json.dumps(pieces)})
 
     def _redraw(self) -> None:
         for index, key in enumerate(self.lines):

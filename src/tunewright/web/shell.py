@@ -122,7 +122,7 @@ def root_of(desk: Desk) -> Any:
         with kit.box("tw-main", "main"):
             kit.Pages(
                 {
-                    "/": lambda: jobs.build(session),
+                    "/": lambda: home(session),
                     "/jobs": lambda: jobs.build(session),
                     "/jobs/new": lambda: create.build(session),
                     "/playground": lambda model="", base="": playground.build(session, model, base),
@@ -130,6 +130,12 @@ def root_of(desk: Desk) -> Any:
             )
 
     return root
+
+
+def home(session: Session) -> None:
+    """The first page. NiceGUI also comes here with addresses that no page has; its router then says so."""
+    if kit.current_path() in ("", "/"):
+        jobs.build(session)
 
 
 def build_header(session: Session) -> None:

@@ -1,0 +1,379 @@
+"""The dashboard's parts that need no page: thinning, forms, the guard, feeds, chats, the client."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import io
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunewright.web import chat, forms, series
+from tunewright.web.client import Api, ApiDown, ApiError, delta_from, error_from, multipart_frame
+from tunewright.web.desk import Desk
+from tunewright.web.feeds import Feed
+from tunewright.web.guard import HostOriginGuard, allowed_hosts
+
+# --- charts ----------------------------------------------------------------------------------------------------------
+
+POINTS = st.lists(st.floats(-1e6, 1e6), max_size=300).map(lambda ys: [(float(i), y) for i, y in enumerate(ys)])
+
+
+@given(POINTS, st.integers(4, 50))
+def test_thinning_keeps_ends_and_extremes(points: list[series.Point], limit: int) -> None:
+    kept = series.thin(points, limit)
+    assert len(kept) <= max(limit, 4)
+    assert kept == sorted(kept) and set(kept) <= set(points)
+    if points:
+        assert (kept[0], kept[-1]) == (points[0], points[-1])
+        for pick in (min, max):
+            assert pick(y for _, y in kept) == pick(y for _, y in points)
+
+
+@given(POINTS, POINTS)
+def test_a_delta_appended_to_the_old_gives_the_new(old: list[series.Point], more: list[series.Point]) -> None:
+    new = [*old, *((x + len(old), y) for x, y in more)]
+    appended = series.delta(old, new)
+    assert appended is not None and [*old, *appended] == new
+
+
+def test_a_changed_past_cannot_be_appended() -> None:
+    assert series.delta([(1, 2.0), (2, 1.0)], [(1, 2.0), (2, 1.5), (3, 1.0)]) is None
+    assert series.delta([(1, 2.0), (2, 1.0)], [(1, 2.0)]) is None
+
+
+def test_durations_and_sizes_read_well() -> None:
+    assert [series.duration(s) for s in (None, 4.4, 200, 7500)] == ["–", "4 s", "3 min 20 s", "2 h 05 min"]
+    assert [series.size(n) for n in (12, 1400, 2_500_000)] == ["12 B", "1.4 kB", "2.5 MB"]
+    assert [series.ago(0, now) for now in (5, 300, 7200, 90_000)] == ["just now", "5 min ago", "2 h ago", "1 day ago"]
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+SCHEMA = {
+    "$defs": {"Bias": {"enum": ["none", "all"], "type": "string"}},
+    "properties": {
+        "r": {"type": "integer", "minimum": 1, "maximum": 512, "description": "Rank."},
+        "alpha": {"anyOf": [{"type": "number"}, {"type": "null"}]},
+        "bias": {"$ref": "#/$defs/Bias"},
+        "targets": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+        "rslora": {"type": "boolean"},
+    },
+}
+DEFAULTS = {"r": 16, "alpha": None, "bias": "none", "targets": "all-linear", "rslora": False}
+DESCRIBE: dict[str, Any] = {
+    "tuner": {"lora": {"schema": SCHEMA, "defaults": DEFAULTS, "card": {}}},
+    "objective": {
+        "sft": {"schema": {}, "defaults": {}, "card": {"openai_method": "supervised"}},
+        "own": {"schema": {}, "defaults": {}, "card": {"openai_method": None}},
+    },
+    "optimizer": {"adamw": {"schema": {}, "defaults": {}, "card": {}}},
+    "schedule": {"linear": {"schema": {}, "defaults": {}, "card": {}}},
+}
+
+
+def test_fields_follow_the_schema() -> None:
+    found = {f.name: f for f in forms.fields(SCHEMA, DEFAULTS)}
+    kinds = {name: f.kind for name, f in found.items()}
+    assert kinds == {"r": "int", "alpha": "float", "bias": "choice", "targets": "json", "rslora": "bool"}
+    assert (found["r"].low, found["r"].high, found["r"].help) == (1, 512, "Rank.")
+    assert found["alpha"].optional and found["bias"].choices == ("none", "all")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("r", "8", 8),
+        ("alpha", "", None),
+        ("alpha", "3.5", 3.5),
+        ("targets", "all-linear", "all-linear"),
+        ("targets", '["q_proj", "v_proj"]', ["q_proj", "v_proj"]),
+    ],
+)
+def test_text_becomes_a_value(name: str, text: str, value: Any) -> None:
+    field = next(f for f in forms.fields(SCHEMA, DEFAULTS) if f.name == name)
+    assert forms.parsed(field, text) == value
+    assert forms.parsed(field, forms.shown(field, value)) == value
+
+
+@pytest.mark.parametrize("text", ["", "0", "513", "eight", "1.5"])
+def test_a_wrong_number_says_what_is_allowed(text: str) -> None:
+    field = forms.fields(SCHEMA, DEFAULTS)[0]
+    with pytest.raises(ValueError, match=r"R (needs a value|is '?.*allowed: a whole number from 1 to 512)"):
+        forms.parsed(field, text)
+
+
+def draft(**changes: Any) -> dict[str, Any]:
+    return {"model": "tiny", "training_file": {"id": "file-1", "filename": "a.jsonl"}, **changes}
+
+
+def test_a_draft_becomes_openais_request() -> None:
+    options = {"tuner.lora": {"r": "8", "alpha": ""}}
+    body, problems = forms.job_request(draft(n_epochs="3", batch_size="auto", seed="7", options=options), DESCRIBE)
+    assert problems == []
+    hyper = {"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    assert body == {
+        "model": "tiny",
+        "training_file": "file-1",
+        "seed": 7,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyper}},
+        # alpha is at its default, so it is not sent
+        "tunewright": {
+            "objective": {"name": "sft"},
+            "tuner": {"name": "lora", "r": 8},
+            "optimizer": {"name": "adamw"},
+            "schedule": {"name": "linear"},
+        },
+    }
+
+
+def test_an_objective_of_our_own_has_no_openai_method() -> None:
+    body, problems = forms.job_request(draft(objective="own"), DESCRIBE)
+    assert problems == [] and "method" not in body
+    assert body["hyperparameters"]["n_epochs"] == "auto" and body["tunewright"]["objective"] == {"name": "own"}
+
+
+def test_all_problems_of_a_draft_come_at_once() -> None:
+    _, problems = forms.job_request({"n_epochs": "99", "seed": "x", "options": {"tuner.lora": {"r": "0"}}}, DESCRIBE)
+    text = "\n".join(problems)
+    for words in ("training file", "base model", "Epochs is 99; allowed: auto, or", "Seed is 'x'", "R is 0"):
+        assert words in text
+
+
+# --- the guard -------------------------------------------------------------------------------------------------------
+
+
+async def greet(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+def ask(method: str = "GET", **headers: str) -> httpx.Response:
+    """One request to a guard of 127.0.0.1:8001."""
+
+    async def run() -> httpx.Response:
+        guard = HostOriginGuard(greet, allowed_hosts("127.0.0.1", 8001))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://127.0.0.1:8001") as client:
+            named = {k.replace("_", "-"): v for k, v in headers.items()}
+            return await client.request(method, "/", headers=named)
+
+    return asyncio.run(run())
+
+
+OURS = "http://127.0.0.1:8001"
+EVIL = "https://evil.example"
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "headers"),
+    [
+        (200, "GET", {}),
+        (200, "GET", {"host": "localhost:8001"}),
+        (200, "POST", {"origin": OURS, "sec_fetch_site": "same-origin"}),
+        (200, "GET", {"origin": EVIL, "sec_fetch_site": "cross-site"}),
+        (403, "GET", {"host": "evil.example"}),
+        (403, "GET", {"host": "127.0.0.1:8001/_nicegui"}),
+        (403, "GET", {"host": "127.0.0.1:9999"}),
+        (403, "POST", {"origin": EVIL}),
+        (403, "POST", {"origin": "http://127.0.0.1:9999"}),
+        (403, "POST", {"origin": "null"}),
+        (403, "POST", {"sec_fetch_site": "same-site"}),
+    ],
+)
+def test_the_guard(status: int, method: str, headers: dict[str, str]) -> None:
+    answer = ask(method, **headers)
+    assert answer.status_code == status
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert (b"hello" in answer.content) == (status == 200)
+
+
+def test_two_host_headers_are_refused() -> None:
+    sent: list[Any] = []
+
+    async def run() -> None:
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        guard = HostOriginGuard(greet, allowed_hosts("127.0.0.1", 8001))
+        hosts = [(b"host", b"127.0.0.1:8001"), (b"host", b"evil.example")]
+        await guard({"type": "http", "method": "GET", "headers": hosts}, None, send)
+
+    asyncio.run(run())
+    assert sent[0]["status"] == 400
+
+
+def test_a_link_on_another_site_is_loaded_once_more_from_here() -> None:
+    answer = ask(sec_fetch_site="cross-site", sec_fetch_mode="navigate")
+    assert b'http-equiv="refresh"' in answer.content and "set-cookie" not in answer.headers
+    assert ask(sec_fetch_site="cross-site", sec_fetch_mode="navigate", cookie="a=b").content == b"hello"
+
+
+# --- feeds -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_poller_serves_all_who_look_and_remembers_errors() -> None:
+    calls = 0
+
+    async def fetch(old: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise ApiDown("http://x")
+        return old + 1
+
+    async def run() -> None:
+        feed = Feed(0, fetch, lambda _: 0.01)
+        feed.look(), feed.look()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert (feed.value, calls, feed.error) == (1, 1, None)
+        await asyncio.sleep(0.1)
+        assert calls == 2 and isinstance(feed.error, ApiDown) and feed.value == 1
+        feed.hurry()
+        await asyncio.sleep(0.05)
+        assert feed.error is None and feed.value >= 2
+
+    asyncio.run(run())
+
+
+def test_a_feed_sleeps_when_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunewright.web.feeds.LOOK_SECONDS", 0.05)
+    calls = 0
+
+    async def fetch(old: int) -> int:
+        nonlocal calls
+        calls += 1
+        return old + 1
+
+    async def run() -> None:
+        feed = Feed(0, fetch, lambda _: 0.01)
+        feed.look()
+        await asyncio.sleep(0.2)
+        assert feed.idle
+        before = calls
+        await asyncio.sleep(0.05)
+        assert calls == before
+        feed.look()
+        await asyncio.sleep(0.02)
+        assert calls > before
+
+    asyncio.run(run())
+
+
+# --- chats and the client --------------------------------------------------------------------------------------------
+
+
+class Script(httpx.AsyncBaseTransport):
+    """An API that streams the given lines and remembers what was asked."""
+
+    def __init__(self, *lines: str, status: int = 200, pause: float = 0.0) -> None:
+        self.lines, self.status, self.pause = lines, status, pause
+        self.asked: list[bytes] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append(await request.aread())
+
+        async def body() -> Any:
+            for line in self.lines:
+                yield f"{line}\n\n".encode()
+                await asyncio.sleep(self.pause)
+
+        return httpx.Response(self.status, content=body())
+
+
+def api_of(script: Script) -> Api:
+    return Api("http://api", None, httpx.AsyncClient(transport=script))
+
+
+def piece(text: str) -> str:
+    return f'data: {{"choices": [{{"delta": {{"content": "{text}"}}, "finish_reason": null}}]}}'
+
+
+USAGE = 'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}}'
+
+
+def test_an_answer_streams_into_the_chat() -> None:
+    script = Script(piece("It is "), piece("red."), USAGE, "data: [DONE]")
+
+    async def run() -> chat.Chat:
+        one = chat.Chat(chat.Settings(model="tiny", system="Be brief."))
+        one.ask(api_of(script), "Colour?")
+        assert one.running
+        while one.running:
+            await asyncio.sleep(0.01)
+        return one
+
+    done = asyncio.run(run())
+    assert done.messages == [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "It is red."}]
+    assert done.note == "5 tokens in · 2 out" and not done.error
+    assert b'"role":"system","content":"Be brief."' in script.asked[0].replace(b'": "', b'":"')
+    assert chat.restore(done.saved(), chat.Settings()).messages == done.messages
+
+
+def test_stop_keeps_what_was_said_and_an_error_leaves_no_empty_answer() -> None:
+    async def run(script: Script, seconds: float) -> chat.Chat:
+        one = chat.Chat(chat.Settings(model="tiny"))
+        one.ask(api_of(script), "Colour?")
+        await asyncio.sleep(seconds)
+        one.stop()
+        while one.running:
+            await asyncio.sleep(0.01)
+        return one
+
+    stopped = asyncio.run(run(Script(piece("It"), piece(" never ends"), pause=0.5), 0.1))
+    assert stopped.messages[-1]["content"] == "It" and stopped.note == "stopped"
+    refused = asyncio.run(run(Script('{"error": {"message": "No such model."}}', status=404), 0.1))
+    assert [m["role"] for m in refused.messages] == ["user"] and refused.error == "No such model."
+
+
+def test_the_python_code_asks_the_same() -> None:
+    settings = chat.Settings(model="ft:a:b::c", system='Say "hi"', temperature=0.5, max_tokens=9)
+    messages = [{"role": "user", "content": "quote ' \" ``` \n new line"}, {"role": "assistant", "content": "x"}]
+    source = chat.as_python("http://127.0.0.1:8000", settings, messages, keyed=True)
+    call = next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and len(n.keywords) == 4)
+    sent = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    assert sent == chat.request_body(settings, messages[:1])
+    assert "sk-" not in source
+
+
+def test_errors_become_readable() -> None:
+    refused = error_from(400, b'{"error": {"message": "Bad.", "code": "c", "param": "p", "problems": [{"line": 3}]}}')
+    assert (refused.message, refused.code, refused.param, refused.problems) == ("Bad.", "c", "p", [{"line": 3}])
+    assert "502" in error_from(502, b"<html>").message
+    with pytest.raises(ApiError, match="Engine gone"):
+        delta_from({"error": {"message": "Engine gone"}})
+
+
+def test_an_api_that_is_not_there() -> None:
+    async def run() -> None:
+        with pytest.raises(ApiDown, match=r"127\.0\.0\.1:9"):
+            await Api("http://127.0.0.1:9").models()
+
+    asyncio.run(run())
+
+
+def test_a_multipart_body_is_read_back_as_it_was_meant() -> None:
+    from python_multipart import parse_form
+
+    name = 'a "b"\r\n\\c.jsonl'
+    head, tail, kind = multipart_frame(name, {"purpose": "fine-tune"})
+    body = head + b'{"x": 1}\n' + tail
+    fields, files = [], []
+    headers = {"Content-Type": kind.encode(), "Content-Length": str(len(body)).encode()}
+    parse_form(headers, io.BytesIO(body), fields.append, files.append)
+    assert [(f.field_name, f.value) for f in fields] == [(b"purpose", b"fine-tune")]
+    files[0].file_object.seek(0)
+    assert files[0].file_object.read() == b'{"x": 1}\n' and b"\n" not in files[0].file_name
+
+
+def test_sessions_need_a_key_unless_the_api_is_open() -> None:
+    api = Api("http://api")
+    assert Desk(api).session("id", {}) is None
+    signed_in = Desk(api).session("id", {"api_key": "sk-1"})
+    assert signed_in is not None and signed_in.api.key == "sk-1"
+    opened = Desk(api, public=True).session("id", {"api_key": "sk-1"})
+    assert opened is not None and opened.api.key is None
