@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tunewright.cli import main
 from tunewright.cli.commands import train
 from tunewright.core.durable import write_json
 from tunewright.core.errors import NotFound, SpecError, StateError
@@ -105,3 +107,55 @@ def test_resume_finds_the_run_and_refuses_a_finished_one(home: Home) -> None:
 )
 def test_the_exit_code_follows_the_table(end: dict[str, str], code: int) -> None:
     assert train.exit_code(end) == code
+
+
+def command(home: Home, *items: str) -> int:
+    sets = [part for item in items for part in ("--set", item)]
+    return main.run(["train", "--home", str(home.root), *sets])
+
+
+def test_a_wrong_model_name_is_said_first(tiny_home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(tiny_home, "model=tinny", f"training_file={tmp_path}/none.jsonl") == 65
+    err = capsys.readouterr().err
+    assert "The model 'tinny' does not exist. Did you mean 'tiny'?" in err and err.count("\n") == 1
+    assert not list(tiny_home.runs.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "file has 0 example(s), but must have at least 10"),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 9, "9 example"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}\n' * 12, "line 1"),
+        (b"\x00\x01\x02 not text", "line 1"),
+    ],
+    ids=["empty", "9 rows", "no assistant", "binary"],
+)
+def test_bad_data_starts_nothing(
+    tiny_home: Home, tmp_path: Path, content: bytes, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(content)
+    assert command(tiny_home, "model=tiny", f"training_file={path}") == 65
+    captured = capsys.readouterr()
+    assert expected in captured.out and captured.err.count("\n") == 1
+    assert not list(tiny_home.runs.iterdir())
+
+
+def test_a_bad_validation_file_is_named_as_such(
+    tiny_home: Home, tmp_path: Path, sft_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "valid.jsonl"
+    bad.write_text("{oops\n")
+    train_file = sft_file(tmp_path, 12)
+    items = ("model=tiny", f"training_file={train_file}", f"validation_file={bad}")
+    assert command(tiny_home, *items) == 65
+    captured = capsys.readouterr()
+    assert "valid.jsonl line 1" in captured.out and "validation file" in captured.err
+
+
+def test_a_data_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert command(Home(tmp_path / "file" / "home"), "model=tiny", "training_file=t") == 65
+    err = capsys.readouterr().err
+    assert "cannot be written" in err and "TUNEWRIGHT_HOME" in err and err.count("\n") == 1

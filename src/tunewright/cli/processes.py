@@ -26,24 +26,30 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Child:
-    """One program to keep running. `failures` counts deaths in a row, `start_at` is when (monotonic) to start next."""
+    """One program to keep running.
+
+    log: where its output goes; errors go to our stderr. failures: deaths in a row. start_at: when to start next.
+    """
 
     name: str
     command: Sequence[str]
     env: Mapping[str, str]
+    log: Path | None = None
     process: subprocess.Popen[Any] | None = None
     failures: int = 0
     start_at: float = 0.0
     started: float = field(default=0.0)
 
     def start(self) -> None:
-        self.process = subprocess.Popen(
-            list(self.command),
-            env=dict(self.env),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C on the terminal reaches us only; we stop the children in order
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-        )
+        with open(self.log or os.devnull, "ab") as log:
+            self.process = subprocess.Popen(
+                list(self.command),
+                env=dict(self.env),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                start_new_session=True,  # Ctrl-C on the terminal reaches us only; we stop the children in order
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
         self.started = time.monotonic()
 
     def running(self) -> bool:

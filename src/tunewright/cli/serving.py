@@ -94,10 +94,11 @@ def make_children(place: Place) -> list[Child]:
     shared = ["--host", place.host, *(["--open"] if place.open else [])]
     api = [sys.executable, "-m", "tunewright.api", "--home", str(place.home.root), "--port", str(place.port), *shared]
     token = ["--signin-token-file", str(place.token_file)]
-    children = [Child("API", [*api, *token], env)]
+    children = [Child("API", [*api, *token], env, place.home.logs / "api.log")]
     if place.web_port is not None:
         web = [sys.executable, "-m", "tunewright.web", "--api-url", place.url(place.port)]
-        children.append(Child("dashboard", [*web, "--port", str(place.web_port), *shared], env))
+        log = place.home.logs / "dashboard.log"
+        children.append(Child("dashboard", [*web, "--port", str(place.web_port), *shared], env, log))
     return children
 
 

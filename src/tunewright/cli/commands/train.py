@@ -129,26 +129,28 @@ def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
     from tunewright.jobs.describe import load_describe
     from tunewright.jobs.prepare import create_run, find_origin
 
-    find_origin(spec.model, home)  # a wrong name is said before anything that takes time
+    # what is quick to check comes first
+    find_origin(spec.model, home)
+    check_data(Path(spec.training_file), "training", spec, console)
+    if spec.validation_file is not None:
+        check_data(Path(spec.validation_file), "validation", spec, console)
     spec = check_parts(spec, load_describe(home))
-    for path in (spec.training_file, spec.validation_file):
-        if path is not None:
-            check_data(Path(path), spec, console)
     validation = Path(spec.validation_file) if spec.validation_file else None
     return create_run(
         home, spec, job_id=new_id("ftjob-"), train_path=Path(spec.training_file), validation_path=validation
     )
 
 
-def check_data(path: Path, spec: JobSpec, console: Console) -> None:
-    """Print the report when something is wrong, then raise the one DataError."""
+def check_data(path: Path, what: str, spec: JobSpec, console: Console) -> None:
+    """Print the report when something is wrong, then raise the one DataError. what: training or validation."""
     from tunewright.cli.report import print_report
     from tunewright.data.validate import check_file, raise_for
 
-    report = check_file(path, format=spec.format, min_examples=spec.min_examples)
+    minimum = spec.min_examples if what == "training" else 1
+    report = check_file(path, format=spec.format, min_examples=minimum)
     if report.n_problems:
         print_report(path.name, report, console)
-    raise_for(report)
+    raise_for(report, what=what)
 
 
 def _done(run: Run, console: Console) -> None:
