@@ -20,7 +20,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with open(sys.argv[1] + ".new", "w") as f:
+    f.write(str(os.getpid()))
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+time.sleep(600)
+"""
 
 
 def loss(step: int) -> float:
@@ -134,9 +141,7 @@ def finish(run: str, events: Events, script: dict[str, Any], total: int) -> int:
 def leave_child(run: str) -> None:
     import subprocess
 
-    child = subprocess.Popen([sys.executable, "-S", "-c", STUBBORN])
-    with open(f"{run}/child.pid", "w") as f:
-        f.write(str(child.pid))
+    subprocess.Popen([sys.executable, "-S", "-c", STUBBORN, f"{run}/child.pid"])
 
 
 def main() -> int:

@@ -195,6 +195,7 @@ def test_cancel_while_running_ends_the_whole_group(store: Store) -> None:
     run = make_job(store, {"delay": 0.05, "steps": 1000, "child": True})
     boss = supervisor(store)
     until(boss, at_step(store, run, 2))
+    until(boss, (run.folder / "child.pid").exists)
     child = psutil.Process(int((run.folder / "child.pid").read_text()))
     boss.cancel(run.id)
     assert get(store, run).status == "cancelling"
