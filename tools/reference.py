@@ -1,4 +1,4 @@
-"""Writes docs/reference/job-spec.md from JobSpec and the tables, so that the page cannot drift."""
+"""Writes the pages of docs/reference that the code knows best, job-spec.md and data-formats.md."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.core.spec import TASKS, JobSpec
+from tunewright.data.formats import FORMATS
 
-PAGE = Path(__file__).parent.parent / "docs" / "reference" / "job-spec.md"
+FOLDER = Path(__file__).parent.parent / "docs" / "reference"
 HEAD = """# Job spec
 
 <!-- Made by `make docs` from src/tunewright/core/spec.py and the tables. Do not edit. -->
@@ -26,6 +27,16 @@ training_file: train.jsonl
 
 A part (tuner, objective, optimizer, schedule) is written as its name, `tuner: lora`, or with options,
 `tuner: {name: lora, r: 32}`. On the command line: `--set tuner.r=32`.
+"""
+FORMATS_HEAD = """# Data formats
+
+<!-- Made by `make docs` from src/tunewright/data/formats. Do not edit. -->
+
+Files may be JSON Lines, a JSON array, CSV, Parquet or plain text lines, in UTF-8 or UTF-16. The format of the rows is
+found from the first 100 of them; `tunewright data check FILE` says which one it is and why, and lists the problems with
+line and field. `format:` in a job spec sets it by hand.
+
+Preference and plain-text rows can be checked today; training on them needs objectives that are not there yet.
 """
 BOUNDS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
 
@@ -110,16 +121,27 @@ def read_describe() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def formats_page() -> str:
+    """One section a data format, with its smallest row."""
+    lines = [FORMATS_HEAD]
+    for name in FORMATS.rows:
+        found = FORMATS.load(name)
+        lines += [f"## `{name}`: {found.title}", "", f"Recognised by {found.wants}.", ""]
+        lines += ["```json", found.example, "```", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def main(args: list[str], describe: dict[str, Any] | None = None) -> int:
-    """Write the page; with --check only compare. Returns the exit code."""
-    text = page(describe or read_describe())
+    """Write the pages; with --check only compare. Returns the exit code."""
+    pages = {"job-spec.md": page(describe or read_describe()), "data-formats.md": formats_page()}
+    stale = [n for n, text in pages.items() if not (p := FOLDER / n).exists() or p.read_text(encoding="utf-8") != text]
     if "--check" not in args:
-        PAGE.write_text(text, encoding="utf-8")
+        for name, text in pages.items():
+            (FOLDER / name).write_text(text, encoding="utf-8")
         return 0
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"{PAGE.name} is not up to date; run `make docs`", file=sys.stderr)
-    return 1
+    if stale:
+        print(f"not up to date: {', '.join(stale)}; run `make docs`", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import json
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
+
+import tunewright.api.routes
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -128,14 +133,45 @@ def test_a_page_that_is_not_up_to_date_is_found(tmp_path: Path, capsys: pytest.C
     tool = load_tool("reference")
     row = {"schema": {"properties": {"r": {"type": "integer"}}}, "defaults": {"r": 8}, "card": {}, "doc": "One line."}
     describe = {kind: {"x": row} for kind in ("tuner", "objective", "optimizer", "schedule")}
-    tool.PAGE = tmp_path / "page.md"
+    tool.FOLDER = tmp_path
     assert tool.main(["--check"], describe) == 1
     assert tool.main([], describe) == 0
-    assert "| `r` | integer | `8` |" in tool.PAGE.read_text()
+    assert "| `r` | integer | `8` |" in (tmp_path / "job-spec.md").read_text()
     assert tool.main(["--check"], describe) == 0
     describe["tuner"]["x"]["defaults"] = {"r": 9}
     assert tool.main(["--check"], describe) == 1
     assert "make docs" in capsys.readouterr().err
+
+
+def test_the_data_formats_page_is_up_to_date_and_its_rows_are_valid() -> None:
+    from tunewright.data.formats import FORMATS
+
+    tool = load_tool("reference")
+    text = (tool.FOLDER / "data-formats.md").read_text(encoding="utf-8")
+    assert tool.formats_page() == text, "run `make docs`"
+    for name in FORMATS:
+        found = FORMATS.load(name)
+        assert f"```json\n{found.example}\n```" in text
+        assert found.convert(json.loads(found.example), 1).shape in ("chat", "preference", "text")
+
+
+def test_the_http_page_lists_every_route_and_no_other() -> None:
+    found = set()
+    for info in pkgutil.iter_modules(tunewright.api.routes.__path__):
+        for route in import_module(f"tunewright.api.routes.{info.name}").router.routes:
+            found |= {f"{method} {route.path.replace(':path', '')}" for method in route.methods}
+    text = (ROOT / "docs" / "reference" / "http-api.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `((?:GET|POST|DELETE) [^`]+)` \|", text, re.M)) == found
+
+
+def test_exit_codes_are_listed() -> None:
+    from tunewright.core import errors
+
+    text = (ROOT / "docs" / "reference" / "exit-codes.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| (\d+) \| `(\w+)`", text, re.M))
+    kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.TunewrightError)]
+    assert {str(k.exit_code) for k in kinds} == set(listed)
+    assert all(getattr(errors, name).exit_code == int(code) for code, name in listed.items())
 
 
 def test_long_files_are_found(tmp_path: Path) -> None:
