@@ -102,7 +102,9 @@ def _proved(turns: Turns, text: str, parts: list[tuple[int, int, int]], n: int) 
     for i, message in enumerate(turns.messages[:n]):
         if i in ranges:
             start, end = ranges[i]
-            told[i] = at = start + _told(turns, i, text[start:end])
+            # a prompt that ends in `<think>` may hold the first characters of the content
+            early = min(start, max(at, start - len(message.get("content") or "")))
+            told[i] = at = _told(turns, i, text[start:end], text[early:start]) + start
         else:
             at = _prove_context(turns, i, message, text, at)
     return Written(text, [(Span(*ranges[i], told[i]), turns.trained[i]) for i in ranges])
@@ -121,14 +123,17 @@ def _prove_tools(turns: Turns, text: str) -> None:
             )
 
 
-def _told(turns: Turns, i: int, region: str) -> int:
-    """Where in the region of trained turn i its content ends; proves that all of it is there."""
+def _told(turns: Turns, i: int, region: str, before: str) -> int:
+    """Where in the region of trained turn i its content ends; proves that all of it is there.
+
+    before: the text just before the region, in which the content may begin.
+    """
     message, ends = turns.messages[i], [0]
     content = message.get("content") or ""
     if content.strip():
         end = _find(region, content, 0)
         if end < 0:
-            end = _find_loosely(region, content)
+            end = max(_find(before + region, content, 0), _find_loosely(before + region, content)) - len(before)
         if end < 0:
             raise _left_out(turns, i, "content", content)
         ends.append(end)

@@ -146,9 +146,9 @@ _PROBE_TOOL = {
 
 def probe(source: str, render: Any) -> Abilities:
     """Find out what a template can write. render: (messages, tools) -> text, raises UserError."""
-    needs_content = _attempt(render, _probe_messages(_PROBE_ARGUMENTS, None), None) is None
-    content = "" if needs_content else None
     forms = {"object": _PROBE_ARGUMENTS, "text": json.dumps(_PROBE_ARGUMENTS)}
+    needs_content = all(_attempt(render, _probe_messages(value, None), None) is None for value in forms.values())
+    content = "" if needs_content else None
     written = {form: _attempt(render, _probe_messages(value, content), None) or "" for form, value in forms.items()}
     with_tools = _attempt(render, [{"role": "user", "content": "probe"}], [_PROBE_TOOL]) or ""
     return Abilities(
