@@ -19,9 +19,11 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> It
 
 
 @pytest.fixture(scope="session")
-def locked_server(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Iterator[LiveServer]:
+def locked_server(
+    server: LiveServer, tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path
+) -> Iterator[LiveServer]:
     """A server that asks for a key; its one-time sign-in token is in home/signin."""
-    home = make_home(tmp_path_factory.mktemp("locked") / "home", tiny_model_dir)
+    home = make_home(tmp_path_factory.mktemp("locked") / "home", tiny_model_dir, like=server.home)
     with LiveServer(home, "--signin-token-file", str(home / SIGNIN_FILE)) as running:
         yield running
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,10 +28,16 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def make_home(root: Path, tiny_model_dir: Path) -> Path:
-    """A data folder in which the tiny model answers to the name `tiny`."""
-    Home(root).ensure()
+def make_home(root: Path, tiny_model_dir: Path, like: Path | None = None) -> Path:
+    """A data folder with the tiny model as `tiny` and `org/tiny-2`. like: one whose describe file is reused."""
+    home = Home(root).ensure()
     tiny.install_tiny_model(root, "tiny", built=tiny_model_dir)
+    second = tiny.install_tiny_model(root, "org--tiny-2", built=tiny_model_dir)
+    (second / "source.json").write_text(
+        json.dumps({"name": "org/tiny-2", "source": "a random model made by the tests"})
+    )
+    for described in (like / "cache").glob("describe-*.json") if like else ():
+        shutil.copy(described, home.cache)
     return root
 
 

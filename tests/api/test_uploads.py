@@ -27,12 +27,13 @@ def leftovers(server: LiveServer) -> list[Path]:
 
 
 def test_bytes_lie_by_hash_once(http: httpx.Client, server: LiveServer) -> None:
-    first, second = upload(http, ROWS).json(), upload(http, ROWS, "again.jsonl").json()
-    digest = hashlib.sha256(ROWS).hexdigest()
+    rows = ROWS + json.dumps({"messages": [], "only": "in this test"}).encode()
+    first, second = upload(http, rows).json(), upload(http, rows, "again.jsonl").json()
+    digest = hashlib.sha256(rows).hexdigest()
     blob = server.home / "files" / digest[:2] / digest
-    assert blob.read_bytes() == ROWS and blob.stat().st_mode & 0o077 == 0
+    assert blob.read_bytes() == rows and blob.stat().st_mode & 0o077 == 0
     http.delete(f"/v1/files/{first['id']}")
-    assert http.get(f"/v1/files/{second['id']}/content").content == ROWS
+    assert http.get(f"/v1/files/{second['id']}/content").content == rows
     http.delete(f"/v1/files/{second['id']}")
     assert not blob.exists() and not leftovers(server)
 

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-import signal
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Depends, FastAPI
-from fastapi.concurrency import run_in_threadpool
 
 from tunewright import __version__
-from tunewright.api import errors, idempotency
+from tunewright.api import background, errors
 from tunewright.api.auth import check_exposure, require_key
 from tunewright.api.guard import Envelope, HostOriginGuard, allowed_hosts
-from tunewright.api.lookup import is_expired
 from tunewright.api.routes import chat_completions, files, fine_tuning_jobs, health, models, ours
 from tunewright.api.state import Server
 from tunewright.engine.client import EngineProcess
-from tunewright.jobs.describe import load_describe
 from tunewright.jobs.store import Store
 from tunewright.jobs.supervisor import Supervisor
 
 ROUTERS = (health.router, files.router, fine_tuning_jobs.router, models.router, chat_completions.router, ours.router)
-HOUSEKEEPING_SECONDS = 20.0
-log = logging.getLogger("tunewright.api")
 
 
 def create_app(
@@ -69,42 +61,18 @@ def _lifespan(store: Store, open_access: bool) -> Callable[[FastAPI], Any]:
             supervisor=supervisor,
             engine=engine,
             open_access=open_access,
-            describing=asyncio.create_task(run_in_threadpool(load_describe, store.home)),
             supervising=asyncio.create_task(supervisor.run()),
         )
-        server.supervising.add_done_callback(_end_with_supervisor)
-        keeping = asyncio.create_task(_keep_house(server))
+        server.supervising.add_done_callback(background.end_with_supervisor)
+        keeping = [asyncio.create_task(job(server)) for job in (background.keep_house, background.share_cpu)]
         try:
             yield
         finally:
-            keeping.cancel()
-            server.supervising.cancel()
-            await asyncio.wait({keeping, server.supervising})
-            # workers save and end; the next server lets them go on
-            await run_in_threadpool(supervisor.stop_workers)
+            for task in (*keeping, server.supervising):
+                task.cancel()
+            await asyncio.wait((*keeping, server.supervising))
+            # workers go on by themselves; the next server finds them
             await engine.aclose()
             store.close()
 
     return lifespan
-
-
-def _end_with_supervisor(task: asyncio.Task[None]) -> None:
-    """Without its supervisor the server is of no use: end it, so that whoever keeps it alive starts it afresh."""
-    if not task.cancelled():
-        log.critical("the supervisor ended; the server ends with it", exc_info=task.exception())
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-async def _keep_house(server: Server) -> None:
-    """Remove expired files and forget old idempotency keys, every now and then."""
-    while True:
-        await run_in_threadpool(_tidy, server)
-        await asyncio.sleep(HOUSEKEEPING_SECONDS)
-
-
-def _tidy(server: Server) -> None:
-    idempotency.sweep(server.home)
-    with server.changing:
-        for row in server.store.list_files().data:
-            if is_expired(row):
-                server.store.delete_file(row.id)

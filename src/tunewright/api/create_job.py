@@ -7,7 +7,7 @@ from typing import Any
 
 from tunewright.api import jobspec
 from tunewright.api.idempotency import job_id_for
-from tunewright.api.lookup import check_trainable, find_data_file
+from tunewright.api.lookup import find_data_file, find_start
 from tunewright.api.requests import CreateJob
 from tunewright.api.state import ORG, Server
 from tunewright.core.durable import discard
@@ -20,8 +20,7 @@ def create(
 ) -> JobRow:
     """Check everything, write the run folder, index it. Raises UserError; then nothing was made."""
     jobspec.refuse_wandb(request)
-    spec = jobspec.build_spec(request, describe)
-    check_trainable(server, request.model)
+    spec = jobspec.build_spec(request, describe, find_start(server, request.model))
     train = find_data_file(server, request.training_file, "training_file")
     other = request.validation_file
     validation = find_data_file(server, other, "validation_file") if other else None

@@ -7,6 +7,7 @@ from typing import Any
 
 from tunewright.api.requests import CreateJob, Hyper
 from tunewright.core.errors import UserError, did_you_mean
+from tunewright.core.run import Artefact
 from tunewright.core.spec import KINDS, JobSpec, check_parts, parse_spec
 
 # fields of the job spec that have their place in OpenAI's own request
@@ -24,10 +25,15 @@ ELSEWHERE = {
 COMMON = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
 
-def build_spec(request: CreateJob, describe: Mapping[str, Any]) -> JobSpec:
-    """The complete, checked spec of a request. Raises one UserError (SpecError) that lists what is wrong."""
+def build_spec(request: CreateJob, describe: Mapping[str, Any], start: Artefact | None = None) -> JobSpec:
+    """The complete, checked spec of a request. Raises one UserError (SpecError) that lists what is wrong.
+
+    start: what the job continues from; an adapter goes on with its own tuner and options, unless the request differs.
+    """
     own = dict(request.tunewright or {})
     _check_own_keys(own)
+    if start is not None and start.kind == "adapter":
+        own["tuner"] = _inherited(start.tuner, own.get("tuner"))
     hyper = hyperparameters(request)
     objective = _objective(request, own, hyper, describe)
     raw = {
@@ -42,6 +48,15 @@ def build_spec(request: CreateJob, describe: Mapping[str, Any]) -> JobSpec:
         **{name: getattr(hyper, name) for name in COMMON},
     }
     return check_parts(parse_spec(raw), dict(describe))
+
+
+def _inherited(tuner: dict[str, Any], asked: Any) -> Any:
+    """The asked tuner over the parent's options, if it is the same one."""
+    wanted = {"name": asked} if isinstance(asked, str) else asked
+    if wanted is None:
+        return tuner
+    same = isinstance(wanted, dict) and wanted.get("name") == tuner["name"]
+    return {**tuner, **wanted} if same else asked
 
 
 def hyperparameters(request: CreateJob) -> Hyper:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from tunewright.api.state import Server
 from tunewright.core.errors import ModelNotFound, NotFound, UserError, did_you_mean
 from tunewright.core.ids import parse_model_name
+from tunewright.core.run import Artefact, read_artefact
 from tunewright.jobs.rows import FileRow, JobRow
 from tunewright.models.catalogue import ModelInfo, list_models
 
@@ -47,20 +49,23 @@ def find_target(server: Server, name: str) -> Target:
     return Target(name, None)
 
 
-def check_trainable(server: Server, name: str) -> None:
-    """Raise UserError (400 model_not_available) unless `name` is a base model or an `ft:` model or checkpoint."""
-    if parse_model_name(name) is not None:
-        known = server.store.find_model(name) is not None
-    else:
-        known = name in base_models(server)
-    if not known:
-        near = did_you_mean(name, known_names(server))
-        have = ", ".join(base_models(server))
-        raise UserError(
-            f"Model {name} is not available for fine-tuning or does not exist.{near} Base models: {have}.",
-            param="model",
-            code="model_not_available",
-        )
+def find_start(server: Server, name: str) -> Artefact | None:
+    """What a job on `name` continues from; None for a base model.
+
+    Raises UserError (400 model_not_available) unless `name` is a base model or an `ft:` model or checkpoint.
+    """
+    if parse_model_name(name) is None and name in base_models(server):
+        return None
+    row = server.store.find_model(name)
+    if row is not None:
+        return read_artefact(Path(row.folder))
+    near = did_you_mean(name, known_names(server))
+    raise UserError(
+        f"Model {name} is not available for fine-tuning or does not exist.{near} "
+        f"Base models: {', '.join(base_models(server))}.",
+        param="model",
+        code="model_not_available",
+    )
 
 
 class NoSuchFile(NotFound):

@@ -264,10 +264,14 @@ class WhoAmI(BaseModel):
 
 
 class Health(BaseModel):
-    """ready: jobs and models can be used. The engine starts with the first chat, so `stopped` is healthy."""
+    """ready: jobs and models can be used. The engine starts with the first chat, so `stopped` is healthy.
 
-    status: Literal["ready", "starting", "failing"]
-    database: str
-    supervisor: str
-    engine: str
+    parts: the list of tuners, objectives … that jobs are checked against; a job made while it is `loading` waits.
+    """
+
+    status: Literal["ready", "failing"]
+    database: Literal["ok", "damaged"]
+    supervisor: Literal["running", "ended"]
+    engine: Literal["running", "stopped", "failing"]
+    parts: Literal["ready", "loading", "broken"]
     version: str

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 
 from tunewright.api.generation import Slots
 from tunewright.core.home import Home
 from tunewright.engine.client import EngineProcess
+from tunewright.jobs.describe import load_describe
 from tunewright.jobs.store import Store
 from tunewright.jobs.supervisor import Supervisor
 
@@ -24,7 +26,7 @@ class Server:
     """Made by the lifespan of the app.
 
     describing: reads the describe file, which takes seconds the first time. changing: held while files and jobs are
-    made or removed, because a file's bytes are shared by hash.
+    made or removed, because a file's bytes are shared by hash. slots: generations at once.
     """
 
     home: Home
@@ -32,13 +34,21 @@ class Server:
     supervisor: Supervisor
     engine: EngineProcess
     open_access: bool
-    describing: asyncio.Task[dict[str, Any]]
     supervising: asyncio.Task[None]
     changing: threading.Lock = field(default_factory=threading.Lock)
     slots: Slots = field(default_factory=lambda: Slots(64))
+    describing: asyncio.Task[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._read_describe_file()
+
+    def _read_describe_file(self) -> None:
+        self.describing = asyncio.create_task(run_in_threadpool(load_describe, self.home))
 
     async def describe(self) -> dict[str, Any]:
         """The options and capabilities of every tuner, objective, optimizer and schedule."""
+        if self.describing.done() and self.describing.exception() is not None:
+            self._read_describe_file()  # what was missing may be there now
         return await asyncio.shield(self.describing)
 
 

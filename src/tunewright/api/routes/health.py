@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
@@ -13,23 +11,26 @@ from tunewright.api.schemas import Health
 from tunewright.api.state import Server, server_of
 
 router = APIRouter()
+BROKEN = ("damaged", "ended", "failing", "broken")
 
 
 @router.get("/healthz")
 async def healthz(request: Request) -> JSONResponse:
-    """200 when ready, 503 while starting or when a part is broken."""
+    """200 when ready, 503 when something is broken."""
     server = server_of(request)
     database = "ok" if await run_in_threadpool(server.store.check) else "damaged"
-    parts = {"database": database, "supervisor": _supervisor(server), "engine": server.engine.state}
-    health = Health(status=_status(server, parts), version=__version__, **parts)
-    return JSONResponse(health.model_dump(), 200 if health.status == "ready" else 503)
+    parts = {
+        "database": database,
+        "supervisor": "ended" if server.supervising.done() else "running",
+        "engine": server.engine.state,
+        "parts": _parts(server),
+    }
+    broken = {name for name, value in parts.items() if value in BROKEN}
+    health = Health.model_validate({**parts, "status": "failing" if broken else "ready", "version": __version__})
+    return JSONResponse(health.model_dump(), 503 if broken else 200)
 
 
-def _supervisor(server: Server) -> str:
-    return "stopped" if server.supervising.done() else "running"
-
-
-def _status(server: Server, parts: dict[str, str]) -> Any:
-    if parts["database"] != "ok" or parts["supervisor"] != "running" or parts["engine"] == "failing":
-        return "failing"
-    return "ready" if server.describing.done() else "starting"
+def _parts(server: Server) -> str:
+    if not server.describing.done():
+        return "loading"
+    return "ready" if server.describing.exception() is None else "broken"
