@@ -146,7 +146,9 @@ def test_memory_is_a_chunk_not_the_vocabulary(trained: bool) -> None:
             return out
 
     with Watch():
-        logprob.token_stats(h, head, torch.zeros(rows, dtype=torch.int64), {"logp", "correct"}, chunk)["logp"].sum().backward()
+        logprob.token_stats(h, head, torch.zeros(rows, dtype=torch.int64), {"logp", "correct"}, chunk)[
+            "logp"
+        ].sum().backward()
     assert 0 < largest <= chunk * vocab
 
 

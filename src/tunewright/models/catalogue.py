@@ -7,6 +7,7 @@ callers only, a path: a folder in the Hugging Face layout or a .gguf file.
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -69,6 +70,9 @@ CATALOGUE: dict[str, Entry] = {
 }
 
 
+_BY_HUB_ID = {entry.hub: name for name, entry in CATALOGUE.items() if entry.hub}
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What a name stands for.
@@ -125,10 +129,11 @@ def resolve(name: str, home: Home, *, allow_paths: bool = True) -> ModelInfo:
     allow_paths: whether `name` may be a path of this machine (never for requests that come over HTTP).
     Raises ModelNotFound with the nearest name and what to do.
     """
-    if looks_like_path(name) or (allow_paths and Path(name).expanduser().is_dir() and "/" in name):
+    if looks_like_path(name) or (allow_paths and "/" in name and os.path.isdir(name)):
         if allow_paths:
             return _from_path(name)
         raise ModelNotFound(f"The model '{name}' is a path; give the name of a model instead.", param="model")
+    name = _BY_HUB_ID.get(name, name)
     stored = home.models / name.replace("/", "--")
     if (SHORT.match(name) or HUB_ID.match(name)) and (stored / "config.json").is_file():
         return _stored(stored, name)
@@ -242,16 +247,16 @@ def _package_file(entry: Entry) -> Path | None:
 
 
 def _from_path(name: str) -> ModelInfo:
-    path = Path(name).expanduser().absolute()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    path = Path(os.path.abspath(os.path.expanduser(name)))
+    if os.path.isdir(path):
+        if not os.path.isfile(path / "config.json"):
             raise ModelNotFound(
                 f"The folder '{name}' holds no model: config.json is missing. "
                 "A model folder has config.json, *.safetensors and tokenizer.json.",
                 param="model",
             )
         return ModelInfo(str(path), path, "folder", f"folder {path}", str(path), title=path.name)
-    if path.is_file() and path.suffix == ".gguf":
+    if os.path.isfile(path) and path.suffix == ".gguf":
         return ModelInfo(path.stem, None, "gguf", f"file {path.name}", str(path), title=path.stem)
-    what = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
+    what = "is neither a folder nor a .gguf file" if os.path.exists(path) else "does not exist"
     raise ModelNotFound(f"The model path '{name}' {what}.", param="model")

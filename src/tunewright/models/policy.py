@@ -22,6 +22,10 @@ class Policy:
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
         self.model = model
         self.autocast = autocast
+        for module in model.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                # peft would first copy every input to float32, only for autocast to bring it down again
+                module.cast_input_dtype_enabled = autocast is None  # type: ignore[assignment]
 
     def hidden(self, batch: Batch) -> Tensor:
         """[T, D]: the last layer's output after the final norm, in the dtype of the computation."""

@@ -31,8 +31,9 @@ def check_packable(model: nn.Module) -> None:
         alone = policy.hidden(collate([b]))
         changed = policy.hidden(collate([_with_last_token(b, a.examples[0].ids[0])]))
         logits = _own_logits(model, b)
-    except TypeError as e:
-        raise _refused(model, f"its forward does not take packed rows ({e})") from e
+    except (TypeError, ValueError, AttributeError, RuntimeError) as e:
+        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise _refused(model, f"its forward does not take packed rows ({first})") from e
     tolerance = TOLERANCE.get(alone.dtype, _LOOSE)
     if _error(packed[_LONG:], alone) > tolerance:
         raise _refused(model, "a row's result depends on the row packed before it")

@@ -1,0 +1,30 @@
+"""What every contract test needs of a part: an instance with default options, and data of a shape it can use."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from tunewright.core.example import Example, Group
+
+
+def instance(table: Any, name: str) -> Any:
+    """The row's part with its default options."""
+    part = table.load(name)
+    return part(part.Options())
+
+
+def groups_for(card: Any, n: int = 6, vocab: int = 470) -> list[Group]:
+    """n groups of the size the objective asks for, of varied lengths; the examples of a group share their prompt."""
+    rng = random.Random(0)
+    size = card.group_size or 3
+    groups = []
+    for i in range(n):
+        prompt = [rng.randrange(vocab) for _ in range(rng.randint(2, 9))]
+        examples = []
+        for _ in range(size):
+            answer = [rng.randrange(vocab) for _ in range(rng.randint(1, 7))]
+            weights = [0.0] * len(prompt) + [rng.choice([1.0, 1.0, 0.5]) for _ in answer]
+            examples.append(Example(tuple(prompt + answer), tuple(weights), source=i + 1))
+        groups.append(Group(tuple(examples), prefix=len(prompt)))
+    return groups
