@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,20 @@ FAKE = Launcher(
     LAUNCHER.alive,
     LAUNCHER.signal,
 )
+
+
+@cache
+def _empty_database() -> bytes:
+    """A migrated database, made once: migrating takes longer than most tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Home(Path(folder)).ensure()
+        Store.open(home).close()
+        return home.database.read_bytes()
+
+
+def open_store(home: Home) -> Store:
+    home.ensure().database.write_bytes(_empty_database())
+    return Store.open(home)
 
 
 def add_base(home: Home, name: str = "base-1b") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import random
 import stat
 import subprocess
@@ -20,7 +21,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jobs_kit import add_base, dump, get, make_job, make_run, messages, row_of
+from jobs_kit import add_base, dump, get, make_job, make_run, messages, open_store, row_of
 
 from tunewright.core.durable import write_json
 from tunewright.core.errors import Busy, NotFound, StateError, UserError
@@ -34,10 +35,12 @@ from tunewright.jobs.prepare import create_run
 from tunewright.jobs.rows import STATUSES, TERMINAL, TRANSITIONS, FileRow, schema
 from tunewright.jobs.store import Store
 
+KIT = str(Path(__file__).parent)
+
 
 @pytest.fixture
 def store(home: Home) -> Iterator[Store]:
-    opened = Store.open(home)
+    opened = open_store(home)
     yield opened
     opened.close()
 
@@ -155,8 +158,8 @@ def test_every_job_can_end_and_ends_once() -> None:
     assert set(STATUSES) - TERMINAL >= {"validating_files"} and reach["validating_files"] >= TERMINAL
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(moves=st.lists(st.tuples(st.sampled_from(STATUSES), st.sampled_from(STATUSES)), max_size=20))
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(moves=st.lists(st.tuples(st.sampled_from(STATUSES), st.sampled_from(STATUSES)), max_size=12))
 def test_random_walks_stay_in_the_table_and_in_the_journal(store: Store, moves: list[tuple[str, str]]) -> None:
     run, status = make_job(store), "validating_files"
     for expected, new in moves:
@@ -469,6 +472,67 @@ def test_a_newer_database_is_refused(home: Home) -> None:
         Store.open(home)
     with pytest.raises(UserError, match="newer version"):
         Store.open(home)  # and it was not locked by the attempt
+
+
+FULL_DISK = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from jobs_kit import get, make_job
+from tunewright.core.errors import DiskFull
+from tunewright.core.home import Home
+from tunewright.jobs.files import FileRow
+from tunewright.jobs.store import Store
+home = Home(Path(sys.argv[1]) / "home").ensure()
+store = Store.open(home)
+run = make_job(store)
+blob = home.blob("ab" * 32)
+blob.parent.mkdir()
+blob.write_bytes(bytes(1 << 20))
+store.add_file(FileRow("file-1", 1 << 20, 1, "a", "fine-tune", "ab" * 32))
+with open(home.root / "filler", "wb", buffering=0) as f:
+    for size in (1 << 20, 1 << 12, 1):
+        try:
+            while True:
+                f.write(bytes(size))
+        except OSError:
+            pass
+failures = 0
+for n in range(20):
+    try:
+        store.add_event(run.id, "info", "x" * 4000)
+    except DiskFull as e:
+        failures += 1
+        print("full:", e.message)
+        break
+assert failures == 1, "the disk was not full"
+assert store.list_jobs().data[0].id == run.id
+assert store.delete_file("file-1") and not blob.exists()
+assert store.update_job(run.id, {"validating_files"}, status="cancelled")
+store.close()
+store = Store.open(home)
+assert store._db.check() and get(store, run).status == "cancelled"
+print("ok")
+"""
+
+
+def may_mount() -> bool:
+    done = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "t", "/mnt"], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not may_mount(), reason="needs a small file system of its own")
+def test_on_a_full_disk_reading_deleting_and_cancelling_still_work(tmp_path: Path) -> None:
+    mount = f'mount -t tmpfs -o size=32m t {tmp_path} && exec {sys.executable} -c "$CODE" {tmp_path} {KIT}'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount],
+        env={**os.environ, "CODE": FULL_DISK},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1:] == ["ok"], done.stdout + done.stderr
+    assert "Free some space" in done.stdout
 
 
 def test_jobs_need_no_torch() -> None:

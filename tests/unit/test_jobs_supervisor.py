@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from jobs_fake_worker import loss
-from jobs_kit import FAKE, at_step, dump, get, make_job, make_run, messages, status_is, supervisor, until
+from jobs_kit import FAKE, at_step, dump, get, make_job, make_run, messages, open_store, status_is, supervisor, until
 
 from tunewright.core.errors import DataError, NotFound, StateError
 from tunewright.core.home import Home
@@ -28,7 +28,7 @@ KIT = str(Path(__file__).parent)
 
 @pytest.fixture
 def store(home: Home) -> Iterator[Store]:
-    opened = Store.open(home)
+    opened = open_store(home)
     yield opened
     for run in (opened.run(job_id) for job_id in opened.job_ids()):
         local.signal_group(run, signal.SIGKILL)

@@ -17,7 +17,8 @@ def adopt(store: Store, launcher: Launcher) -> None:
     """Index runs that the store does not know. They come in as running; the next tick sees what became of them."""
     known = store.job_ids()
     for run in list_runs(store.home):
-        if run.id not in known and (run.attempts() or launcher.alive(run)):
+        begun = max(run.attempts(), default=0) > 0  # attempts/0 is the server's own journal
+        if run.id not in known and (begun or launcher.alive(run)):
             try:
                 store.add_job(row_of(run))
             except (TunewrightError, ValueError, OSError) as e:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from sqlalchemy import delete, insert, select, update
 
 from tunewright.core.ids import new_id, random_part
-from tunewright.jobs.db import Database
+from tunewright.jobs.db import Database, rows_of
 from tunewright.jobs.rows import KeyRow, keys, signin_tokens
 
 KEY_PREFIX = "sk-tw-"
@@ -45,7 +46,7 @@ class Keys:
         hint = f"{plain[:9]}…{plain[-4:]}"
         row = KeyRow(new_id("key_"), name, kind, hint, now, expires_at=None if ttl is None else now + ttl)
         with self._db.write() as c:
-            c.execute(insert(keys).values(**row.__dict__, hash=self._hash(plain)))
+            c.execute(insert(keys).values(**asdict(row), hash=self._hash(plain)))
         return plain, row
 
     def check(self, plain: str, now: int) -> KeyRow | None:
@@ -60,13 +61,13 @@ class Keys:
         if (found["last_used"] or 0) < now - _LAST_USED_SECONDS:
             with self._db.write() as c:
                 c.execute(update(keys).where(keys.c.id == found["id"]).values(last_used=now))
-        return KeyRow(**{k: v for k, v in found.items() if k in KeyRow.__dataclass_fields__})
+        return rows_of(KeyRow, [found])[0]
 
     def list(self) -> list[KeyRow]:
         """All keys, newest first, revoked ones too."""
         with self._db.read() as c:
             found = c.execute(select(keys).order_by(keys.c.n.desc())).mappings().all()
-        return [KeyRow(**{k: v for k, v in row.items() if k in KeyRow.__dataclass_fields__}) for row in found]
+        return rows_of(KeyRow, found)
 
     def revoke(self, key_id: str, now: int) -> bool:
         """Switch a key off for good. False when there is no such key or it is off already."""

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields, replace
-from typing import Any, TypeVar
+from dataclasses import asdict
+from typing import Any
 
-from sqlalchemy import Connection, Select, Table, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, delete, func, or_, select, update
 from sqlalchemy.dialects.sqlite import insert as insert_or
-from sqlalchemy.exc import DatabaseError
 
-from tunewright.core.durable import Lock, read_json, write_json
+from tunewright.core.durable import Lock
 from tunewright.core.errors import Busy, NotFound
 from tunewright.core.events import Event, read_events
 from tunewright.core.home import Home
-from tunewright.core.ids import random_part
 from tunewright.core.run import Run, list_runs
 from tunewright.jobs import journal, models
-from tunewright.jobs.db import Database
+from tunewright.jobs.db import Database, one_page, open_database, rows_of
+from tunewright.jobs.files import Files
 from tunewright.jobs.journal import Line
 from tunewright.jobs.keys import Keys, read_pepper
 from tunewright.jobs.models import stable_id
@@ -36,18 +35,11 @@ from tunewright.jobs.rows import (
     ModelRow,
     Page,
     events,
-    files,
     jobs,
     tails,
 )
 
-R = TypeVar("R")
 _UNJOURNALED = frozenset({"estimated_finish"})
-
-
-def _rows(cls: type[R], found: Iterable[Any]) -> list[R]:
-    names = [f.name for f in fields(cls)]  # pyright: ignore[reportArgumentType]
-    return [cls(**{n: row[n] for n in names}) for row in found]
 
 
 class Store:
@@ -58,6 +50,7 @@ class Store:
         self._db = db
         self._lock = lock
         self._keys = keys
+        self._files = Files(db, home)
         self._clock = clock
 
     @classmethod
@@ -70,7 +63,7 @@ class Store:
         home.ensure()
         lock = _server_lock(home)
         try:
-            db, fresh = _open_database(home)
+            db, fresh = open_database(home.database)
             store = cls(home, db, lock, Keys(db, read_pepper(home.root / "pepper")), clock)
             if fresh:
                 store.rebuild()
@@ -100,60 +93,36 @@ class Store:
     # ---- files ----
 
     def add_file(self, row: FileRow) -> None:
-        """Record a file whose bytes are already at home.blob(row.sha256)."""
-        sidecar = self._sidecar(row.id)
-        sidecar.parent.mkdir(mode=0o700, exist_ok=True)
-        write_json(sidecar, asdict(row))
-        with self._db.write() as c:
-            c.execute(insert_or(files).values(**asdict(row)).on_conflict_do_nothing())
+        """Record a file whose bytes are already at home.blob(row.sha256). Doing it twice changes nothing."""
+        self._files.add(row)
 
     def get_file(self, file_id: str) -> FileRow | None:
-        with self._db.read() as c:
-            found = c.execute(select(files).where(files.c.id == file_id)).mappings().first()
-        return None if found is None else _rows(FileRow, [found])[0]
+        return self._files.get(file_id)
 
     def update_file(self, file_id: str, **changes: Any) -> bool:
         """Change fields of a file's row (status, status_details …). False when there is no such file."""
-        row = self.get_file(file_id)
-        if row is None:
-            return False
-        write_json(self._sidecar(file_id), asdict(replace(row, **changes)))
-        with self._db.write() as c:
-            return c.execute(update(files).where(files.c.id == file_id).values(**changes)).rowcount == 1
+        return self._files.update(file_id, changes)
 
     def list_files(
         self, purpose: str | None = None, after: str | None = None, limit: int = 10_000, order: str = "desc"
     ) -> Page[FileRow]:
         """Files of a purpose (None: all), newest first unless order is `asc`. Raises NotFound for a bad `after`."""
-        query = select(files)
-        if purpose is not None:
-            query = query.where(files.c.purpose == purpose)
-        return self._page(FileRow, query, files, after, limit, order)
+        return self._files.list(purpose, after, limit, order)
 
     def delete_file(self, file_id: str) -> bool:
         """Forget a file, and remove its bytes unless another file has the same. Jobs keep their own link to them."""
-        row = self.get_file(file_id)
-        if row is None:
-            return False
-        with self._db.write() as c:
-            c.execute(delete(files).where(files.c.id == file_id))
-            same = c.execute(select(func.count()).select_from(files).where(files.c.sha256 == row.sha256)).scalar_one()
-            self._sidecar(file_id).unlink(missing_ok=True)
-            if same == 0:
-                self.home.blob(row.sha256).unlink(missing_ok=True)
-        return True
-
-    def _sidecar(self, file_id: str) -> Any:
-        return self.home.files / "rows" / f"{file_id}.json"
+        return self._files.delete(file_id)
 
     # ---- jobs ----
 
     def add_job(self, row: JobRow) -> None:
-        """Record a job whose run folder is complete."""
+        """Record a job whose run folder is complete. Doing it twice changes nothing."""
         first = [journal.change(asdict(row)), Line(f"Created fine-tuning job: {row.id}")]
         at = (lambda: float(row.created_at)) if row.started_by == "foreground" else self._clock
         with self._db.write() as c:
-            self._apply(c, row.id, *journal.append(self.run(row.id), first, at))
+            self._catch_up(c, row.id)
+            if c.execute(select(jobs.c.n).where(jobs.c.id == row.id)).first() is None:
+                self._apply(c, row.id, *journal.append(self.run(row.id), first, at))
 
     def job_ids(self) -> set[str]:
         with self._db.read() as c:
@@ -162,7 +131,7 @@ class Store:
     def get_job(self, job_id: str) -> JobRow | None:
         with self._db.read() as c:
             found = c.execute(select(jobs).where(jobs.c.id == job_id)).mappings().first()
-        return None if found is None else _rows(JobRow, [found])[0]
+        return None if found is None else rows_of(JobRow, [found])[0]
 
     def list_jobs(
         self, after: str | None = None, limit: int = 20, metadata: dict[str, str] | str | None = None
@@ -175,13 +144,13 @@ class Store:
             for key, value in metadata.items():
                 pair = func.json_each(jobs.c.metadata).table_valued("key", "value")
                 query = query.where(select(pair.c.key).where(pair.c.key == key, pair.c.value == value).exists())
-        return self._page(JobRow, query, jobs, after, limit)
+        return one_page(self._db, JobRow, query, jobs, after, limit)
 
     def jobs_with(self, statuses: Iterable[str]) -> list[JobRow]:
         """All jobs in one of the statuses, oldest first."""
         with self._db.read() as c:
             found = c.execute(select(jobs).where(jobs.c.status.in_(list(statuses))).order_by(jobs.c.n))
-            return _rows(JobRow, found.mappings())
+            return rows_of(JobRow, found.mappings())
 
     def update_job(self, job_id: str, expect_status: set[str], *, say: Iterable[Line] = (), **changes: Any) -> bool:
         """Change a job in one step, if its status is one of `expect_status`; else change nothing and say False.
@@ -290,7 +259,7 @@ class Store:
     def list_models(self) -> list[ModelRow]:
         """Every model and checkpoint that jobs left, newest job first."""
         with self._db.read() as c:
-            every = _rows(JobRow, c.execute(select(jobs).order_by(jobs.c.n.desc())).mappings())
+            every = rows_of(JobRow, c.execute(select(jobs).order_by(jobs.c.n.desc())).mappings())
         saved = self._saved()
         return [
             m.model
@@ -302,7 +271,7 @@ class Store:
         """The model or checkpoint called `name`, or None."""
         with self._db.read() as c:
             query = select(jobs).where(jobs.c.name == models.final_name(name))
-            found = _rows(JobRow, c.execute(query).mappings())
+            found = rows_of(JobRow, c.execute(query).mappings())
         rows = [m.model for j in found for m in models.of_job(self.run(j.id), j, self._saved(j.id))]
         return next((m for m in rows if m.name == name), None)
 
@@ -356,10 +325,9 @@ class Store:
     def rebuild(self) -> None:
         """Empty the index and read files, jobs, events, checkpoints and models back from the data folder."""
         with self._db.write() as c:
-            for table in (tails, events, jobs, files):
+            for table in (tails, events, jobs):
                 c.execute(delete(table))
-            for path in sorted((self.home.files / "rows").glob("*.json"), key=lambda p: p.stat().st_mtime_ns):
-                c.execute(insert(files).values(**read_json(path)))
+        self._files.rebuild()
         self._catch_up_all()
         for job in self.jobs_with(TRANSITIONS):
             self.catch_up(job.id)
@@ -399,20 +367,6 @@ class Store:
         tail = insert_or(tails).values(job_id=job_id, attempt=attempt, offset=offset)
         c.execute(tail.on_conflict_do_update(index_elements=["job_id", "attempt"], set_={"offset": offset}))
 
-    def _page(
-        self, cls: type[R], query: Select[Any], table: Table, after: str | None, limit: int, order: str = "desc"
-    ) -> Page[R]:
-        """One page of a table that is listed by age."""
-        n = table.c.n
-        with self._db.read() as c:
-            if after is not None:
-                at = c.execute(select(n).where(table.c.id == after)).scalar()
-                if at is None:
-                    raise NotFound(f"No such object: {after}", param="after")
-                query = query.where(n < at if order == "desc" else n > at)
-            found = c.execute(query.order_by(n.desc() if order == "desc" else n).limit(limit + 1)).mappings().all()
-        return Page(_rows(cls, found[:limit]), len(found) > limit)
-
 
 def _server_lock(home: Home) -> Lock:
     try:
@@ -423,25 +377,6 @@ def _server_lock(home: Home) -> Lock:
             f"The data folder {home.root} is in use by another tunewright server ({who}). "
             "Stop that one, or set TUNEWRIGHT_HOME to another folder."
         ) from e
-
-
-def _open_database(home: Home) -> tuple[Database, bool]:
-    """The migrated database, and whether it is new. A damaged one is set aside."""
-    fresh = not home.database.exists()
-    db = Database(home.database)
-    try:
-        if fresh or db.check():
-            db.migrate()
-            return db, fresh
-    except DatabaseError as e:
-        if "malformed" not in str(e.orig) and "not a database" not in str(e.orig):
-            raise
-    db.close()
-    for path in home.root.glob(f"{home.database.name}*"):
-        path.rename(home.root / f"damaged-{random_part(8)}-{path.name}")
-    db = Database(home.database)
-    db.migrate()
-    return db, True
 
 
 def _offset(c: Connection, job_id: str, attempt: int) -> int:
@@ -466,7 +401,7 @@ def _line(job_id: str, e: Event) -> dict[str, Any]:
 
 
 def _event_row(found: Any) -> EventRow:
-    return _rows(EventRow, [{**found, "created_at": int(found["time"])}])[0]
+    return rows_of(EventRow, [{**found, "created_at": int(found["time"])}])[0]
 
 
 def _supersede(c: Connection, job_id: str) -> None:
