@@ -62,6 +62,7 @@ def test_a_folder_in_use_by_another_server_is_one_message(home: Home, capsys: py
 
 
 def test_the_first_key_is_made_once(home: Home) -> None:
+    assert serving.make_first_key(home, open=True) is None
     key = serving.make_first_key(home)
     assert key is not None and key.startswith("sk-")
     assert serving.make_first_key(home) is None

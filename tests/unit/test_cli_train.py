@@ -38,6 +38,14 @@ def test_overrides_are_yaml_values_and_reach_into_parts(tmp_path: Path) -> None:
     assert spec.tuner.name == "lora" and spec.tuner.options == {"r": 32, "alpha": 64}
 
 
+def test_an_option_of_a_default_part_can_be_set_alone() -> None:
+    spec = train.read_spec(None, ["model=m", "training_file=t", "tuner.r=4", "schedule.warmup=0"])
+    assert (spec.tuner.name, spec.tuner.options) == ("lora", {"r": 4})
+    assert (spec.schedule.name, spec.schedule.options) == ("linear", {"warmup": 0})
+    spec = train.read_spec(None, ["model=m", "training_file=t", "decoding.temperature=0.5"])
+    assert spec.decoding == {"temperature": 0.5}
+
+
 def test_no_file_is_needed_when_fields_are_set() -> None:
     spec = train.read_spec(None, ["model=m", "training_file=t.jsonl"])
     assert (spec.model, spec.training_file) == ("m", "t.jsonl")

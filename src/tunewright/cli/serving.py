@@ -77,13 +77,17 @@ def check_port(host: str, port: int, option: str) -> None:
     )
 
 
-def make_first_key(home: Home) -> str | None:
-    """A new API key if the data folder has none yet. Raises Busy if another server uses the folder."""
+def make_first_key(home: Home, open: bool = False) -> str | None:
+    """A new API key if the data folder has none yet and the server asks for one.
+
+    Raises Busy if another server uses the folder.
+    """
     from tunewright.jobs.store import Store
 
     store = Store.open(home)
     try:
-        return None if any(k.kind == "key" for k in store.list_keys()) else store.add_key("first key")[0]
+        needed = not open and not any(k.kind == "key" for k in store.list_keys())
+        return store.add_key("first key")[0] if needed else None
     finally:
         store.close()
 

@@ -102,9 +102,16 @@ def override(raw: Any, item: str) -> Any:
     head, _, rest = key.partition(".")
     if not rest:
         return {**raw, head: value}
-    inner = raw.get(head, {})
+    inner = raw.get(head, default_part(head))
     inner = {"name": inner} if isinstance(inner, str) else inner
     return {**raw, head: override(inner, f"{rest}={text}")}
+
+
+def default_part(field: str) -> dict[str, Any]:
+    """The part that a job has where its spec says nothing, so that one option of it can be set alone."""
+    from tunewright.core.spec import KINDS, JobSpec
+
+    return {"name": JobSpec.model_fields[field].default.name} if field in KINDS else {}
 
 
 def find_run(home: Home, job_id: str) -> Run:

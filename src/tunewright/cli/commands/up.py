@@ -28,7 +28,7 @@ def up(
     from tunewright.core.home import find_home
 
     place = serving.choose_place(find_home(home).ensure(), host, port, web_port, no_web, open)
-    first_key = serving.make_first_key(place.home)
+    first_key = serving.make_first_key(place.home, open)
     children = serving.make_children(place)
     stops = serving.catch_stops()
     say("Starting tunewright …")
