@@ -163,6 +163,7 @@ class Artefacts:
         net: Any = load_model(target.folder, self.dtype)
         if target.merged and target.adapter is not None:
             _verify(target.adapter)
+            _untie(net)
             net = PeftModel.from_pretrained(net, target.adapter, is_trainable=False).merge_and_unload()
         net.set_attn_implementation(attention.register())
         net.requires_grad_(False)
@@ -187,6 +188,14 @@ class Artefacts:
     def _evict(self, key: str) -> None:
         del self.models[key]
         gc.collect()  # a module graph has cycles; its memory should go now, not some day
+
+
+def _untie(net: Any) -> None:
+    """Give the LM head weights of its own: an adapter of the embedding, merged, must not change the head as well."""
+    head, embedding = net.get_output_embeddings(), net.get_input_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        net.config.tie_word_embeddings = False
 
 
 def _stamp(folder: Path, file: str) -> str:

@@ -26,7 +26,7 @@ from tunewright.engine.attention import Chunk, Singles, StepPlan
 from tunewright.engine.request import GenerateRequest, settle
 from tunewright.engine.sampler import choose, draw, edit_logits, logprobs
 from tunewright.engine.scheduler import Limits, Scheduler, Sequence
-from tunewright.engine.text import BROKEN, Piece, TextStream
+from tunewright.engine.text import Piece, TextStream, token_bytes
 from tunewright.engine.tools import MARK, parse_tool_calls
 from tunewright.ops.runtime import choose_dtype, set_threads
 
@@ -206,7 +206,7 @@ class Engine:
             kv=_plan(work, first),
         ).logits[0]
         for s, n in work:
-            s.cache.length += n  # type: ignore[union-attr]
+            s.place.length += n
         for s, logits_V in zip(complete, logits_NV.float(), strict=False):
             if s.request.id in self.requests:
                 self._extend(s, logits_V)
@@ -245,8 +245,7 @@ class Engine:
     def _tell(self, s: Sequence, pieces: list[Piece]) -> None:
         reports = s.request.tokens[s.index]
         for piece in pieces:
-            if reports:
-                s.request.emit({"type": "token", "index": s.index, "text": piece.text, **reports[piece.position]})
+            s.request.emit({"type": "token", "index": s.index, "text": piece.text, **reports[piece.position]})
 
     def _fail(self, request: Request, error: TunewrightError) -> None:
         self.abort(request.id)
@@ -255,7 +254,8 @@ class Engine:
     def _free(self, s: Sequence) -> None:
         self.scheduler.remove(s)
         if s.cache is not None:
-            s.request.model.kv.close(s.cache)
+            with torch.inference_mode():  # an abort comes from outside a step, and others may have to move
+                s.request.model.kv.close(s.cache)
             self.artefacts.release(s.request.model, s.request.target)
             s.cache = None
 
@@ -273,13 +273,7 @@ def encode(asked: GenerateRequest, target: Target) -> list[int]:
     elif asked.prompt is not None:
         tokens, _ = tokenizer.encode(asked.prompt, add_special=True)
     else:
-        try:
-            text = tokenizer.render(asked.messages or [], tools=asked.tools, add_generation_prompt=True)
-        except FAILURES as e:
-            raise UserError(
-                f"The model's chat template cannot show these messages: {first_line(e)}", param="messages"
-            ) from e
-        tokens, _ = tokenizer.encode(text)
+        tokens = tokenizer.encode_chat(asked.messages or [], asked.tools)
     if not tokens:
         raise UserError("The input has no tokens; give at least one character.", param="prompt")
     return tokens
@@ -302,15 +296,15 @@ def _route(work: list[tuple[Sequence, int]], first: dict[Sequence, int]) -> list
 
 
 def _plan(work: list[tuple[Sequence, int]], first: dict[Sequence, int]) -> StepPlan:
-    chunks = [Chunk(s.cache, first[s], first[s] + n, s.n_done) for s, n in work if n > 1 and s.cache is not None]
+    chunks = [Chunk(s.place, first[s], first[s] + n, s.n_done) for s, n in work if n > 1]
     by_pool: dict[int, list[Sequence]] = {}
     for s, n in work:
-        if n == 1 and s.cache is not None:
-            by_pool.setdefault(id(s.cache.pool), []).append(s)
+        if n == 1:
+            by_pool.setdefault(id(s.place.pool), []).append(s)
     singles = []
     for members in by_pool.values():
-        places = [(s.cache.slot, first[s], s.n_done) for s in members if s.cache is not None]
-        pool = members[0].cache.pool  # type: ignore[union-attr]
+        places = [(s.place.slot, first[s], s.n_done) for s in members]
+        pool = members[0].place.pool
         rows_N = torch.zeros(len(pool.owners), dtype=torch.long)
         at_N = torch.zeros_like(rows_N)
         for slot, row, at in places:
@@ -336,9 +330,8 @@ def _report(request: Request, token: int, logits_V: Tensor) -> Event:
 
 
 def _token_text(tokenizer: Any, token: int) -> Event:
-    """A token as text and bytes; bytes is None for a part of a character."""
     text = tokenizer.decode([token], skip_special=False)
-    return {"token": text, "bytes": None if BROKEN in text else list(text.encode())}
+    return {"token": text, "bytes": token_bytes(tokenizer.token(token), text)}
 
 
 def _done(request: Request) -> Event:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -96,12 +97,12 @@ _KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weigh
 
 def is_plain_lora(folder: Path) -> bool:
     """Whether the adapter is LoRA on linear layers of the body and nothing else."""
-    config = read_json(folder / "adapter_config.json")
+    config = _config(folder)
     return (
         config.get("peft_type") == "LORA"
         and not any(config.get(name) for name in _BEYOND_PLAIN)
         and config.get("bias", "none") == "none"
-        and all(_KEY.match(k) and ".lm_head." not in k for k in load_file(folder / "adapter_model.safetensors"))
+        and all(_KEY.match(k) and ".lm_head." not in k for k in _tensors(folder))
     )
 
 
@@ -110,8 +111,7 @@ def load_adapter(model: nn.Module, name: str, folder: Path) -> int:
 
     Raises CheckpointError if it does not fit the model (then nothing was added).
     """
-    config = read_json(folder / "adapter_config.json")
-    tensors = load_file(folder / "adapter_model.safetensors")
+    config, tensors = _config(folder), _tensors(folder)
     layers = {path: m for path, m in model.named_modules() if isinstance(m, ServeLinear)}
     found = {m["path"]: m.string for key in tensors if (m := _KEY.match(key)) and m["side"] == "A"}
     pairs = {}
@@ -134,6 +134,21 @@ def load_adapter(model: nn.Module, name: str, folder: Path) -> int:
 def drop_adapter(model: nn.Module, name: str) -> None:
     for layer in _layers(model):
         layer.pairs.pop(name, None)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / "adapter_config.json")
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"The adapter '{folder.name}' has no readable adapter_config.json.") from e
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors; the file is mapped, so only what is used is read."""
+    try:
+        return load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(f"The adapter '{folder.name}' has no readable adapter_model.safetensors.") from e
 
 
 def _layers(model: nn.Module) -> Iterator[ServeLinear]:

@@ -45,6 +45,13 @@ class Sequence:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def place(self) -> Cache:
+        """The cache of a running sequence."""
+        if self.cache is None:
+            raise RuntimeError("the sequence is not running")
+        return self.cache
+
+    @property
     def n_done(self) -> int:
         """Tokens whose keys and values are in the cache."""
         return self.cache.length if self.cache is not None else 0
