@@ -126,9 +126,17 @@ def error_box(message: str, title: str = "", name: str = "error") -> Element:
     return made
 
 
+def scrollable(place: E, label: str) -> E:
+    """A place with a scroll bar of its own, which the keyboard can reach too."""
+    place.props["tabindex"] = "0"
+    place.props["role"] = "region"
+    place.props["aria-label"] = label
+    return place
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], label: str, name: str) -> Element:
     """A real HTML table. A cell is text, or a function that builds elements inside the cell."""
-    with tag(box("tw-table-wrap"), name) as made, box("tw-table", "table") as grid:
+    with tag(scrollable(box("tw-table-wrap"), label), name) as made, box("tw-table", "table") as grid:
         grid.props["aria-label"] = label
         with box(kind="thead"), box(kind="tr"):
             for column in columns:
@@ -220,10 +228,8 @@ def drop_zone(
     template = """
         <div class="tw-drop-inner">
           <q-icon name="upload_file" class="tw-drop-icon" aria-hidden="true"></q-icon>
-          <span>%s</span>
-          <q-btn unelevated no-caps dense class="tw-btn tw-btn-plain" label="Choose a file" @click="props.pickFiles">
-            <q-uploader-add-trigger></q-uploader-add-trigger>
-          </q-btn>
+          <label class="tw-grow"><q-uploader-add-trigger></q-uploader-add-trigger>%s</label>
+          <q-btn unelevated no-caps dense class="tw-btn tw-btn-plain" label="Choose a file" @click="props.pickFiles" />
         </div>
     """
     made.add_slot("header", template % html.escape(words))

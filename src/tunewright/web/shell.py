@@ -119,7 +119,7 @@ def root_of(desk: Desk) -> Any:
             return
         build_header(session)
         build_banner(desk)
-        with kit.box("tw-main", "main"):
+        with kit.box("tw-main"):
             kit.Pages(
                 {
                     "/": lambda: home(session),

@@ -125,8 +125,8 @@ def build_parts() -> Parts:
                 checkpoints = kit.box()
             with kit.card("Events", "tw-events-card"):
                 steps = ui.switch("Every step").props("dense size=xs").classes("tw-steps")
-                events = kit.tag(kit.box("tw-events", "ol"), "events")
-                events.props["aria-label"] = "Events, newest first"
+                with kit.scrollable(kit.box("tw-events"), "Events, newest first"):
+                    events = kit.tag(kit.box(kind="ol"), "events")
         with kit.card("Details"):
             details = kit.box()
     parts = Parts(head, progress, bar, words, loss, accuracy, checkpoints, details, events)
@@ -235,7 +235,7 @@ def build_checkpoints(job: dict[str, Any], checkpoints: list[dict[str, Any]]) ->
         kit.Text("This job left none." if ended else "One appears at the end of each epoch.", "tw-muted")
         return
     columns = ("Step", "Loss", "Validation", "Accuracy", "")
-    kit.table(columns, [checkpoint_row(job, c) for c in checkpoints], "Checkpoints", "checkpoints")
+    kit.table(columns, [checkpoint_row(job, c) for c in checkpoints], "Checkpoints by step", "checkpoints")
 
 
 def checkpoint_row(job: dict[str, Any], checkpoint: dict[str, Any]) -> tuple[Any, ...]:

@@ -40,6 +40,7 @@ def build_all(session: Session, models: list[dict[str, Any]], model: str, base: 
             "forum", "There is no model to talk to", "See `tunewright models` for what this server can load."
         )
         return
+    kit.heading("Playground", 1, "tw-unseen")
     with kit.box("tw-columns"):
         columns = [build_column(session, side, chats[side], names) for side in SIDES]
     build_composer(session, columns)
@@ -92,7 +93,7 @@ def build_column(session: Session, side: str, chat: Chat, names: list[str]) -> C
             kit.icon_button("code", "Copy as Python code", lambda: show_code(session, chat), f"code-{side}")
             kit.icon_button("delete_sweep", "Clear this conversation", chat.clear, f"clear-{side}")
         build_settings(side, chat, set_setting)
-        log = kit.tag(kit.box("tw-log"), f"log-{side}")
+        log = kit.tag(kit.scrollable(kit.box("tw-log"), f"Conversation, {side}"), f"log-{side}")
         log.props["aria-live"] = "polite"
         note = kit.tag(kit.Text("", "tw-note"), f"note-{side}")
     return Column(chat, log, note)

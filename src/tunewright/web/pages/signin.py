@@ -15,7 +15,7 @@ PROBLEMS = {
 
 
 def build(desk: Desk, store: MutableMapping[str, Any], problem: str = "") -> None:
-    with kit.box("tw-signin", "main"), kit.card(name="signin"):
+    with kit.box("tw-signin"), kit.card(name="signin"):
         with kit.box("tw-brand"):
             kit.box("tw-logo")
             kit.Text("tunewright", "tw-wordmark")
