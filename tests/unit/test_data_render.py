@@ -103,6 +103,7 @@ def test_tool_calls_are_trained(tiny_model_dir: Path) -> None:
     for template, call in (
         (kinds.TOOLS, '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'),
         (kinds.TEXT_ARGUMENTS, 'weather {"city": "Köln"}'),
+        (kinds.CALLS_FIRST, '<call>weather{"city": "Köln"}'),
     ):
         tokenizer = make(tiny_model_dir, template)
         tools = {"tools": [kinds.TOOL]} if template == kinds.TOOLS else {}

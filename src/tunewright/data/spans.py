@@ -69,8 +69,8 @@ def _boundaries(turns: Turns, i: int, full: str, tokenizer: Tokenizer) -> tuple[
         if through.startswith(prompt):
             return len(prompt), through
     # no turn before it, or a prompt that ends in e.g. `<think>`, which past turns do not have: ask the template where
-    # it puts the content, by giving it another one
-    other = {**turns.messages[i], "content": MARK}
+    # a turn begins, by giving it another content (and no calls, which some templates write before the content)
+    other = {k: v for k, v in turns.messages[i].items() if k != "tool_calls"} | {"content": MARK}
     marked = _render(replace(turns, messages=[*turns.messages[:i], other]), i + 1, tokenizer)
     return _common(marked.partition(MARK)[0], through), through
 
