@@ -56,7 +56,8 @@ PROMPT_THINKS = (
 CALLS_FIRST = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for c in m.tool_calls or [] %}"
     "{{ '<call>' + c.function.name + (c.function.arguments | tojson) }}{% endfor %}"
-    "{{ (m.content or '') + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    "{{ (m.content or '') + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 # No control tokens at all.
 NO_END = (

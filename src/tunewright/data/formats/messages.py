@@ -21,7 +21,6 @@ KEYS: dict[str, frozenset[str]] = {
     "tool": _TEXT_KEYS | {"tool_call_id"},
     "function": _TEXT_KEYS,
 }
-_PLAIN = frozenset({"role", "content"})
 
 
 def read_messages(items: list[Any], path: str, found: Findings) -> list[Message]:
@@ -29,10 +28,20 @@ def read_messages(items: list[Any], path: str, found: Findings) -> list[Message]
     messages: list[Message] = []
     calls: dict[str, str] = {}  # id of every call so far -> name of the function
     for i, item in enumerate(items):
-        message = _read_message(item, i, f"{path}[{i}]", calls, found)
+        message = _plain_message(item) or _read_message(item, i, f"{path}[{i}]", calls, found)
         if message is not None:
             messages.append(message)
     return messages
+
+
+def _plain_message(item: Any) -> Message | None:
+    """The short way for most messages: a role and a text, and nothing else."""
+    if type(item) is not dict or len(item) != 2:
+        return None
+    role: Any = item.get("role")
+    content = item.get("content")
+    plain = type(content) is str and (role in ("user", "system") or (role == "assistant" and content.strip()))
+    return Message(role=role, content=content) if plain else None
 
 
 def _read_message(item: Any, i: int, path: str, calls: dict[str, str], found: Findings) -> Message | None:
@@ -41,8 +50,6 @@ def _read_message(item: Any, i: int, path: str, calls: dict[str, str], found: Fi
         found.add(f"{who} is of type {kind_of(item)}; it must be an object with role and content.", path, item)
         return None
     role, content = item.get("role"), item.get("content")
-    if item.keys() == _PLAIN and type(content) is str and role in ("user", "system"):
-        return Message(role=role, content=content)
     if not _role_is_known(role, who, path, found):
         return None
     item = {k: v for k, v in item.items() if v is not None and not (k in EMPTY and v == [])}
