@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,7 +18,8 @@ import pytest
 from jobs_fake_worker import loss
 from jobs_kit import FAKE, at_step, dump, get, make_job, make_run, messages, open_store, status_is, supervisor, until
 
-from tunewright.core.errors import DataError, NotFound, StateError
+from tunewright.core.errors import Busy, DataError, DiskFull, NotFound, StateError
+from tunewright.core.events import Event
 from tunewright.core.home import Home
 from tunewright.core.run import Run
 from tunewright.jobs import space
@@ -159,6 +162,57 @@ def test_an_error_that_the_worker_reports_is_not_tried_again(store: Store) -> No
     until(supervisor(store), status_is(store, run, "failed"))
     assert get(store, run).error == {"code": "diverged", "message": "gave up: diverged", "param": None}
     assert run.attempts() == [0, 1]
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again_then_fails(store: Store) -> None:
+    def start(*_: object) -> subprocess.Popen[bytes]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    run = make_job(store)
+    until(supervisor(store, replace(FAKE, start=start)), status_is(store, run, "failed"))
+    error = get(store, run).error or {}
+    assert error["message"].startswith("The worker could not be started: Too many open files. This happened 4 times")
+    assert run.attempts() == [0]
+
+
+def test_no_space_to_start_in_pauses_the_job(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(space, "enough", lambda *_: False)
+
+    def start(*_: object) -> subprocess.Popen[bytes]:
+        raise DiskFull("The disk is full: no room for the log.")
+
+    run = make_job(store)
+    until(supervisor(store, replace(FAKE, start=start)), status_is(store, run, "paused"))
+    assert (get(store, run).error or {})["code"] == "disk_full"
+
+
+def test_a_database_that_is_locked_for_a_moment_does_no_harm(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, boss = make_job(store, {"steps": 3}), supervisor(store)
+    locked = iter([True, True])
+    take = store.catch_up
+
+    def catch_up(job_id: str) -> list[Event]:
+        if next(locked, False):
+            raise Busy("The job database is locked.")
+        return take(job_id)
+
+    monkeypatch.setattr(store, "catch_up", catch_up)
+    until(boss, status_is(store, run, "succeeded", "failed"))
+    assert get(store, run).status == "succeeded"
+
+
+def test_what_a_dead_worker_left_is_killed_by_the_next_server(store: Store) -> None:
+    run = make_job(store, {"delay": 0.02, "steps": 30, "child": True, "kill_at": {"1": 7}})
+    until(supervisor(store), lambda: run.attempts() == [0, 1])
+    while local.leader_alive(run):
+        time.sleep(0.01)
+    assert local.worker_alive(run)  # its child holds on
+    child = psutil.Process(int((run.folder / "child.pid").read_text()))
+    boss = supervisor(store)
+    until(boss, lambda: run.attempts() == [0, 1, 2])
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    until(boss, status_is(store, run, "succeeded"))
+    assert_whole(store, run, 30)
 
 
 def test_success_without_a_whole_result_is_no_success(store: Store) -> None:

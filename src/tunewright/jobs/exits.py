@@ -93,6 +93,14 @@ def paused(*say: Line, error: dict[str, Any] | None = None) -> Outcome:
     return {"status": "paused", "intent": None, "error": error, "estimated_finish": None}, list(say)
 
 
+def not_started(case: Case, error: TunewrightError | OSError) -> Outcome:
+    """The worker could not be started: a full disk pauses the job, anything else counts as a crash."""
+    if isinstance(error, DiskFull):
+        return paused(Line(error.message, "error"), error=error.to_openai())
+    reason = error.message if isinstance(error, TunewrightError) else error.strerror or str(error)
+    return _crashed(case, f"The worker could not be started: {reason.rstrip('.')}.")
+
+
 def _succeeded(case: Case) -> Outcome:
     """Only a result whose every byte is as the worker wrote it is a success."""
     if case.job.intent == "cancel":
@@ -132,7 +140,7 @@ def _disk_full(case: Case) -> Outcome:
     message = case.end.get("message") or (
         "The disk is full. Nothing already saved was lost. Free some space, then resume the job."
     )
-    return paused(Line(message, "error"), error={"code": "disk_full", "message": message, "param": None})
+    return paused(Line(message, "error"), error=DiskFull(message).to_openai())
 
 
 def _reported(case: Case) -> Outcome:
@@ -147,10 +155,11 @@ def _crashed(case: Case, what: str | None = None) -> Outcome:
     """Killed or broken: go on from the last checkpoint, at most MAX_CRASHES times without progress."""
     if case.job.intent == "cancel":
         return cancelled(case.now)
+    never_began = what is None and case.exit.code is None and max(case.run.attempts(), default=0) < case.job.attempt
     what = what or _how(case)
     if case.job.intent == "pause" or case.job.started_by == "foreground":
         return paused(Line(f"{what} The job can be resumed from its last checkpoint.", "warn"))
-    if max(case.run.attempts(), default=0) < case.job.attempt and case.exit.code is None:
+    if never_began:
         return {"status": "queued"}, []  # the server died before it had started the worker
     step, before = newest_step(case.run), case.job.retry or {"count": 0, "step": -1}
     count = 1 if step > before["step"] else before["count"] + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from tunewright.core.errors import TunewrightError
-from tunewright.core.run import JobFile, Run, list_runs
+from tunewright.core.run import JobFile, Run
 from tunewright.jobs.launchers import Launcher
 from tunewright.jobs.rows import JobRow
 from tunewright.jobs.store import Store
@@ -16,9 +16,10 @@ log = logging.getLogger(__name__)
 def adopt(store: Store, launcher: Launcher) -> None:
     """Index runs that the store does not know. They come in as running; the next tick sees what became of them."""
     known = store.job_ids()
-    for run in list_runs(store.home):
+    unknown = [Run(p) for p in store.home.runs.iterdir() if p.name not in known and (p / "job.json").is_file()]
+    for run in sorted(unknown, key=lambda r: (r.folder / "job.json").stat().st_mtime_ns):
         begun = max(run.attempts(), default=0) > 0  # attempts/0 is the server's own journal
-        if run.id not in known and (begun or launcher.alive(run)):
+        if begun or launcher.alive(run):
             try:
                 store.add_job(row_of(run))
             except (TunewrightError, ValueError, OSError) as e:

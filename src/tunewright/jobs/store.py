@@ -7,6 +7,7 @@ everything back from there. Every method is synchronous and may be called from a
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
@@ -260,12 +261,10 @@ class Store:
         """Every model and checkpoint that jobs left, newest job first."""
         with self._db.read() as c:
             every = rows_of(JobRow, c.execute(select(jobs).order_by(jobs.c.n.desc())).mappings())
-        saved = self._saved()
-        return [
-            m.model
-            for job in every
-            for m in models.of_job(self.run(job.id), job, [e for e in saved if e.job_id == job.id])
-        ]
+        saved: dict[str, list[EventRow]] = defaultdict(list)
+        for event in self._saved():
+            saved[event.job_id].append(event)
+        return [m.model for job in every for m in models.of_job(self.run(job.id), job, saved[job.id])]
 
     def find_model(self, name: str) -> ModelRow | None:
         """The model or checkpoint called `name`, or None."""

@@ -10,7 +10,7 @@ import logging
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 # seconds after SIGTERM until the whole process group is killed
 PATIENCE = {"pause": 30.0, "cancel": 10.0}
 CANCEL_AT_ONCE = frozenset({"validating_files", "queued", "paused"})
-BUSY_AGAIN_S = 5.0
 FOREGROUND_EVERY_S = 2.0
 TROUBLE_S = 5.0
 KILL_S = 10.0
@@ -98,7 +97,7 @@ class Supervisor:
                 self._wake.clear()
                 wait = self._poll
                 try:
-                    await asyncio.to_thread(self.tick)
+                    await _to_its_end(asyncio.to_thread(self.tick))
                 except (TunewrightError, OSError, SQLAlchemyError):
                     log.exception("the supervisor could not do its work; it tries again")
                     wait = TROUBLE_S
@@ -126,7 +125,7 @@ class Supervisor:
         for job in jobs:
             try:
                 act(job)
-            except DiskFull as e:
+            except (DiskFull, Busy) as e:
                 log.warning("%s: %s", job.id, e.message)  # the next tick tries again
             except (TunewrightError, OSError, ValueError) as e:
                 log.exception("job %s cannot be handled", job.id)
@@ -169,10 +168,10 @@ class Supervisor:
             return
         try:
             self._children[job.id] = self.launcher.start(run, self.home)
-        except Busy as e:
-            retry = {**(job.retry or {"count": 0, "step": -1}), "not_before": self.clock() + BUSY_AGAIN_S}
-            say = [Line(f"{e.message} Trying again.", "warn")]
-            self.store.update_job(job.id, {"running"}, say=say, status="queued", retry=retry)
+        except (TunewrightError, OSError) as e:
+            case = exits.Case(job, run, exits.Exit(None, None), self.store, self.clock(), self._backoff)
+            changes, say = exits.not_started(case, e)
+            self.store.update_job(job.id, {"running"}, say=say, **changes)
 
     def _attach(self, job: JobRow, run: Run) -> None:
         """Somebody else, such as `tunewright train --resume`, has begun to work on the job."""
@@ -188,7 +187,7 @@ class Supervisor:
         self._take_events(job)
         if not alive and (child is None or code is not None):
             self._ended(job, run, code)
-        elif not self.launcher.leader_alive(run) and code is not None:
+        elif not self.launcher.leader_alive(run) and (child is None or code is not None):
             self.launcher.signal(run, signal.SIGKILL)  # what the worker left behind
         elif job.intent is not None:
             self._press(job, run)
@@ -309,6 +308,16 @@ class Supervisor:
     def _look_now(self) -> None:
         if self._wake is not None:
             self._wake.set()
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work`; when cancelled meanwhile, let it come to its end first."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def _is(status: str) -> Any:
