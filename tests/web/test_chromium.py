@@ -39,12 +39,12 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images"
 SHOOT = os.environ.get("TUNEWRIGHT_SCREENSHOTS") == "1"
 REAL_DATA = os.environ.get("TUNEWRIGHT_SCREENSHOT_DATA")
 MODEL = os.environ.get("TUNEWRIGHT_SCREENSHOT_MODEL", "tiny")
-EPOCHS = 3 if REAL_DATA else 40
+EPOCHS = 3 if REAL_DATA else 4
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1280,800 --force-device-scale-factor=1 --lang=en"
 )
-TRAIN_SECONDS = 900 if REAL_DATA else 240
+TRAIN_SECONDS = 3600 if REAL_DATA else 400
 
 
 @dataclass
@@ -163,6 +163,17 @@ def train_file(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def valid_file(train_file: Path) -> Path:
+    """Held-out rows; of a real data set the first few of the file beside it."""
+    path = train_file.with_name("clinic-heldout.jsonl")
+    if not REAL_DATA:
+        return tiny.write_rows(path, tiny.sft_rows(64)[60:])
+    lines = Path(REAL_DATA.replace("_train", "_heldout")).read_text().splitlines()
+    path.write_text("\n".join(lines[:24]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
 def question(train_file: Path) -> str:
     """What the first row's user says."""
     messages = json.loads(train_file.read_text().splitlines()[0])["messages"]
@@ -170,7 +181,7 @@ def question(train_file: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def job_path(browser: Browser, train_file: Path, folder: Path) -> str:
+def job_path(browser: Browser, train_file: Path, valid_file: Path, folder: Path) -> str:
     """The page of a job that was created in the browser: first with a bad file, then with a good one."""
     browser.open("/jobs")
     assert "Train your first model" in browser.text("no-jobs")
@@ -188,11 +199,13 @@ def job_path(browser: Browser, train_file: Path, folder: Path) -> str:
     browser.click("remove-training_file")
     browser.upload("training_file", train_file)
     browser.until(lambda: "every line can be used" in browser.text("check-training_file"), "the check of the file")
-    browser.upload("validation_file", train_file)
-    browser.until(lambda: "every line can be used" in browser.text("check-validation_file"), "the second check")
+    browser.upload("validation_file", valid_file)
+    browser.until(lambda: valid_file.name in browser.text("validation_file"), "the second file")
     choose(browser, "model", MODEL)
     browser.type("suffix", "clinic-triage")
     browser.type("n_epochs", str(EPOCHS))
+    if REAL_DATA:
+        browser.type("learning_rate", "0.001")
     browser.until(lambda: f"{EPOCHS} epochs" in browser.text("summary"), "the summary to follow")
     browser.driver.refresh()
     browser.until(lambda: browser.get("suffix").get_attribute("value") == "clinic-triage", "the draft after a reload")

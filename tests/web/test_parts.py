@@ -113,7 +113,9 @@ def draft(**changes: Any) -> dict[str, Any]:
 
 def test_a_draft_becomes_openais_request() -> None:
     options = {"tuner.lora": {"r": "8", "alpha": ""}}
-    body, problems = forms.job_request(draft(n_epochs="3", batch_size="auto", seed="7", options=options), DESCRIBE)
+    body, problems = forms.job_request(
+        draft(n_epochs="3", batch_size="auto", seed="7", learning_rate="1e-3", options=options), DESCRIBE
+    )
     assert problems == []
     hyper = {"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": "auto"}
     assert body == {
@@ -127,6 +129,7 @@ def test_a_draft_becomes_openais_request() -> None:
             "tuner": {"name": "lora", "r": 8},
             "optimizer": {"name": "adamw"},
             "schedule": {"name": "linear"},
+            "learning_rate": 0.001,
         },
     }
 

@@ -18,7 +18,7 @@ GREY = "#8a94a3"
 APPEND = """(() => {
   const series = getElement(%(id)d).options.series;
   for (const [index, start, points] of %(pieces)s) series[index].data.splice(start, Infinity, ...points);
-  return {series: series.map((s) => ({data: s.data}))};
+  return {series: series.map((s) => ({data: s.data, showSymbol: s.dots || s.data.length < 2}))};
 })()"""
 
 
@@ -42,6 +42,7 @@ class LineChart:
         self.scale = scale
         self._drawn: dict[str, list[Point]] = {key: [] for key in lines}
         self._sent = dict.fromkeys(lines, 0)
+        self._total: float | None = None
         self._readout: dict[str, Text] = {}
         with tag(box("tw-chart"), name) as self.root:
             self.root.props["role"] = "img"
@@ -50,18 +51,24 @@ class LineChart:
                     self._legend(key, line)
             self.plot = ui.echart(self._options()).classes("tw-plot")
             self.plot.props["aria-hidden"] = "true"
+            self.plot.set_visibility(False)
+            self.empty = Text("The curve begins with the first step.", "tw-plot tw-muted tw-plot-empty")
         self._describe()
 
-    def show(self, data: Mapping[str, Sequence[Point]]) -> None:
-        """Draw these points: only what is new travels to the browser as long as the lines merely grow."""
+    def show(self, data: Mapping[str, Sequence[Point]], total: float | None = None) -> None:
+        """Draw these points: only what is new travels to the browser as long as the lines merely grow.
+
+        total: the last step of the job, where the axis ends.
+        """
         grown = {key: delta(self._drawn[key], data[key]) for key in self.lines}
         if not any(grown[key] is None or grown[key] for key in self.lines):
             return
         self._drawn = {key: list(data[key]) for key in self.lines}
         room = all(g is not None and self._sent[key] + len(g) <= MAX_POINTS for key, g in grown.items())
-        if room and any(self._sent.values()):
+        if room and any(self._sent.values()) and total == self._total:
             self._append({key: list(g or ()) for key, g in grown.items()})
         else:
+            self._total = total
             self._redraw()
         self._describe()
 
@@ -78,8 +85,13 @@ class LineChart:
     def _redraw(self) -> None:
         for index, key in enumerate(self.lines):
             shown = thin(self._drawn[key], MAX_POINTS // 2) if len(self._drawn[key]) > MAX_POINTS else self._drawn[key]
-            self.plot.options["series"][index]["data"] = self._scaled(shown)
+            series = self.plot.options["series"][index]
+            series["data"] = self._scaled(shown)
+            series["showSymbol"] = series["dots"] or len(shown) < 2
             self._sent[key] = len(shown)
+        self.plot.options["xAxis"]["max"] = self._total or "dataMax"
+        self.plot.set_visibility(any(self._sent.values()))
+        self.empty.set_visibility(not any(self._sent.values()))
         self.plot.update()
 
     def _scaled(self, points: Sequence[Point]) -> list[list[float]]:
@@ -116,7 +128,7 @@ class LineChart:
             "grid": {"left": 8, "right": 14, "top": 12, "bottom": 4, "containLabel": True},
             "tooltip": {"trigger": "axis", "confine": True, "axisPointer": {"lineStyle": {"color": GREY}}},
             "dataZoom": [{"type": "inside", "filterMode": "none"}],
-            "xAxis": {"type": "value", "min": "dataMin", "max": "dataMax", "minInterval": 1, **axis},
+            "xAxis": {"type": "value", "min": 0, "max": "dataMax", "minInterval": 1, **axis},
             "yAxis": {"type": "value", "scale": True, **axis, "axisLine": {"show": False}},
             "series": [self._series(line) for line in self.lines.values()],
         }
@@ -126,6 +138,7 @@ class LineChart:
             "type": "line",
             "name": line.label,
             "data": [],
+            "dots": line.dots,
             "showSymbol": line.dots,
             "symbol": "circle",
             "symbolSize": 9,

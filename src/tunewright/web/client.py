@@ -160,9 +160,11 @@ class Api:
     async def file(self, file_id: str) -> dict[str, Any]:
         return await self.request("GET", f"/v1/files/{file_id}")
 
-    async def check_file(self, file_id: str) -> dict[str, Any]:
+    async def check_file(self, file_id: str, min_examples: int = 10) -> dict[str, Any]:
         """{usable, message, format, reason, notes, n_rows, n_problems, problems: [{line, field, value, …}]}."""
-        return await self.request("POST", f"/v1/tunewright/files/{file_id}/check", json={}, timeout=600.0)
+        return await self.request(
+            "POST", f"/v1/tunewright/files/{file_id}/check", json={"min_examples": min_examples}, timeout=600.0
+        )
 
     async def upload(self, name: str, size: int, chunks: AsyncIterator[bytes]) -> dict[str, Any]:
         """Send a training file without ever holding it whole. size: bytes that `chunks` will yield."""

@@ -11,6 +11,7 @@ from tunewright.web.client import Api, ApiError
 from tunewright.web.feeds import Feed, JobView, health_feed, job_feed, jobs_feed
 
 MAX_FEEDS = 200
+MAX_CHATS = 200
 SIDES = ("left", "right")
 
 
@@ -79,5 +80,8 @@ class Desk:
 
     def chats(self, id: str, saved: dict[str, Any]) -> dict[str, Chat]:
         if id not in self._chats:
+            if len(self._chats) >= MAX_CHATS:
+                # what is forgotten here is still in its session
+                self._chats = {k: c for k, c in self._chats.items() if any(one.running for one in c.values())}
             self._chats[id] = {side: restore(saved.get(side), Settings()) for side in SIDES}
         return self._chats[id]

@@ -152,6 +152,9 @@ def job_request(draft: dict[str, Any], describe: dict[str, Any]) -> tuple[dict[s
     objective = draft.get("objective") or "sft"
     method = method_of(objective, describe)
     extra = {kind: attempt(part_of, kind, draft, describe) for kind in ("objective", "tuner", "optimizer", "schedule")}
+    rate = attempt(auto_or, "Learning rate", draft.get("learning_rate"), float, 1e-12, 10.0)
+    if rate != AUTO:
+        extra["learning_rate"] = rate
     if method:
         body["method"] = {"type": method, method: {"hyperparameters": hyper}}
     else:

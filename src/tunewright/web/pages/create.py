@@ -20,6 +20,8 @@ ROLES = {
     "training_file": ("Training data", "Drop a file here, or choose one"),
     "validation_file": ("Validation data (optional)", "Rows kept apart, to see when the model begins to memorise"),
 }
+# rows that a job asks for
+MIN_EXAMPLES = {"training_file": 10, "validation_file": 1}
 KIND_LABELS = {"objective": "Objective", "tuner": "What is trained", "optimizer": "Optimizer", "schedule": "Schedule"}
 
 
@@ -135,7 +137,7 @@ async def take(form: Form, role: str, file: dict[str, Any], place: Element, draw
     with place:
         kit.spinner(f"Checking every line of {file['filename']}…")
     try:
-        kept["check"] = await form.session.api.check_file(file["id"])
+        kept["check"] = await form.session.api.check_file(file["id"], MIN_EXAMPLES[role])
     except ApiError as e:
         kept["check_error"] = e.message
     form.set(role, kept)
@@ -289,12 +291,13 @@ def build_option(form: Form, kind: str, one: FormField, texts: dict[str, Any]) -
 HYPER_HELP = {
     "n_epochs": ("Epochs", "Passes over the data, 1 to 50"),
     "batch_size": ("Batch size", "Rows in one step, 1 to 256"),
-    "learning_rate_multiplier": ("Learning-rate multiplier", "Times the method's usual rate"),
+    "learning_rate": ("Learning rate", "auto is the usual one of what is trained"),
+    "learning_rate_multiplier": ("Learning-rate multiplier", "Times the automatic learning rate"),
 }
 
 
 def build_hyperparameters(form: Form) -> None:
-    with kit.box("tw-grid tw-grid-3"):
+    with kit.box("tw-grid"):
         for key, (label, help) in HYPER_HELP.items():
             with kit.field(label, help):
                 value = form.draft.get(key) or ""

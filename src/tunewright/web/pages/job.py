@@ -53,6 +53,7 @@ class Parts:
     progress: Element
     bar: ui.linear_progress
     bar_words: kit.Text
+    charts: Element
     loss: LineChart
     accuracy: LineChart
     checkpoints: Element
@@ -114,7 +115,7 @@ def build_parts() -> Parts:
     with kit.tag(kit.box("tw-job-progress"), "progress") as progress:
         bar = kit.progress("progress-bar")
         words = kit.tag(kit.Text("", "tw-progress-words"), "progress-words")
-    with kit.box("tw-charts"):
+    with kit.box("tw-charts") as charts:
         with kit.card("Loss"):
             loss = LineChart("Loss", LOSS_LINES, "loss-chart")
         with kit.card("Token accuracy (%)"):
@@ -129,7 +130,7 @@ def build_parts() -> Parts:
                     events = kit.tag(kit.box(kind="ol"), "events")
         with kit.card("Details"):
             details = kit.box()
-    parts = Parts(head, progress, bar, words, loss, accuracy, checkpoints, details, events)
+    parts = Parts(head, progress, bar, words, charts, loss, accuracy, checkpoints, details, events)
     steps.on_value_change(lambda e: setattr(parts, "steps", e.value))
     kit.tag(steps, "every-step")
     return parts
@@ -141,8 +142,7 @@ def update(session: Session, feed: Feed[JobView], parts: Parts, view: JobView) -
     if parts.changed("head", (job["status"], job["fine_tuned_model"], job["result_files"], job["error"])):
         refill(parts.head, lambda: build_head(session, feed, job))
     update_progress(parts, job, view.points)
-    parts.loss.show({key: series(view.points, key) for key in LOSS_LINES})
-    parts.accuracy.show({key: series(view.points, key) for key in ACCURACY_LINES})
+    update_charts(parts, job, view.points)
     if parts.changed("checkpoints", [c["id"] for c in view.checkpoints] or job["status"]):
         refill(parts.checkpoints, lambda: build_checkpoints(job, view.checkpoints))
     if parts.changed("facts", {**job, "status": None}):
@@ -224,6 +224,13 @@ def progress_words(job: dict[str, Any], newest: dict[str, Any] | None) -> str:
     if newest.get("tokens_per_second") is not None:
         words.append(f"{count(newest['tokens_per_second'])} tokens/s")
     return " · ".join(words)
+
+
+def update_charts(parts: Parts, job: dict[str, Any], points: list[dict[str, Any]]) -> None:
+    parts.charts.set_visibility(bool(points) or job["status"] in (*ACTIVE, "paused"))
+    total = points[-1]["total_steps"] if points else None
+    parts.loss.show({key: series(points, key) for key in LOSS_LINES}, total)
+    parts.accuracy.show({key: series(points, key) for key in ACCURACY_LINES}, total)
 
 
 # --- checkpoints, details, events ------------------------------------------------------------------------------------
