@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from tunewright.core.durable import MANIFEST, check_folder, read_json
@@ -162,6 +161,8 @@ class Artefacts:
         _verify(target.folder)
         net: Any = load_model(target.folder, self.dtype)
         if target.merged and target.adapter is not None:
+            from peft import PeftModel  # seldom needed, and its import would double the engine's start
+
             _verify(target.adapter)
             _untie(net)
             net = PeftModel.from_pretrained(net, target.adapter, is_trainable=False).merge_and_unload()

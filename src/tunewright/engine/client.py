@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from tunewright.core.home import Home
 Event = dict[str, Any]
 START_SECONDS = 120.0
 DEATHS, DEATHS_WITHIN_SECONDS = 3, 60.0
-_TIMEOUT = httpx.Timeout(10.0, read=None)
-_TRANSPORT = httpx.Limits(max_connections=None, max_keepalive_connections=32)
+# plain HTTP to ourselves: no proxy, and no certificates, whose loading would cost more than the request
+_HTTP: dict[str, Any] = {"timeout": httpx.Timeout(10.0, read=None), "trust_env": False, "verify": False}
 # what the child gets of our environment; nothing else, so that no secret travels
 _ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
 _ENV_PREFIXES = ("TUNEWRIGHT_", "OMP_", "MKL_", "CUDA_", "NVIDIA_", "HF_", "SSL_", "HTTP_PROXY", "HTTPS_PROXY")
@@ -61,6 +62,11 @@ class _Child:
     def alive(self) -> bool:
         return self.process.poll() is None
 
+    def settle(self) -> None:
+        """After a broken connection: give a dying process a moment to be dead."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.5)
+
 
 @dataclass
 class EngineProcess:
@@ -75,7 +81,6 @@ class EngineProcess:
     _child: _Child | None = None
     _deaths: list[float] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _http: httpx.AsyncClient | None = None
 
     @property
     def state(self) -> str:
@@ -117,24 +122,29 @@ class EngineProcess:
     async def generate(self, payload: Mapping[str, Any]) -> AsyncGenerator[Event, None]:
         """The events of a request (see engine.py), up to and including `done`. Closing it aborts the request.
 
+        A process that died before it took the request is started again; one that died later has lost the answer.
         Raises the engine's error as UserError, ModelNotFound, Busy or EngineFailed.
         """
-        await self.ensure()
-        child = self._live()
-        try:
-            async with self._client().stream(
-                "POST", f"{child.url}/generate", json=dict(payload), headers=_auth(child)
-            ) as response:
-                if response.status_code != 200:
-                    raise as_error(await response.aread(), response.status_code)
-                async for line in response.aiter_lines():
-                    event = _event(line)
-                    yield event
-                    if event["type"] == "done":
-                        return
-        except httpx.HTTPError as e:
-            raise _died(child, e) from e
-        raise _died(child)
+        for last_try in (False, True):
+            await self.ensure()
+            child, begun = self._live(), False
+            try:
+                async with (
+                    httpx.AsyncClient(**_HTTP) as http,
+                    http.stream("POST", f"{child.url}/generate", json=dict(payload), headers=_auth(child)) as response,
+                ):
+                    begun = True
+                    if response.status_code != 200:
+                        raise as_error(await response.aread(), response.status_code)
+                    async for line in response.aiter_lines():
+                        event = _event(line)
+                        yield event
+                        if event["type"] == "done":
+                            return
+            except httpx.HTTPError as e:
+                await asyncio.to_thread(child.settle)
+                if begun or last_try or child.alive:
+                    raise _died(child, e) from e
 
     async def health(self) -> Event:
         """What runs and what is loaded; starts nothing. {} when the engine is not running."""
@@ -152,10 +162,7 @@ class EngineProcess:
             await self._ask("POST", "/unload", {"folder": folder})
 
     async def aclose(self) -> None:
-        """End the process and the connections to it."""
-        if self._http is not None:
-            await self._http.aclose()
-            self._http = None
+        """End the process."""
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
@@ -179,7 +186,8 @@ class EngineProcess:
     async def _ask(self, method: str, path: str, body: Event | None = None) -> Event:
         child = self._live()
         try:
-            response = await self._client().request(method, f"{child.url}{path}", json=body, headers=_auth(child))
+            async with httpx.AsyncClient(**_HTTP) as http:
+                response = await http.request(method, f"{child.url}{path}", json=body, headers=_auth(child))
         except httpx.HTTPError as e:
             raise _died(child, e) from e
         if response.status_code != 200:
@@ -191,11 +199,6 @@ class EngineProcess:
         if child is None:
             raise EngineFailed("The engine is stopped.")
         return child
-
-    def _client(self) -> httpx.AsyncClient:
-        if self._http is None:
-            self._http = httpx.AsyncClient(timeout=_TIMEOUT, limits=_TRANSPORT, trust_env=False)
-        return self._http
 
     def _bury(self, child: _Child) -> None:
         self._deaths.append(time.monotonic())
@@ -212,19 +215,19 @@ class EngineSession:
     """An engine for as long as a command runs, without an event loop: `with EngineSession(home) as engine: …`."""
 
     def __init__(self, home: Home, threads: int | None = None, dtype: str = "auto") -> None:
-        self._process = EngineProcess(home, threads, dtype)
-        self._http = httpx.Client(timeout=_TIMEOUT, limits=_TRANSPORT, trust_env=False)
+        self.process = EngineProcess(home, threads, dtype)
+        self._http = httpx.Client(**_HTTP, limits=httpx.Limits(max_connections=None, max_keepalive_connections=32))
 
     def __enter__(self) -> EngineSession:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._http.close()
-        self._process.close()
+        self.process.close()
 
     def stream(self, payload: Mapping[str, Any]) -> Iterator[Event]:
         """The events of a request, up to and including `done`. Raises like EngineProcess.generate."""
-        child = self._process.ensure_now()
+        child = self.process.ensure_now()
         try:
             with self._http.stream("POST", f"{child.url}/generate", json=dict(payload), headers=_auth(child)) as r:
                 if r.status_code != 200:
@@ -235,8 +238,8 @@ class EngineSession:
                     if event["type"] == "done":
                         return
         except httpx.HTTPError as e:
+            child.settle()
             raise _died(child, e) from e
-        raise _died(child)
 
     def reply(self, payload: Mapping[str, Any]) -> Reply:
         """The whole answer to a request."""
@@ -270,7 +273,7 @@ class EngineSession:
             except TunewrightError as e:
                 return e
 
-        self._process.ensure_now()
+        self.process.ensure_now()
         with ThreadPoolExecutor(concurrency) as pool:
             yield from pool.map(one, payloads)
 
