@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install dev sdks test test-slow test-all check fmt serve bench nightly lock docs clean
+.PHONY: help demo install dev sdks test test-slow test-all check fmt serve bench nightly docs lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -70,6 +70,11 @@ serve: install ## API and dashboard on this machine, without API keys
 
 docs: dev ## write the generated pages of docs/reference
 	$(BIN)/python tools/reference.py
+
+bench: install ## measure training speed and the prediction's error on this machine (two minutes)
+	$(BIN)/python benchmarks/training.py
+
+nightly: demo check test-all ## everything
 
 lock: ## resolve the dependencies again
 	PYTHON=$(PYTHON) requirements/lock.sh
