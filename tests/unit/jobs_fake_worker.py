@@ -4,6 +4,7 @@ Written with the standard library alone: it starts in milliseconds, and it is a 
 script.json in the run folder says how it behaves:
   steps, per_epoch, save_every (recovery checkpoints), delay (seconds a step)
   kill_at: {attempt: step}, exit_at: {attempt: [step, code]}: what happens to it after that step
+  hold: {attempt: [step, …]}: after that step it waits for a file go-<step> in the run folder, or for SIGTERM
   ignore_term: SIGTERM does nothing; child: leave a process behind in the same group that ignores SIGTERM
   no_result: say succeeded without a result; late_lock: seconds until it takes the lock
 """
@@ -114,11 +115,18 @@ def train(run: str, events: Events, attempt: int, script: dict[str, Any], stop: 
         at, code = script.get("exit_at", {}).get(str(attempt), (0, 0))
         if at == step:
             return give_up(events, code)
+        if step in script.get("hold", {}).get(str(attempt), []):
+            hold(f"{run}/go-{step}", script, stop)
         if stop and not script.get("ignore_term"):
             save(run, events, step, "recovery")
             events.write("end", "stopped", {"status": "interrupted"})
             return 75
     return finish(run, events, script, total)
+
+
+def hold(go: str, script: dict[str, Any], stop: list[int]) -> None:
+    while not os.path.exists(go) and (not stop or script.get("ignore_term")):
+        time.sleep(0.005)
 
 
 def give_up(events: Events, code: int) -> int:

@@ -91,12 +91,20 @@ def supervisor(store: Store, launcher: Launcher = FAKE, **options: Any) -> Super
     return Supervisor(store, store.home, launcher, **{"check": lambda *_: None, "backoff": (0.0,), **options})
 
 
-def until(boss: Supervisor, done: Callable[[], Any], seconds: float = 20.0) -> None:
+def until(boss: Supervisor, done: Callable[[], Any], seconds: float = 60.0) -> None:
     """Tick until `done()`."""
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, [(j.id, j.status, j.error) for j in boss.store.list_jobs().data]
         boss.tick()
+        time.sleep(0.01)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+    """Wait until `condition()`, without a supervisor."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
         time.sleep(0.01)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from jobs_kit import FAKE, make_run
+from jobs_kit import FAKE, make_run, wait_for
 
 from tunewright.core.errors import Busy, TunewrightError
 from tunewright.core.home import Home
@@ -25,16 +25,9 @@ from tunewright.jobs.launchers import LAUNCHERS, local
 
 @pytest.fixture
 def run(home: Home) -> Iterator[Run]:
-    made = make_run(home, script={"steps": 10_000, "delay": 0.02})
+    made = make_run(home, script={"hold": {"1": [1]}})
     yield made
     local.signal_group(made, signal.SIGKILL)
-
-
-def wait_for(condition: object, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_the_environment_has_what_a_worker_needs_and_no_secrets(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +73,7 @@ def test_a_worker_is_in_its_own_session_with_its_output_in_the_log(run: Run, hom
     assert (run.folder / "worker.log").exists()
     with pytest.raises(Busy, match="is being trained by another process"):
         FAKE.start(run, home)
-    assert local.stop(run, 10)
+    assert local.stop(run, 30)
     assert process.wait() == 75
     assert not local.leader_alive(run) and not local.worker_alive(run)
 
@@ -97,7 +90,7 @@ def test_a_worker_counts_as_alive_from_the_moment_it_is_started(home: Home) -> N
 
 
 def test_what_a_worker_leaves_behind_keeps_the_run_and_is_killed_with_it(home: Home) -> None:
-    run = make_run(home, script={"steps": 10_000, "delay": 0.02, "child": True})
+    run = make_run(home, script={"hold": {"1": [1]}, "child": True})
     process = FAKE.start(run, home)
     wait_for((run.folder / "child.pid").exists)
     child = psutil.Process(int((run.folder / "child.pid").read_text()))

@@ -16,7 +16,20 @@ from pathlib import Path
 import psutil
 import pytest
 from jobs_fake_worker import loss
-from jobs_kit import FAKE, at_step, dump, get, make_job, make_run, messages, open_store, status_is, supervisor, until
+from jobs_kit import (
+    FAKE,
+    at_step,
+    dump,
+    get,
+    make_job,
+    make_run,
+    messages,
+    open_store,
+    status_is,
+    supervisor,
+    until,
+    wait_for,
+)
 
 from tunewright.core.errors import Busy, DataError, DiskFull, NotFound, StateError
 from tunewright.core.events import Event
@@ -80,9 +93,9 @@ def test_a_job_from_create_to_succeeded(store: Store) -> None:
 
 
 def test_estimated_finish_comes_from_the_worker(store: Store) -> None:
-    run = make_job(store, {"steps": 500, "delay": 0.02})
+    run = make_job(store, {"steps": 500, "hold": {"1": [2]}})
     boss = supervisor(store)
-    until(boss, lambda: get(store, run).estimated_finish)
+    until(boss, at_step(store, run, 2))
     assert abs((get(store, run).estimated_finish or 0) - time.time() - 4980) < 60
 
 
@@ -204,8 +217,7 @@ def test_a_database_that_is_locked_for_a_moment_does_no_harm(store: Store, monke
 def test_what_a_dead_worker_left_is_killed_by_the_next_server(store: Store) -> None:
     run = make_job(store, {"delay": 0.02, "steps": 30, "child": True, "kill_at": {"1": 7}})
     until(supervisor(store), lambda: run.attempts() == [0, 1])
-    while local.leader_alive(run):
-        time.sleep(0.01)
+    wait_for(lambda: not local.leader_alive(run) and (run.folder / "child.pid").exists())
     assert local.worker_alive(run)  # its child holds on
     child = psutil.Process(int((run.folder / "child.pid").read_text()))
     boss = supervisor(store)
@@ -223,15 +235,14 @@ def test_success_without_a_whole_result_is_no_success(store: Store) -> None:
 
 
 def test_pause_saves_and_resume_goes_on(store: Store) -> None:
-    run = make_job(store, {"delay": 0.03})
+    run = make_job(store, {"hold": {"1": [7]}})
     boss = supervisor(store)
-    until(boss, at_step(store, run, 3))
+    until(boss, at_step(store, run, 7))
     asyncio.run(boss.request_pause(run.id))
     assert get(store, run).status == "pausing"
-    until(boss, status_is(store, run, "paused"), 10)
+    until(boss, status_is(store, run, "paused"))
     assert not local.worker_alive(run)
-    saved = max(p["step"] for p in store.metric_points(run.id))
-    assert run.checkpoint(saved).is_dir()
+    assert run.checkpoint(7).is_dir()
     for _ in range(3):
         boss.tick()
     assert get(store, run).status == "paused"
@@ -246,7 +257,7 @@ def test_pause_saves_and_resume_goes_on(store: Store) -> None:
 
 
 def test_cancel_while_running_ends_the_whole_group(store: Store) -> None:
-    run = make_job(store, {"delay": 0.05, "steps": 1000, "child": True})
+    run = make_job(store, {"hold": {"1": [2]}, "child": True})
     boss = supervisor(store)
     until(boss, at_step(store, run, 2))
     until(boss, (run.folder / "child.pid").exists)
@@ -254,7 +265,7 @@ def test_cancel_while_running_ends_the_whole_group(store: Store) -> None:
     boss.cancel(run.id)
     assert get(store, run).status == "cancelling"
     boss.cancel(run.id)  # asking twice is no error
-    until(boss, status_is(store, run, "cancelled"), 10)
+    until(boss, status_is(store, run, "cancelled"))
     assert not local.worker_alive(run)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     job = get(store, run)
@@ -263,11 +274,11 @@ def test_cancel_while_running_ends_the_whole_group(store: Store) -> None:
 
 
 def test_a_worker_that_ignores_sigterm_is_killed(store: Store) -> None:
-    run = make_job(store, {"delay": 0.02, "steps": 5000, "ignore_term": True})
+    run = make_job(store, {"hold": {"1": [7]}, "ignore_term": True})
     boss = supervisor(store, patience={"pause": 0.3, "cancel": 0.3})
     until(boss, at_step(store, run, 7))
     boss.pause(run.id)
-    until(boss, status_is(store, run, "paused"), 10)
+    until(boss, status_is(store, run, "paused"))
     assert "can be resumed from its last checkpoint" in messages(store, run)[-1]
     assert not local.worker_alive(run)
 
@@ -313,8 +324,7 @@ def test_cancel_and_finish_at_the_same_time_leave_one_end(store: Store) -> None:
     run = make_job(store, {"steps": 1, "delay": 0})
     boss = supervisor(store)
     until(boss, status_is(store, run, "running"))
-    while local.worker_alive(run):
-        time.sleep(0.01)
+    wait_for(lambda: not local.worker_alive(run))
     boss.cancel(run.id)  # the worker has finished, the supervisor has not seen it
     until(boss, status_is(store, run, "cancelled", "succeeded"))
     assert get(store, run).status == "cancelled"
@@ -363,33 +373,28 @@ def serve(home: Home) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", SERVER, str(home.root)])
 
 
-def wait_for(condition: object, seconds: float = 15.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def last_step(run: Run) -> int:
     return max((e.data["step"] for e in run.all_events() if e.type == "metrics"), default=0)
 
 
 def test_kill_9_of_the_server_leaves_the_worker_and_the_next_one_takes_it_over(home: Home) -> None:
     store = Store.open(home)
-    run = make_job(store, {"delay": 0.05, "steps": 60})
+    run = make_job(store, {"hold": {"1": [3, 30]}, "steps": 60})
     store.close()
     server = serve(home)
     try:
-        wait_for(lambda: last_step(run) >= 3)
+        wait_for(lambda: last_step(run) == 3)
     finally:
         server.kill()
         server.wait()
-    worker, step = pid_of(run), last_step(run)
-    wait_for(lambda: last_step(run) > step)  # training goes on without a server
+    worker = pid_of(run)
+    (run.folder / "go-3").touch()
+    wait_for(lambda: last_step(run) == 30)  # training goes on without a server
     store = Store.open(home)
     boss = supervisor(store)
-    until(boss, at_step(store, run, step + 1))
+    until(boss, at_step(store, run, 30))
     assert pid_of(run) == worker and get(store, run).status == "running"
+    (run.folder / "go-30").touch()
     until(boss, status_is(store, run, "succeeded", "failed"))
     assert get(store, run).status == "succeeded" and get(store, run).attempt == 1
     assert_whole(store, run, 60)
@@ -398,11 +403,11 @@ def test_kill_9_of_the_server_leaves_the_worker_and_the_next_one_takes_it_over(h
 
 def test_kill_9_of_server_and_worker_goes_on_from_the_checkpoint(home: Home) -> None:
     store = Store.open(home)
-    run = make_job(store, {"delay": 0.03, "steps": 30})
+    run = make_job(store, {"hold": {"1": [7]}, "steps": 30})
     store.close()
     server = serve(home)
     try:
-        wait_for(lambda: last_step(run) >= 7)
+        wait_for(lambda: last_step(run) == 7)
     finally:
         server.kill()
         server.wait()
@@ -432,10 +437,10 @@ def test_a_server_that_died_between_row_and_process_starts_the_job_without_count
 
 
 def test_planned_shutdown_saves_and_the_next_server_goes_on(store: Store) -> None:
-    run = make_job(store, {"delay": 0.05, "steps": 30})
+    run = make_job(store, {"hold": {"1": [3]}, "steps": 30})
     boss = supervisor(store)
     until(boss, at_step(store, run, 3))
-    boss.stop_workers(10)
+    boss.stop_workers(20)
     assert not local.worker_alive(run)
     boss.tick()
     boss.tick()
@@ -445,7 +450,7 @@ def test_planned_shutdown_saves_and_the_next_server_goes_on(store: Store) -> Non
 
 
 def test_foreground_runs_are_found_while_running_and_after(store: Store) -> None:
-    running, boss = make_run(store.home, script={"delay": 0.05, "steps": 40}), supervisor(store)
+    running, boss = make_run(store.home, script={"hold": {"1": [2], "2": [9]}, "steps": 40}), supervisor(store)
     worker = FAKE.start(running, store.home)
     until(boss, at_step(store, running, 2))
     job = get(store, running)
@@ -455,6 +460,7 @@ def test_foreground_runs_are_found_while_running_and_after(store: Store) -> None
     until(boss, status_is(store, running, "paused"))
     worker = FAKE.start(running, store.home)  # tunewright train --resume
     until(boss, status_is(store, running, "running"))
+    (running.folder / "go-9").touch()
     worker.wait()
     until(boss, status_is(store, running, "succeeded"))
     assert_whole(store, running, 40)
@@ -479,7 +485,7 @@ def test_rebuilt_from_the_run_folders_everything_is_the_same(store: Store) -> No
     until(boss, status_is(store, good, "succeeded"))
     until(boss, status_is(store, bad, "failed"))
     until(boss, status_is(store, foreground, "succeeded"))
-    paused = make_job(store, {"delay": 0.03})
+    paused = make_job(store, {"hold": {"1": [2]}})
     until(boss, at_step(store, paused, 2))
     boss.pause(paused.id)
     until(boss, status_is(store, paused, "paused"))
