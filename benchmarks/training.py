@@ -7,6 +7,7 @@ programs first; times of a busy machine say nothing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -41,7 +42,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
 def figures(run: Run, end: dict[str, Any]) -> dict[str, Any]:
     """tokens_per_second: over the whole loop, saving included. seconds, peak bytes: measured beside predicted."""
     steps = [e for e in run.events() if e.type == "metrics"]
-    gaps = [b.time - a.time for a, b in zip(steps, steps[1:], strict=False)]
+    gaps = [b.time - a.time for a, b in itertools.pairwise(steps)]
     plan = run.plan() or {}
     names = ("seconds", "predicted_seconds", "peak_memory_bytes", "predicted_peak_memory_bytes")
     return {
