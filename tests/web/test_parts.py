@@ -194,6 +194,14 @@ def test_the_guard(status: int, method: str, headers: dict[str, str]) -> None:
     assert (b"hello" in answer.content) == (status == 200)
 
 
+def test_the_names_that_are_answered() -> None:
+    assert allowed_hosts("127.0.0.1", 1) == {"127.0.0.1:1", "localhost:1", "[::1]:1"}
+    assert "10.0.0.5:1" in allowed_hosts("10.0.0.5", 1) and "10.0.0.6:1" not in allowed_hosts("10.0.0.5", 1)
+    assert "127.0.0.1:1" in allowed_hosts("0.0.0.0", 1) and "0.0.0.0:1" not in allowed_hosts("0.0.0.0", 1)
+    assert {"t.example", "t.example:1"} <= allowed_hosts("127.0.0.1", 1, ["T.example"])
+    assert allowed_hosts("127.0.0.1", 1, ["t.example:443"]) - allowed_hosts("127.0.0.1", 1) == {"t.example:443"}
+
+
 def test_two_host_headers_are_refused() -> None:
     sent: list[Any] = []
 

@@ -5,12 +5,18 @@ NiceGUI accepts WebSockets from any origin and pages under any host name, so thi
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
+
 Scope = dict[str, Any]
 
+PORT_AT_END = re.compile(r":\d+$")
+WILDCARDS = ("0.0.0.0", "::", "")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 # 'unsafe-eval' and 'unsafe-inline' are what Vue's in-browser compiler needs; so nothing of value lives in this origin's
@@ -47,10 +53,26 @@ def is_loopback(host: str) -> bool:
 
 
 def allowed_hosts(host: str, port: int, extra: Iterable[str] = ()) -> frozenset[str]:
-    """The values of the Host header that are answered. extra: public names, with the port unless it is 80 or 443."""
-    bound = [f"[{host}]" if ":" in host else host]
-    names = LOOPBACK if is_loopback(host) else (*LOOPBACK, *bound)
-    return frozenset(x.lower() for x in [*(f"{n}:{port}" for n in names), *extra])
+    """The values of the Host header that are answered.
+
+    host, port: what the dashboard is bound to. extra: public names; without a port, both with and without ours.
+    """
+    names = [*LOOPBACK]
+    if host in WILDCARDS:
+        names += [socket.gethostname(), socket.getfqdn(), *own_addresses()]
+    elif not is_loopback(host):
+        names.append(f"[{host}]" if ":" in host else host)
+    found = {f"{name}:{port}" for name in names}
+    for name in extra:
+        found |= {name} if PORT_AT_END.search(name) else {name, f"{name}:{port}"}
+    return frozenset(name.lower() for name in found)
+
+
+def own_addresses() -> list[str]:
+    """The addresses of this machine's network interfaces, as a Host header writes them."""
+    found = [a for addresses in psutil.net_if_addrs().values() for a in addresses]
+    plain = [a.address for a in found if a.family == socket.AF_INET]
+    return plain + [f"[{a.address.partition('%')[0]}]" for a in found if a.family == socket.AF_INET6]
 
 
 class HostOriginGuard:
