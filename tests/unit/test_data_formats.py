@@ -236,6 +236,8 @@ def test_sharegpt_preference_and_refusals() -> None:
         "before any function_call"
         in problems("sharegpt", {"conversations": [{"from": "tool", "value": "x"}]})[0].message
     )
+    empty = {"conversations": [{"from": "function_call", "value": "[]"}]}
+    assert "must hold a call" in problems("sharegpt", empty)[0].message
     assert "no assistant message" in problems("sharegpt", {"conversations": turns})[0].message
 
 

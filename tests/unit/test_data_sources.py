@@ -266,7 +266,7 @@ WORDS = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(data=st.one_of(st.binary(max_size=300), st.lists(PIECES | WORDS, max_size=40).map(b"".join)), name=NAMES)
 def test_fuzz_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str) -> None:
     path = put(tmp_path_factory.getbasetemp(), data, name)
@@ -280,7 +280,7 @@ def test_fuzz_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes, n
             json.dumps(row, ensure_ascii=False).encode()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(rows=st.lists(st.dictionaries(st.text(max_size=8), VALUES, max_size=3), max_size=4))
 def test_fuzz_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> None:
     folder = tmp_path_factory.getbasetemp()

@@ -216,7 +216,7 @@ ROW = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(rows=st.lists(ROW | st.text(max_size=5), max_size=4))
 def test_fuzz_rows(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
     path = put(tmp_path_factory.getbasetemp(), rows)

@@ -53,7 +53,7 @@ def read_options(row: Row, found: Findings, path: str = "") -> tuple[list[Row] |
 
 def check_trainable(messages: list[Message], found: Findings) -> None:
     """Refuse a row that has nothing to learn from: no assistant turn, or all of them with weight 0."""
-    if found.problems or not messages:
+    if found.problems:
         return
     turns = [m for m in messages if m.role == "assistant"]
     if not turns:

@@ -105,7 +105,10 @@ def _call(value: str, who: str, path: str, calls: _Calls, found: Findings) -> li
         text = json.dumps(arguments, ensure_ascii=False)
         made.append(ToolCall(id=f"call_{calls.made}", function=FunctionCall(name=name, arguments=text)))
     calls.waiting = [c.id for c in made]
-    return [Message(role="assistant", tool_calls=made)] if made else []
+    if not made:
+        found.add(f"{who} (function_call) is an empty array; it must hold a call.", f"{path}.value", value)
+        return []
+    return [Message(role="assistant", tool_calls=made)]
 
 
 def _as_object(arguments: Any) -> Row | None:
