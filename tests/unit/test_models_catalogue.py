@@ -165,3 +165,8 @@ def test_wrong_paths_say_what_is_wrong(home: Home, tmp_path: Path) -> None:
 def test_rows_of_the_helper_differ() -> None:
     texts = [json.dumps(r) for r in tiny.sft_rows(60)]
     assert len(set(texts)) == 60
+
+
+def test_a_broken_record_does_not_break_the_list(home: Home) -> None:
+    (folder_model(home, "odd") / "source.json").write_text("{cut of")
+    assert "cannot be read" in resolve("odd", home).source

@@ -211,9 +211,13 @@ def _stored(folder: Path, name: str | None = None) -> ModelInfo:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
+    """source.json of a stored model; a folder put there by hand may have none, or a broken one."""
     path = folder / "source.json"
-    record = json.loads(path.read_bytes()) if path.is_file() else {}
-    return record if isinstance(record, dict) else {}
+    try:
+        record = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError:
+        record = None
+    return record if isinstance(record, dict) else {"source": "a folder whose source.json cannot be read"}
 
 
 def _from_entry(name: str, entry: Entry) -> ModelInfo | None:

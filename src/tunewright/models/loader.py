@@ -108,7 +108,7 @@ def _open(folder: Path, dtype: torch.dtype) -> Any:
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        first = (str(e).strip().splitlines() or [type(e).__name__])[0].replace(str(folder), folder.name)
         if "allocate memory" in str(e) or "out of memory" in str(e):
             raise OutOfMemory(f"The model '{folder.name}' does not fit into memory: {first}") from e
         raise UserError(

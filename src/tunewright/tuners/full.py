@@ -14,7 +14,7 @@ from tunewright.core.errors import CheckpointError
 from tunewright.ops.runtime import quiet
 from tunewright.tuners import base
 from tunewright.tuners.base import TunerCard
-from tunewright.tuners.lora import copy_into, read_tensors
+from tunewright.tuners.files import copy_into, read_tensors
 
 
 class Full(base.Tuner):

@@ -11,13 +11,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
 from tunewright.core.errors import CheckpointError, SpecError, did_you_mean
+from tunewright.ops.runtime import quiet
 from tunewright.tuners import base
 from tunewright.tuners.base import TunerCard
+from tunewright.tuners.files import copy_into, read_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -56,7 +57,7 @@ class LoRA(base.Tuner):
             bias="none",
             task_type="CAUSAL_LM",
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), quiet():
             torch.manual_seed(seed)
             self.model = get_peft_model(model, config)  # type: ignore[arg-type,assignment]
         base.to_float32(self.trainable())
@@ -113,26 +114,6 @@ def saved_shape(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"'{folder.name}' is not a LoRA adapter: its {CONFIG} cannot be read.") from e
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"The weights file {path.name} cannot be read: {e}") from e
-
-
-def copy_into(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], what: str) -> None:
-    """Set the parameters from tensors of the same names and shapes. Raises CheckpointError and changes nothing else."""
-    wrong = sorted(set(parameters) ^ set(tensors))
-    wrong += [k for k in parameters if k in tensors and parameters[k].shape != tensors[k].shape]
-    if wrong:
-        raise CheckpointError(
-            f"The weights of {what} do not fit the model: {len(wrong)} tensors differ, first {wrong[0]}."
-        )
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(tensors[name])
-
-
 def _targets(model: nn.Module, wanted: str | list[str]) -> list[str]:
     """The names of the linear layers to adapt, all of which the model has."""
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -156,4 +137,5 @@ def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """`model` with a saved adapter folded into its weights, as a plain model again (load it in float32)."""
     saved_shape(folder)
     read_tensors(folder / WEIGHTS)  # peft would look for a pickle file if this one were missing
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()  # type: ignore[arg-type,operator]
+    with quiet():
+        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()  # type: ignore[arg-type,operator]
