@@ -66,7 +66,7 @@ def test_killed_and_paused_gives_the_same_as_left_alone(
 ) -> None:
     data = sft_file(tmp_path, 40)
     boss = Supervisor(store, store.home, backoff=(0.0,))
-    alone, disturbed = add(store, data), add(store, data)
+    alone, disturbed = add(store, data, n_epochs=4), add(store, data, n_epochs=4)
     until(boss, status_is(store, alone, "succeeded", "failed"), 120)
     assert get(store, alone).error is None
 
@@ -82,16 +82,17 @@ def test_killed_and_paused_gives_the_same_as_left_alone(
     job = get(store, disturbed)
     assert (job.status, job.attempt) == ("succeeded", 3)
     assert losses(store, disturbed) == losses(store, alone)
-    assert [s for s, _ in losses(store, alone)] == list(range(1, 81))
+    assert [s for s, _ in losses(store, alone)] == list(range(1, 161))
     assert weights(disturbed) == weights(alone)
     assert job.trained_tokens == get(store, alone).trained_tokens
-    assert (job.resolved or {})["n_epochs"] == 2
+    assert (job.resolved or {})["n_epochs"] == 4
     [result] = job.result_files
     row = store.get_file(result)
     assert row is not None
     lines = store.home.blob(row.sha256).read_text().splitlines()
-    assert lines[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy" and len(lines) == 81
-    assert [c.name for c in store.list_checkpoints(disturbed.id).data] == [job.name, f"{job.name}:ckpt-step-40"]
+    assert lines[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy" and len(lines) == 161
+    saved = [c.name for c in store.list_checkpoints(disturbed.id).data]
+    assert saved == [job.name, f"{job.name}:ckpt-step-120", f"{job.name}:ckpt-step-80"]
     before = dump(store)
     store.rebuild()
     assert dump(store) == before
