@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any
 
 from tunewright.api.errors import RateLimited
@@ -66,5 +66,6 @@ class Generation:
     async def stop(self) -> None:
         """End it; the engine notices that nobody listens and frees the request."""
         self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.wait({self._task})
+        if not self._task.cancelled():
+            self._task.exception()  # it was told by next(), or nobody is left to be told

@@ -255,6 +255,14 @@ class Description(BaseModel):
     models: list[BaseModelInfo]
 
 
+class EngineState(BaseModel):
+    """stats: running and waiting answers, loaded models and adapters, sizes in bytes; empty while it is stopped."""
+
+    object: Literal["tunewright.engine"] = "tunewright.engine"
+    state: str
+    stats: dict[str, Any]
+
+
 class WhoAmI(BaseModel):
     object: Literal["tunewright.whoami"] = "tunewright.whoami"
     organization_id: str

@@ -14,7 +14,16 @@ from tunewright.api.errors import parse
 from tunewright.api.filecheck import check_training_file
 from tunewright.api.lookup import base_models, find_file, find_job
 from tunewright.api.requests import CheckFile, CreateKey, CreateSession
-from tunewright.api.schemas import BaseModelInfo, Description, FileReport, Key, MetricPoints, Session, WhoAmI
+from tunewright.api.schemas import (
+    BaseModelInfo,
+    Description,
+    EngineState,
+    FileReport,
+    Key,
+    MetricPoints,
+    Session,
+    WhoAmI,
+)
 from tunewright.api.state import ORGANIZATION_ID, server_of
 from tunewright.core.errors import AuthError
 from tunewright.core.spec import JobSpec
@@ -64,6 +73,13 @@ def whoami(request: Request) -> WhoAmI:
         key=key.name if key else None,
         version=__version__,
     )
+
+
+@router.get(OURS + "/engine")
+async def engine(request: Request) -> EngineState:
+    """What the engine runs and has loaded; asking starts nothing."""
+    process = server_of(request).engine
+    return EngineState(state=process.state, stats=await process.health())
 
 
 @router.post(OURS + "/files/{file_id}/check")
