@@ -104,7 +104,8 @@ def run_job(run: Run, home: Home, events: EventWriter, stop: Callable[[], bool])
         stop=stop,
     )
     state = resume(parts)
-    events.write("message", "Fine-tuning job started")
+    if events.attempt == 1:
+        events.write("message", "Fine-tuning job started")
     state = train(parts, state)
     finish(parts, state)
     return {
