@@ -5,7 +5,8 @@ runs/<job id>/
   plan.json                what was decided by measuring; later attempts obey it
   data/                    the training and validation files, by hash
   start/                   the artefact this job continues from, if it does
-  attempts/N/events.jsonl  one line an event; worker.json (pid, creation time), log.txt
+  attempts/N/events.jsonl  one line an event; worker.json (pid, creation time)
+  worker.log               what the workers printed
   checkpoints/step-000030/ artefact/, optimizer state, trainer.json, MANIFEST.json
   result/                  the artefact that the job leaves
   step_metrics.csv         OpenAI's result file
