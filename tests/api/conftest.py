@@ -31,5 +31,5 @@ def locked_server(
 @pytest.fixture
 def http(server: LiveServer) -> Iterator[httpx.Client]:
     """Plain HTTP to the open server."""
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(base_url=server.url, timeout=300) as client:
         yield client

@@ -57,7 +57,7 @@ class Journey:
     def upload(self, data: bytes, name: str = "train.jsonl", **more: Any) -> Any:
         return self.client.files.create(file=(name, data), purpose="fine-tune", **more)
 
-    def wait(self, job_id: str, until: tuple[str, ...] = FINAL, seconds: float = 180, strict: bool = True) -> Any:
+    def wait(self, job_id: str, until: tuple[str, ...] = FINAL, seconds: float = 600, strict: bool = True) -> Any:
         """Poll through the strict client until the job has one of the statuses."""
         jobs = (self.strict if strict else self.client).fine_tuning.jobs
         end = time.time() + seconds
@@ -424,7 +424,7 @@ def check_cancel(j: Journey) -> None:
     assert j.wait(queued.id, ("queued", "running")).status == "queued"
     assert j.jobs.cancel(queued.id).status == "cancelled"
     j.jobs.cancel(long.id)
-    ended = j.wait(long.id, seconds=60)
+    ended = j.wait(long.id, seconds=300)
     assert ended.status == "cancelled" and ended.fine_tuned_model is None and ended.finished_at
     assert ended.error is None
     for finished in (ended.id, j.main_job.id):
@@ -483,7 +483,7 @@ def slow_check_pause_and_resume(j: Journey) -> None:
     job = j.jobs.create(model=BASE, training_file=j.train_file.id, hyperparameters={"n_epochs": 20, "batch_size": 1})
     fails(lambda: j.jobs.resume(job.id), openai.BadRequestError)
     j.wait(job.id, ("running",))
-    end = time.time() + 60
+    end = time.time() + 300
     while not any(e.type == "metrics" for e in j.events(job.id)) and time.time() < end:
         time.sleep(0.05)
     j.jobs.pause(job.id)

@@ -18,7 +18,9 @@ import psutil
 import tiny
 from tunewright.core.home import Home
 
-START_SECONDS = 90.0
+# generous: tests run beside other work on small machines
+START_SECONDS = 300.0
+STOP_SECONDS = 120
 SIGNIN_FILE = "signin"
 
 
@@ -50,6 +52,7 @@ class LiveServer:
         self.port = free_port()
         self.log = home / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
+        self._orphans: list[psutil.Process] = []
 
     @property
     def url(self) -> str:
@@ -83,24 +86,29 @@ class LiveServer:
         found = psutil.Process(self.process.pid).children(recursive=True)
         return [p for p in found if word in " ".join(p.cmdline())]
 
-    def kill(self) -> None:
-        """kill -9, as a power cut would."""
+    def _family(self) -> list[psutil.Process]:
         assert self.process is not None
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        """kill -9, as a power cut would; what the server had started lives on."""
+        assert self.process is not None
+        self._orphans += self._family()
         self.process.kill()
         self.process.wait()
 
     def stop(self) -> None:
-        """SIGTERM; whatever outlives the server is killed."""
-        if self.process is None or self.process.poll() is not None:
-            return
-        left = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(30)
-        finally:
-            _, alive = psutil.wait_procs(left, timeout=20)
-            for process in [*alive, psutil.Process(self.process.pid)] if self.process.poll() is None else alive:
-                process.kill()
+        """SIGTERM; then whatever outlives the server, such as a worker, is killed."""
+        if self.process is not None and self.process.poll() is None:
+            self._orphans += self._family()
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(STOP_SECONDS)
+            finally:
+                self.process.kill()
+        _, alive = psutil.wait_procs(self._orphans, timeout=3)
+        for process in alive:
+            process.kill()
 
     def __enter__(self) -> LiveServer:
         return self.start()

@@ -36,7 +36,7 @@ def key(locked_server: LiveServer) -> str:
 
 @pytest.fixture
 def locked(locked_server: LiveServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=locked_server.url) as client:
+    with httpx.Client(base_url=locked_server.url, timeout=300) as client:
         yield client
 
 
@@ -99,7 +99,7 @@ def test_a_body_is_not_read_before_the_key_was_checked(locked_server: LiveServer
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{locked_server.port}\r\nContent-Length: 100\r\n\r\n"
         )
         s.sendall(head.encode())
-        s.settimeout(10)
+        s.settimeout(120)
         assert s.recv(100).startswith(b"HTTP/1.1 401")
 
 
@@ -149,7 +149,7 @@ def test_the_own_origin_is_welcome(http: httpx.Client, server: LiveServer) -> No
 
 def raw(server: LiveServer, text: str) -> bytes:
     with socket.create_connection(("127.0.0.1", server.port)) as s:
-        s.settimeout(10)
+        s.settimeout(120)
         s.sendall(text.replace("\n", "\r\n").encode())
         return s.recv(200)
 

@@ -8,17 +8,25 @@ import time
 from typing import Any
 
 import httpx
+import pytest
 from live import LiveServer
 
 ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "q1"}], "temperature": 0}
-NEVER_ENDS: dict[str, Any] = {**ASK, "logit_bias": {"2": -100}, "max_completion_tokens": 450}
+# the tiny tokenizer's token 2 ends an answer
+LONG: dict[str, Any] = {**ASK, "logit_bias": {"2": -100}, "max_completion_tokens": 450}
+LONGER: dict[str, Any] = {**LONG, "n": 16}
 
 
 def stats(http: httpx.Client) -> dict[str, Any]:
-    return http.get("/v1/tunewright/engine").json()["stats"]
+    """The engine's own numbers; it is started if it is not running."""
+    told = http.get("/v1/tunewright/engine").json()
+    if told["state"] != "running":
+        assert http.post("/v1/chat/completions", json={**ASK, "max_completion_tokens": 1}).status_code == 200
+        return stats(http)
+    return told["stats"]
 
 
-def wait_for(condition: Any, seconds: float = 20.0) -> None:
+def wait_for(condition: Any, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -29,7 +37,7 @@ def test_the_stream_byte_by_byte(http: httpx.Client) -> None:
     body = {**ASK, "max_completion_tokens": 4, "stream": True, "stream_options": {"include_usage": True}, "n": 2}
     answer = http.post("/v1/chat/completions", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
-    events = answer.text.split("\n\n")
+    events = [e for e in answer.text.split("\n\n") if e != ": ping"]
     assert events[-1] == "" and events[-2] == "data: [DONE]"
     assert all(e.startswith("data: ") and "\n" not in e for e in events[:-1])
     chunks = [json.loads(e[6:]) for e in events[:-2]]
@@ -49,43 +57,43 @@ def test_an_error_before_the_stream_has_its_status(http: httpx.Client) -> None:
 
 
 def test_a_client_that_goes_away_stops_the_answer(http: httpx.Client) -> None:
-    http.post("/v1/chat/completions", json={**ASK, "max_completion_tokens": 1})
     before = stats(http)["generated_tokens"]
-    with http.stream("POST", "/v1/chat/completions", json={**NEVER_ENDS, "stream": True}) as answer:
+    with http.stream("POST", "/v1/chat/completions", json={**LONGER, "stream": True}) as answer:
         next(answer.iter_bytes())
-        assert stats(http)["running"] + stats(http)["waiting"] >= 1
     wait_for(lambda: stats(http)["running"] == 0)
-    assert stats(http)["generated_tokens"] - before < 450
+    assert stats(http)["generated_tokens"] - before < 16 * 450
 
 
 def test_a_client_that_does_not_wait_for_the_whole_answer(http: httpx.Client, server: LiveServer) -> None:
-    before = stats(http).get("generated_tokens", 0)
-    try:
-        httpx.post(f"{server.url}/v1/chat/completions", json=NEVER_ENDS, timeout=httpx.Timeout(5, read=0.3))
-    except httpx.ReadTimeout:
-        wait_for(lambda: stats(http)["running"] == 0)
-        assert stats(http)["generated_tokens"] - before < 450
+    before = stats(http)["generated_tokens"]
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/chat/completions", json=LONGER, timeout=httpx.Timeout(300, read=0.3))
+    wait_for(lambda: stats(http)["running"] + stats(http)["waiting"] == 0)
+    assert stats(http)["generated_tokens"] - before < 16 * 450
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_is_seen_and_replaced(http: httpx.Client, server: LiveServer) -> None:
     whole = http.post("/v1/chat/completions", json={**ASK, "max_completion_tokens": 6}).json()
-    with http.stream("POST", "/v1/chat/completions", json={**NEVER_ENDS, "stream": True}) as answer:
-        lines = answer.iter_lines()
-        assert next(lines).startswith("data: ")
+    with http.stream("POST", "/v1/chat/completions", json={**LONGER, "stream": True}) as answer:
+        lines = (line for line in answer.iter_lines() if line.startswith("data: "))
+        next(lines)
         for process in server.children("tunewright.engine.server"):
             process.kill()
-        rest = [line for line in lines if line]
+        rest = list(lines)
     error = json.loads(rest[-1].removeprefix("data: "))["error"]
     assert error["code"] == "engine_failed" and "again" in error["message"]
     again = http.post("/v1/chat/completions", json={**ASK, "max_completion_tokens": 6}).json()
+    assert "choices" in again, again
     assert again["choices"][0]["message"] == whole["choices"][0]["message"]
 
 
+@pytest.mark.slow
 def test_too_many_at_once_are_told_to_wait(server: LiveServer) -> None:
     async def many() -> list[httpx.Response]:
-        body = {**NEVER_ENDS, "max_completion_tokens": 60}
+        body = {**LONG, "max_completion_tokens": 20}
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
             return await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for _ in range(80)))
 
     answers = asyncio.run(many())

@@ -13,7 +13,7 @@ from live import LiveServer, free_port
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tunewright.api", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
