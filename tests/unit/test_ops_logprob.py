@@ -113,6 +113,20 @@ def test_divergences(kind: str, chunk: int) -> None:
     )[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_and_without_gradient_the_bits_are_the_same(dtype: torch.dtype) -> None:
+    """A reference pass without gradient must equal the policy's own pass, or DPO would not begin at ln 2."""
+    h, weight, _, targets = tensors()
+    h, head = h.detach().to(dtype).requires_grad_(), Head(weight.to(dtype))
+    want = {"logp", "correct"}
+    learning = logprob.token_stats(h, head, targets, want, 4)
+    with torch.no_grad():
+        looking = logprob.token_stats(h, head, targets, want, 4)
+    everything = logprob.token_stats(h, head, targets, set(STATS), 4)
+    for name in want:
+        assert torch.equal(learning[name], looking[name]) and torch.equal(looking[name], everything[name])
+
+
 def test_no_supervised_row_gives_empty_and_zero_gradient() -> None:
     h, weight, _, _ = tensors()
     for want in ({"logp"}, set(STATS)):

@@ -141,13 +141,12 @@ class _FrozenHeadLogp(torch.autograd.Function):
         weight_VD = head.weight.to(h_ND.dtype)
         for i in range(0, h_ND.shape[0], chunk):
             h, y = h_ND[i : i + chunk], targets_N[i : i + chunk]
-            z_NV = head.logits(h)
-            target_z = z_NV.gather(-1, y[:, None])
-            log_norm = torch.logsumexp(z_NV, dim=-1, keepdim=True)
-            corrects.append((z_NV.argmax(-1) == y).float())
-            logps.append((target_z - log_norm)[:, 0])
-            p_NV = z_NV.sub_(log_norm).exp_()
-            p_NV.scatter_add_(-1, y[:, None], torch.full_like(target_z, -1.0))  # before rounding: p[y] may be near 1
+            # the very operations of _chunk_stats, so that a pass without gradient gives the same bits
+            logp_NV = F.log_softmax(head.logits(h), dim=-1)
+            logps.append(logp_NV.gather(-1, y[:, None])[:, 0])
+            corrects.append((logp_NV.argmax(-1) == y).float())
+            p_NV = logp_NV.exp_()
+            p_NV[torch.arange(len(y), device=y.device), y] -= 1.0  # before rounding: p[y] may be near 1
             grads.append(-head.scale * (p_NV.to(weight_VD.dtype) @ weight_VD))
         correct_N = torch.cat(corrects) if corrects else h_ND.new_zeros(0, dtype=torch.float32)
         ctx.mark_non_differentiable(correct_N)  # type: ignore[attr-defined]
