@@ -174,29 +174,33 @@ def test_no_secret_of_ours_reaches_the_process(process: EngineProcess, home: Hom
     assert child.token not in process.log_file.read_text()
 
 
-def test_killed_it_starts_again(home: Home) -> None:
+def test_killed_it_starts_again(process: EngineProcess) -> None:
     """SIGKILL in the middle of an answer: that answer ends with a clear error, the next request is served."""
 
-    async def work() -> None:
-        process = EngineProcess(home, threads=1, dtype="float32")
-        try:
-            stream = process.generate(LONG)
-            await anext(stream)
-            await anext(stream)
-            first = process.pid
-            assert first is not None
-            os.kill(first, signal.SIGKILL)
-            with pytest.raises(EngineFailed) as e:
-                async for _ in stream:
-                    pass
-            assert "Send the request again" in e.value.message
-            events = [e async for e in process.generate({**LONG, "max_tokens": 3})]
-            assert events[-1]["type"] == "done" and process.pid != first and process.state == "running"
-        finally:
-            await process.aclose()
-        assert process.state == "stopped"
+    async def work(p: EngineProcess) -> None:
+        stream, first = p.generate(LONG), p.pid
+        assert first is not None and (await anext(stream))["type"] == "start"
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(EngineFailed) as e:
+            async for _ in stream:
+                pass
+        assert "Send the request again" in e.value.message
+        events = [e async for e in p.generate({**LONG, "max_tokens": 3})]
+        assert events[-1]["type"] == "done" and p.pid != first and p.state == "running"
 
-    asyncio.run(work())
+    asyncio.run(work(process))
+
+
+@pytest.mark.slow
+def test_killed_while_idle_nobody_notices(process: EngineProcess) -> None:
+    async def work(p: EngineProcess) -> None:
+        first = p.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        events = [e async for e in p.generate({**LONG, "max_tokens": 3})]
+        assert events[-1]["type"] == "done" and p.pid != first
+
+    asyncio.run(work(process))
 
 
 def test_a_crash_loop_ends_with_a_clear_error(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +219,7 @@ def test_a_crash_loop_ends_with_a_clear_error(home: Home, tmp_path: Path, monkey
     assert f"{DEATHS} times within a minute" in e.value.message and process.state == "failing"
 
 
+@pytest.mark.slow
 def test_it_ends_with_the_process_that_started_it(home: Home) -> None:
     """The parent is killed with SIGKILL, so nobody tells the engine; it must notice by itself."""
     script = (
