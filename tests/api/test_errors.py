@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import httpx
 import pytest
+from live import LiveServer
 
 from tunewright.api.body import MAX_JSON_BYTES
 
@@ -98,3 +101,16 @@ def test_a_client_cannot_name_a_path(http: httpx.Client, tmp_path) -> None:
 def test_interactive_docs_are_off(http: httpx.Client) -> None:
     for path in ("/docs", "/redoc", "/openapi.json"):
         assert http.get(path).status_code == 404
+
+
+def test_an_unforeseen_error_tells_nothing_but_its_id(http: httpx.Client, server: LiveServer) -> None:
+    data = {"file": ("a.txt", b"only in this test: its bytes vanish from the disk")}
+    made = http.post("/v1/files", files=data, data={"purpose": "vision"}).json()
+    digest = hashlib.sha256(data["file"][1]).hexdigest()
+    (server.home / "files" / digest[:2] / digest).unlink()
+    response = http.get(f"/v1/files/{made['id']}/content")
+    assert response.status_code == 500
+    error = error_of(response)
+    assert error["type"] == "server_error" and response.headers["x-request-id"] in error["message"]
+    assert digest not in response.text and str(server.home) not in response.text
+    assert http.delete(f"/v1/files/{made['id']}").json()["deleted"] is True

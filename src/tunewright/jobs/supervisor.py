@@ -43,9 +43,14 @@ def check_data(home: Home, run: Run) -> None:
 
     job = run.job()
     shapes = load_describe(home)["objective"][job.spec.objective.name]["card"].get("shapes")
-    for what, path, least in (("training", job.train, job.spec.min_examples), ("validation", job.validation, 1)):
+    wanted = (("training", "train", job.train, job.spec.min_examples), ("validation", "validation", job.validation, 1))
+    for what, key, path, least in wanted:
         if path is not None:
-            report = check_file(run.folder / path, format=job.spec.format, purpose_shapes=shapes, min_examples=least)
+            name = job.sources.get(key, {}).get("name", "")  # the copy in the run folder is called by its hash
+            place = run.folder / path
+            report = check_file(
+                place, format=job.spec.format, purpose_shapes=shapes, min_examples=least, name=name or place.name
+            )
             raise_for(report, what)
 
 
