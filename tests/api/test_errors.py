@@ -112,5 +112,6 @@ def test_an_unforeseen_error_tells_nothing_but_its_id(http: httpx.Client, server
     assert response.status_code == 500
     error = error_of(response)
     assert error["type"] == "server_error" and response.headers["x-request-id"] in error["message"]
+    assert response.headers["x-request-id"] in server.log.read_text()
     assert digest not in response.text and str(server.home) not in response.text
     assert http.delete(f"/v1/files/{made['id']}").json()["deleted"] is True

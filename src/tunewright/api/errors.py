@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ from starlette.exceptions import HTTPException
 
 from tunewright.api.guard import response_headers
 from tunewright.core.errors import DataError, TunewrightError, UserError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 
 class TooLarge(UserError):
@@ -77,9 +80,10 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 async def _bug(request: Request, error: Exception) -> JSONResponse:
     """An error nobody foresaw. The log has the details; the client gets only the id to look for."""
     request_id = request.scope.get("request_id", "")
+    log.error("%s: %s %s failed; the error follows", request_id, request.method, request.url.path)
     message = f"The server had an error of its own while answering. Its log says more under {request_id}."
     body = {"error": {"message": message, "type": "server_error", "param": None, "code": "internal_error"}}
-    answer = JSONResponse(body, 500)
+    answer = JSONResponse(body, 500, {"connection": "close"})  # the web server closes it after such an error
     # this handler runs outside of Envelope
     answer.raw_headers.extend(response_headers(request.scope))
     return answer
