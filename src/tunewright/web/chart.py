@@ -76,8 +76,10 @@ class LineChart:
         pieces = []
         for index, (key, points) in enumerate(grown.items()):
             start, scaled = self._sent[key], self._scaled(points)
-            # the options keep the whole truth, for a browser that connects again and builds the chart anew
-            self.plot.options["series"][index]["data"][start:] = scaled
+            # the options keep the whole truth, for a browser that connects again and builds the chart anew; NiceGUI
+            # watches them and would send all of them at every change
+            with self.plot.props.suspend_updates():
+                self.plot.options["series"][index]["data"][start:] = scaled
             self._sent[key] += len(points)
             pieces.append([index, start, scaled])
         self.plot.run_chart_method(":setOption", APPEND % {"id": self.plot.id, "pieces": json.dumps(pieces)})
@@ -143,6 +145,8 @@ class LineChart:
             "symbol": "circle",
             "symbolSize": 9,
             "itemStyle": {"color": line.colour, "borderColor": "#fff", "borderWidth": 1.5 if line.dots else 0},
+            # no more vertices than the plot has pixels: thick lines of thousands are slow to draw without a GPU
+            "sampling": "minmax",
             "lineStyle": {"width": 2, "color": line.colour, "type": "dashed" if line.dashed else "solid"},
             "emphasis": {"disabled": True},
         }

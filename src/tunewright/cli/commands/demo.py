@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2-135m-instruct"
 MARK = "tunewright_demo"
-# chosen on a split of the training rows (data/demo/README.md); the seed makes the demo the same everywhere it can be
+# how they were chosen: data/demo/README.md; the fixed seed makes the demo the same wherever the arithmetic is
 SETTINGS: dict[str, Any] = {
     "model": MODEL,
     "tuner": {"name": "lora", "r": 16},
