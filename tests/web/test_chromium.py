@@ -152,6 +152,7 @@ def browser(folder: Path, web: Program) -> Iterator[Browser]:
     driver = Chrome(options=options, service=Service(DRIVER))
     size = {"width": 1280, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    driver.set_script_timeout(120)
     yield Browser(driver, web.url)
     driver.quit()
 
