@@ -94,7 +94,7 @@ class Browser:
         element.send_keys(text)
 
     def upload(self, role: str, path: Path) -> None:
-        zone = self.get(f"upload-{role}")
+        zone = self.get(f"upload-{role}", 240)
         zone.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(path))
 
     def text(self, name: str) -> str:

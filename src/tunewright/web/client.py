@@ -37,8 +37,8 @@ class ApiError(TunewrightError):
 class ApiDown(ApiError):
     """The API did not answer at all; the same request may work in a moment."""
 
-    def __init__(self, base_url: str) -> None:
-        super().__init__(f"The API at {base_url} does not answer. Trying again…", status=0, code="api_down")
+    def __init__(self, base_url: str, what: str = "does not answer") -> None:
+        super().__init__(f"The API at {base_url} {what}. Trying again…", status=0, code="api_down")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class Api:
         headers = {**self._headers, **kwargs.pop("headers", {})}
         try:
             answer = await self._http.request(method, self.base_url + path, headers=headers, **kwargs)
+        except httpx.TimeoutException as e:
+            raise ApiDown(self.base_url, "takes long to answer") from e
         except httpx.TransportError as e:
             raise ApiDown(self.base_url) from e
         if answer.is_error:
@@ -119,7 +121,8 @@ class Api:
 
     async def describe(self) -> dict[str, Any]:
         """kind -> name -> {schema, defaults, card, doc} of everything a job can be made of."""
-        return (await self.request("GET", "/v1/tunewright/describe"))["parts"]
+        # a server asked for the first time has to find out, which takes it a while
+        return (await self.request("GET", "/v1/tunewright/describe", timeout=180.0))["parts"]
 
     async def models(self) -> list[dict[str, Any]]:
         return (await self.request("GET", "/v1/models"))["data"]

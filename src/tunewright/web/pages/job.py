@@ -98,7 +98,8 @@ def build(session: Session, job_id: str) -> None:
             place.clear()
             with place:
                 parts.append(build_parts())
-        update(session, feed, parts[0], view)
+        if parts[0].changed("version", (feed.version, parts[0].steps)):
+            update(session, feed, parts[0], view)
 
     kit.every(0.5, draw)
 
