@@ -354,8 +354,8 @@ def check_sampling(j: Journey) -> None:
     assert all(len(t.top_logprobs) == 5 and t.logprob <= 0 for t in content)
     for choice in first.choices:
         shown = [t for t in choice.logprobs.content if not t.token.startswith("<|")]  # special tokens are not text
-        if all(t.bytes is not None for t in shown):
-            assert b"".join(bytes(t.bytes) for t in shown).decode() == choice.message.content
+        text = b"".join(bytes(t.bytes or b"") for t in shown).decode("utf-8", "ignore")
+        assert text == choice.message.content.replace("\ufffd", ""), (text, choice.message.content)
     text = j.ask(BASE, max_completion_tokens=12).choices[0].message.content
     cut = j.ask(BASE, max_completion_tokens=12, stop=[text[2:4]])
     assert cut.choices[0].message.content == text[: text.index(text[2:4])] and cut.choices[0].finish_reason == "stop"
@@ -482,7 +482,7 @@ def check_async_and_concurrency(j: Journey) -> None:
 
 
 def slow_check_pause_and_resume(j: Journey) -> None:
-    job = j.jobs.create(model=BASE, training_file=j.train_file.id, hyperparameters={"n_epochs": 20, "batch_size": 1})
+    job = j.jobs.create(model=BASE, training_file=j.train_file.id, hyperparameters={"n_epochs": 10, "batch_size": 1})
     fails(lambda: j.jobs.resume(job.id), openai.BadRequestError)
     j.wait(job.id, ("running",))
     end = time.time() + 300
@@ -497,7 +497,7 @@ def slow_check_pause_and_resume(j: Journey) -> None:
     done = j.wait(job.id)
     assert done.status == "succeeded", done.error
     steps = [e.data["step"] for e in reversed(j.events(job.id)) if e.type == "metrics"]
-    assert steps == list(range(1, 241)) and max(done_before) < 240
+    assert steps == list(range(1, 121)) and max(done_before) < 120
 
 
 def slow_check_same_seed_same_losses(j: Journey) -> None:
