@@ -46,7 +46,7 @@ sdks: $(VENV)/.dev ## the versions of the openai package that the tests talk wit
 	@$(BIN)/python tests/api/install_sdks.py
 
 test: dev sdks ## the default tests (about a minute)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: dev sdks ## the slow tests: real model, kill -9, browser (about ten minutes; the browser ones need chromium)
 	$(BIN)/python -m pytest -m slow
