@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import engine_kit as kit
+from tunewright.core.durable import commit_folder
 from tunewright.core.errors import TunewrightError, UserError
 from tunewright.core.home import Home
 from tunewright.data.tokenizer import Tokenizer
@@ -309,6 +310,17 @@ def test_bad_requests_hurt_nobody_else(engine: Engine, base: Any, adapters: dict
         pass
     assert [e["type"] for e in log] == ["start", "error"] and log[1]["error"]["code"] == "adapter_does_not_fit"
     assert kit.tokens(good) == kit.reference(base, prompt, 40)
+
+
+def test_a_changed_artefact_is_refused(engine: Engine, tmp_path: Path, model_dir: Path) -> None:
+    """A committed result whose weights were altered afterwards is not served."""
+    made = kit.make_adapter(tmp_path / "made", model_dir, 3)
+    folder = commit_folder(tmp_path / "result", lambda tmp: shutil.copytree(made, tmp, dirs_exist_ok=True) and None)
+    weights = bytearray((folder / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    log = kit.run_all(engine, [kit.ask([5, 6], 5, artefact=str(folder))])[0]
+    assert log[-1]["error"]["code"] == "checkpoint_damaged"
 
 
 def test_a_failed_step_fails_its_requests_only(engine: Engine, base: Any, adapters: dict[str, Path]) -> None:

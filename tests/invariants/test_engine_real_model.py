@@ -9,7 +9,7 @@ import pytest
 
 import engine_kit as kit
 from tunewright.core.home import Home
-from tunewright.engine.engine import Engine
+from tunewright.engine.engine import Engine, Event
 from tunewright.models.loader import materialise
 
 NAME = "smollm2-135m-instruct"
@@ -17,7 +17,7 @@ QUESTIONS = (
     "What is the capital of France?",
     "Write a haiku about the sea.",
     "List three uses of vinegar, in German: Größe, Länge, 你好.",
-    "Explain why the sky is blue. " + "Be precise and give an example. " * 30,
+    "Explain why the sky is blue. " + "Be precise and give an example. " * 20,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
@@ -34,10 +34,10 @@ def folder(home: Home) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(home: Home, folder: Path) -> list[list[int]]:
+def logs(home: Home, folder: Path) -> list[list[Event]]:
     """The engine's answers in float32, all computed together."""
-    engine = Engine(home, dtype="float32", threads=2)
-    return [kit.tokens(log) for log in kit.run_all(engine, [request(q) for q in QUESTIONS], spread=3)]
+    engine = Engine(home, dtype="float32", threads=1)
+    return kit.run_all(engine, [request(q) for q in QUESTIONS], spread=3)
 
 
 def request(question: str) -> dict[str, Any]:
@@ -45,24 +45,34 @@ def request(question: str) -> dict[str, Any]:
         "base": NAME,
         "messages": [{"role": "user", "content": question}],
         "temperature": 0.0,
-        "max_tokens": 48,
+        "max_tokens": 24,
+        "logprobs": 5,
     }
 
 
-def test_greedy_is_generate(home: Home, folder: Path, answers: list[list[int]]) -> None:
+def test_greedy_is_generate(folder: Path, logs: list[list[Event]]) -> None:
     from transformers import AutoTokenizer
 
     tokenizer, net = AutoTokenizer.from_pretrained(folder), kit.hf_model(folder)
-    for question, found in zip(QUESTIONS, answers, strict=True):
+    for question, log in zip(QUESTIONS, logs, strict=True):
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
         )
-        assert found == kit.reference(net, prompt, 48)
-        assert len(found) > 5
+        assert kit.tokens(log) == kit.reference(net, prompt, 24)
+        assert len(kit.tokens(log)) > 5
 
 
-def test_bfloat16_begins_the_same(home: Home, folder: Path, answers: list[list[int]]) -> None:
-    """bfloat16 may take another turn at a near tie; the first word of each answer stands."""
-    engine = Engine(home, dtype="bfloat16", threads=2)
-    logs = kit.run_all(engine, [request(q) for q in QUESTIONS])
-    assert [kit.tokens(log)[0] for log in logs] == [a[0] for a in answers]
+def test_bfloat16_stays_near(home: Home, logs: list[list[Event]]) -> None:
+    """A near tie may fall the other way, so what is compared is what the model thinks of the likeliest first tokens."""
+    engine = Engine(home, dtype="bfloat16", threads=1)
+    fast = kit.run_all(engine, [{**request(q), "max_tokens": 1} for q in QUESTIONS])
+    for exact, found in zip(logs, fast, strict=True):
+        wanted, got = likeliest(exact), likeliest(found)
+        shared = wanted.keys() & got.keys()
+        assert len(shared) >= 4
+        assert all(abs(wanted[t] - got[t]) < 0.2 for t in shared)
+
+
+def likeliest(log: list[Event]) -> dict[str, float]:
+    """Token -> log-probability, of the first position."""
+    return {t["token"]: t["logprob"] for t in log[1]["top_logprobs"]}

@@ -210,6 +210,9 @@ def _is_from(key: str, folder: str | None) -> bool:
 
 
 def _verify(folder: Path) -> None:
-    """Check the folder's manifest if it has one (a model folder of the user's has none). Raises CheckpointError."""
-    if (folder / MANIFEST).is_file():
+    """Check the hashes of a trained artefact; a base model, often large, was checked when it was stored.
+
+    Raises CheckpointError.
+    """
+    if (folder / ARTEFACT).is_file() and (folder / MANIFEST).is_file():
         check_folder(folder)
