@@ -39,7 +39,7 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images"
 SHOOT = os.environ.get("TUNEWRIGHT_SCREENSHOTS") == "1"
 REAL_DATA = os.environ.get("TUNEWRIGHT_SCREENSHOT_DATA")
 MODEL = os.environ.get("TUNEWRIGHT_SCREENSHOT_MODEL", "tiny")
-EPOCHS = 3 if REAL_DATA else 4
+EPOCHS = 3 if REAL_DATA else 30  # long enough to be watched
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1280,800 --force-device-scale-factor=1 --lang=en"
