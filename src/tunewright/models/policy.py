@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,27 +18,53 @@ class Policy:
     """model: a transformers causal LM from load_model(), or a PeftModel around one.
 
     autocast: dtype of the products (bfloat16), or None to compute in the dtype of the weights.
+    fast: computes what `hidden` returns, the same numbers sooner; None runs the model's own modules.
+    embedding_noise: [T, D] for a batch, added to the input embeddings while the model is in training mode. The plain
+        modules run then, because `fast` embeds the tokens itself.
     """
 
-    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        autocast: torch.dtype | None = None,
+        *,
+        fast: Callable[[Batch], Tensor] | None = None,
+        embedding_noise: Callable[[Batch], Tensor] | None = None,
+    ) -> None:
         self.model = model
         self.autocast = autocast
+        self.fast = fast
+        self.embedding_noise = embedding_noise
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 # peft would first copy every input to float32, only for autocast to bring it down again
                 module.cast_input_dtype_enabled = autocast is None  # type: ignore[assignment]
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches must be (`batch.to(policy.device)`)."""
+        return next(self.model.parameters()).device
+
     def hidden(self, batch: Batch) -> Tensor:
         """[T, D]: the last layer's output after the final norm, in the dtype of the computation."""
-        decoder = decoder_of(self.model)
+        noisy = self.embedding_noise is not None and self.model.training
         with self._cast():
-            out = decoder(
-                input_ids=batch.tokens_T[None],
+            if self.fast is not None and not noisy:
+                return self.fast(batch)
+            out = decoder_of(self.model)(
+                **self._inputs(batch, noisy),
                 position_ids=batch.position_T[None],
                 cu_seqlens=batch.cu_seqlens.tolist(),
                 use_cache=False,
             )
         return out.last_hidden_state[0]
+
+    def _inputs(self, batch: Batch, noisy: bool) -> dict[str, Tensor]:
+        """The tokens, or their embeddings with the noise."""
+        if not noisy or self.embedding_noise is None:
+            return {"input_ids": batch.tokens_T[None]}
+        embedded_TD = causal_lm(self.model).get_input_embeddings()(batch.tokens_T)  # type: ignore[operator]
+        return {"inputs_embeds": (embedded_TD + self.embedding_noise(batch).to(embedded_TD.dtype))[None]}
 
     def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]:
         """{name: [T] float32}, 0 where weights_T is 0: only supervised tokens reach the LM head.
@@ -63,7 +90,7 @@ class Policy:
     def _cast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
             return nullcontext()
-        return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
+        return torch.autocast(self.device.type, self.autocast)
 
 
 def _spread(values_N: Tensor, rows_N: Tensor, n_tokens: int) -> Tensor:

@@ -64,7 +64,7 @@ def accumulate(parts: Parts, groups: Sequence[Group], backward: bool) -> dict[st
             weights[name] = weights.get(name, 0.0) + weight
     sums = dict.fromkeys(weights, 0.0)
     for batch in batches:
-        terms = parts.objective(parts.policy, batch)
+        terms = parts.objective(parts.policy, batch.to(parts.policy.device))
         if backward:
             step_loss(terms, weights).backward()
         for name, term in terms.items():

@@ -32,7 +32,7 @@ def run_once(policy: Policy, objective: Objective, tuner: Tuner, groups: Sequenc
     """Forward and backward over `groups` once; returns seconds. Gradients are dropped, nothing is updated."""
     started = time.monotonic()
     for batch in pack(list(groups), plan.micro_batch_tokens):
-        step_loss(objective(policy, batch), objective.weights(batch)).backward()
+        step_loss(objective(policy, batch.to(policy.device)), objective.weights(batch)).backward()
     seconds = time.monotonic() - started
     for p in tuner.trainable().values():
         p.grad = None

@@ -32,7 +32,7 @@ from tunewright.data.validate import check_file, raise_for, read_conversations
 from tunewright.models.loader import load_model, materialise
 from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
-from tunewright.ops.runtime import be_deterministic, choose_dtype, set_threads
+from tunewright.ops.runtime import be_deterministic, choose_dtype, device, set_threads
 from tunewright.train.checkpoint import State, list_checkpoints, load_newest
 from tunewright.train.describe import describe
 from tunewright.train.loop import Parts, announce_checkpoint, train
@@ -199,7 +199,7 @@ def with_progress(rows: Iterator[Conversation], total: int, what: str, events: E
 def attach(start: Start, tuner: Tuner, spec: JobSpec, dtype: torch.dtype) -> nn.Module:
     """Load the weights and make them trainable."""
     whole = tuner.card.artefact == "weights"
-    model = load_model(start.weights, torch.float32 if tuner.card.float32_base else dtype)
+    model = load_model(start.weights, torch.float32 if tuner.card.float32_base else dtype).to(device())
     if start.adapter is not None and whole:
         model = merge_adapter(model, start.adapter)
     model = tuner.attach(model, seed=spec.seed or 0)
