@@ -34,7 +34,8 @@ FORMATS_HEAD = """# Data formats
 
 Files may be JSON Lines, a JSON array, CSV, Parquet or plain text lines, in UTF-8 or UTF-16. The format of the rows is
 found from the first 100 of them; `tunewright data check FILE` says which one it is and why, and lists the problems with
-line and field. `format:` in a job spec sets it by hand.
+line and field. `format:` in a job spec sets it by hand. A `prompt` or `completion` may be a text or a list of chat
+messages; only the completion is trained.
 
 Preference and plain-text rows can be checked today; training on them needs objectives that are not there yet.
 """

@@ -248,6 +248,17 @@ def test_prompt_completion_and_text() -> None:
     assert problems("text", {"text": "  "})[0].message == "has an empty text."
 
 
+def test_prompt_and_completion_as_messages_train_only_the_completion() -> None:
+    row = {"prompt": [USER, ANSWER, {**USER, "content": "More?"}], "completion": [{**ANSWER, "content": "Yes."}]}
+    got = convert("prompt_completion", row)
+    assert [m.role for m in got.messages] == ["user", "assistant", "user", "assistant"]
+    assert [m.weight for m in got.messages] == [None, 0, None, None]
+    assert convert("prompt_completion", {**row, "completion": "Yes."}) == got
+    bad = problems("prompt_completion", {"prompt": [{"role": "usr", "content": "x"}], "completion": []})
+    assert [p.field for p in bad] == ["prompt[0].role", "completion"]
+    assert "no assistant message" in problems("prompt_completion", {"prompt": "a", "completion": [USER]})[0].message
+
+
 @pytest.mark.parametrize(
     "names", [("preferred_output", "non_preferred_output"), ("preferred_completion", "non_preferred_completion")]
 )

@@ -1,17 +1,31 @@
-"""Pairs of {"prompt": "…", "completion": "…"}: one user turn and one assistant turn."""
+"""Pairs of prompt and completion: two texts (one user turn, one assistant turn) or two lists of chat messages.
+
+With lists, only the completion's assistant turns are trained, as in TRL's conversational prompt-completion rows.
+"""
 
 from __future__ import annotations
 
 from tunewright.core.conversation import Conversation, Message
 from tunewright.data.formats.base import Findings, Format, Row
+from tunewright.data.formats.openai_chat import check_trainable, read_list
 
 
 def convert(row: Row, line: int) -> Conversation:
+    """Raises DataError with every problem of the row."""
     found = Findings(line)
-    prompt, completion = found.text(row, "prompt"), found.text(row, "completion")
+    prompt, completion = _side(row, "prompt", "user", found), _side(row, "completion", "assistant", found)
+    if completion:
+        check_trainable(completion, found)
     found.stop_if_any()
-    messages = [Message(role="user", content=prompt), Message(role="assistant", content=completion)]
-    return Conversation(messages=messages, source=line)
+    shown = [m.model_copy(update={"weight": 0}) if m.role == "assistant" else m for m in prompt]
+    return Conversation(messages=shown + completion, source=line)
+
+
+def _side(row: Row, key: str, role: str, found: Findings) -> list[Message]:
+    """The messages of one side; a text is one message of `role`."""
+    if isinstance(row.get(key), list):
+        return read_list(row, key, found)
+    return [Message.model_validate({"role": role, "content": found.text(row, key)})]
 
 
 FORMAT = Format(

@@ -1,0 +1,77 @@
+"""The plain loop: transformers + peft as their documentation shows it, padded batches, AdamW. `plain.py TASK.json`.
+
+The base is held in the task's dtype, the adapters in float32 (peft's default), products in the task's dtype by
+autocast; full fine-tuning keeps float32 weights. No gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from shared import Row, StepLog, Task, batches, finish, read_rows, settle, synchronize, token_hash
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def load(task: Task, device: torch.device) -> Any:
+    """The model to train, with fresh adapters if the tuner is lora."""
+    half = torch.bfloat16 if task.dtype == "bfloat16" and task.tuner == "lora" else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(task.model, dtype=half, attn_implementation="sdpa")
+    model.config.use_cache = False
+    if task.tuner == "lora":
+        torch.manual_seed(task.seed)
+        config = LoraConfig(
+            r=task.r, lora_alpha=task.alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, config)
+    return model.to(device).train()
+
+
+def padded(rows: list[Row], device: torch.device) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and labels [B, L], padded on the right."""
+    longest = max(len(r.ids) for r in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, row in enumerate(rows):
+        n = len(row.ids)
+        ids[i, :n] = torch.tensor(row.ids)
+        mask[i, :n] = 1
+        labels[i, :n] = torch.where(torch.tensor(row.mask) > 0, ids[i, :n], -100)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+
+def main() -> None:
+    task = Task.load(sys.argv[1])
+    device = settle(task)
+    rows = read_rows(task.data, AutoTokenizer.from_pretrained(task.model))
+    model = load(task, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=task.lr, weight_decay=0.0, fused=True)
+    half = task.dtype == "bfloat16"
+    log = StepLog(task)
+    log.begin()
+    for group in batches(task, rows):
+        batch = padded(group, device)
+        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+            loss = model(**batch).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss, norm = float(loss.detach()), float(norm)
+        synchronize()
+        stop = log.end(sum(len(r.ids) for r in group), sum(r.supervised for r in group))
+        log.add(len(log.times), loss=loss, grad_norm=norm)
+        if stop:
+            break
+    if task.save:
+        model.save_pretrained(Path(task.out) / "trained")
+    finish(task, token_hash=token_hash(rows))
+
+
+if __name__ == "__main__":
+    main()
