@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPUINFO = Path("/proc/cpuinfo")
 
 

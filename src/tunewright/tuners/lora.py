@@ -10,15 +10,18 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import nn
 
-from tunewright.core.errors import CheckpointError, SpecError, did_you_mean
+from tunewright.core.errors import CheckpointError, SpecError
+from tunewright.ops.noise import KeyedDropout
 from tunewright.ops.runtime import quiet
 from tunewright.tuners import base
 from tunewright.tuners.base import TunerCard
 from tunewright.tuners.files import copy_into, read_tensors
+from tunewright.tuners.targets import lora_config
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -28,12 +31,17 @@ class LoRA(base.Tuner):
     """A starts random (from the seed), B at zero, so the model starts exactly as the base. A and B are float32."""
 
     class Options(base.Options):
-        """r: rank of the update. alpha: its scale is alpha / r. target_modules: names of linear layers, or all-linear
-        (every linear layer of the blocks, not the LM head)."""
-
-        r: int = Field(16, ge=1, le=1024)
-        alpha: int = Field(32, ge=1, le=65536)
-        target_modules: Literal["all-linear"] | list[str] = "all-linear"
+        r: int = Field(16, ge=1, le=1024, description="rank of the update")
+        alpha: int = Field(32, ge=1, le=65536, description="the update's scale is alpha / r")
+        dropout: float = Field(
+            0.0,
+            ge=0,
+            le=0.9,
+            description="share of the inputs of A that is zero in a step; without the fast path",
+        )
+        target_modules: Literal["all-linear"] | list[str] = Field(
+            "all-linear", description="names of linear layers, or all-linear: each one of the blocks, not the LM head"
+        )
 
     card: ClassVar[TunerCard] = TunerCard(
         title="LoRA",
@@ -52,14 +60,15 @@ class LoRA(base.Tuner):
         config = LoraConfig(
             r=o.r,
             lora_alpha=o.alpha,
-            target_modules=_targets(model, o.target_modules),
-            lora_dropout=0.0,
+            lora_dropout=o.dropout,
             bias="none",
-            task_type="CAUSAL_LM",
+            **lora_config(model, o.target_modules),
         )
         with torch.random.fork_rng(), quiet():
             torch.manual_seed(seed)
             self.model = get_peft_model(model, config)  # type: ignore[arg-type,assignment]
+        if o.dropout:
+            _key_dropout(self.model, o.dropout)
         base.to_float32(self.trainable())
         return self.model
 
@@ -98,11 +107,22 @@ class LoRA(base.Tuner):
         return self.model.merge_and_unload()  # type: ignore[operator]
 
     def _by_file_name(self) -> dict[str, nn.Parameter]:
-        return {name.replace(".default.", "."): p for name, p in self.model.named_parameters() if ".lora_" in name}
+        return {
+            name.replace(".modules_to_save.default.", ".").replace(".default.", "."): p
+            for name, p in self.model.named_parameters()
+            if ".lora_" in name or ".modules_to_save." in name
+        }
 
     def _shape(self) -> dict[str, Any]:
         config = self.model.peft_config["default"]
         return {"r": config.r, "alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}  # type: ignore
+
+
+def _key_dropout(model: nn.Module, p: float) -> None:
+    """Put our dropout in the place of peft's, so that any cut of a step into micro-batches draws the same."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = KeyedDropout(p, name)
 
 
 def saved_shape(folder: Path) -> dict[str, Any]:
@@ -112,21 +132,6 @@ def saved_shape(folder: Path) -> dict[str, Any]:
         return {"r": config["r"], "alpha": config["lora_alpha"], "target_modules": sorted(config["target_modules"])}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"'{folder.name}' is not a LoRA adapter: its {CONFIG} cannot be read.") from e
-
-
-def _targets(model: nn.Module, wanted: str | list[str]) -> list[str]:
-    """The names of the linear layers to adapt, all of which the model has."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    names = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    leaves = sorted({n.rpartition(".")[2] for n in names})
-    for target in [] if wanted == "all-linear" else wanted:
-        if not any(n == target or n.endswith(f".{target}") for n in names):
-            raise SpecError(
-                f"tuner 'lora', option target_modules: the model has no linear layer '{target}' that can be adapted."
-                f"{did_you_mean(target, leaves)} It has: {', '.join(leaves)}.",
-                param="tuner",
-            )
-    return leaves if isinstance(wanted, str) else sorted(wanted)
 
 
 def _plain(value: Any) -> Any:
