@@ -7,6 +7,9 @@ and a resumed step draws what the first one drew. The generator itself has no st
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,33 +43,33 @@ def token_keys(batch: Batch, seed: int, step: int) -> Tensor:
     return _split(key_S.repeat_interleave(lengths_S, output_size=batch.n_tokens), batch.position_T)
 
 
-def bits(key_T: Tensor, place: int, width: int) -> Tensor:
-    """[T, width] int16, uniform over its whole range. place: which of the many draws of a token this is."""
-    columns = torch.arange((width + 3) // 4, device=key_T.device)
-    column_C = _split(torch.tensor(place, device=key_T.device), columns)
+def bits(key: Tensor, place: int, width: int) -> Tensor:
+    """[..., width] int16, uniform over its whole range, for keys [...]. place: which of a token's draws this is."""
+    columns = torch.arange((width + 3) // 4, device=key.device)
+    column_C = _split(torch.tensor(place, device=key.device), columns)
     # both sides are hashes already, so half of the finaliser mixes them
-    x_TC = (key_T[:, None] ^ column_C).mul_(MUL_1)
-    x_TC ^= (x_TC >> 32) & 0xFFFFFFFF
-    return x_TC.mul_(MUL_2).view(torch.int16)[:, :width]
+    x = (key[..., None] ^ column_C).mul_(MUL_1)
+    x ^= (x >> 32) & 0xFFFFFFFF
+    return x.mul_(MUL_2).view(torch.int16)[..., :width]
 
 
-def uniform(key_T: Tensor, place: int, width: int) -> Tensor:
-    """[T, width] float32, uniform in (-1, 1)."""
-    return (bits(key_T, place, width).float() + 0.5) * (2 / LEVELS)
+def uniform(key: Tensor, place: int, width: int) -> Tensor:
+    """[..., width] float32, uniform in (-1, 1), for keys [...]."""
+    return (bits(key, place, width).float() + 0.5) * (2 / LEVELS)
 
 
-def dropout(x: Tensor, key_T: Tensor, place: int, p: float) -> Tensor:
-    """Inverted dropout of x [..., T, D]: an element is zero with probability p, else divided by 1 - p.
+def dropout(x: Tensor, key: Tensor, place: int, p: float) -> Tensor:
+    """Inverted dropout of x [..., D] with keys [...]: an element is zero with probability p, else divided by 1 - p.
 
     p: below 1, rounded to a multiple of 2 ** -16.
     """
     level = round(p * LEVELS)
-    dropped_TD = bits(key_T, place, x.shape[-1]) < level - LEVELS // 2
-    return x.masked_fill(dropped_TD, 0) * (LEVELS / (LEVELS - level))
+    dropped = bits(key, place, x.shape[-1]) < level - LEVELS // 2
+    return x.masked_fill(dropped, 0) * (LEVELS / (LEVELS - level))
 
 
 class KeyedDropout(nn.Module):
-    """Dropout on the inputs [..., T, D] of one layer. key_T: the batch's keys, set before each forward by the policy.
+    """Dropout on the inputs [B, L, D] of one layer. key: [B, L], the keys of its tokens, set before each forward.
 
     Without keys, or where no gradient is asked for (validation, a reference pass), it does nothing.
     """
@@ -77,21 +80,47 @@ class KeyedDropout(nn.Module):
         self.p = p
         self.name = name
         self.place = derive_seed("dropout", name)
-        self.key_T: Tensor | None = None
+        self.key: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.key_T is None or not torch.is_grad_enabled():
+        if self.key is None or not torch.is_grad_enabled():
             return x
-        if x.shape[-2] != self.key_T.numel():
+        if x.shape[:-1] != self.key.shape:
             raise UserError(
-                f"Dropout cannot be used in the layer {self.name}: it runs on {x.shape[-2]} of the batch's "
-                f"{self.key_T.numel()} tokens. Set dropout to 0, or leave the layer out of target_modules.",
+                f"Dropout cannot be used in the layer {self.name}: it runs on {tuple(x.shape[:-1])} tokens where the "
+                f"batch has {tuple(self.key.shape)}. Set dropout to 0, or leave the layer out of target_modules.",
                 param="tuner",
             )
-        return dropout(x, self.key_T, self.place, self.p)
+        return dropout(x, self.key, self.place, self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def set_keys(model: nn.Module, key: Tensor | None) -> None:
+    """Tell every KeyedDropout the keys [B, L] of the tokens that come next; None: no noise.
+
+    A pass without gradient is noiseless anyhow and changes nothing: a layer may still have to be computed again.
+    """
+    if torch.is_grad_enabled():
+        for module in dropouts_of(model):
+            module.key = key
+
+
+def dropouts_of(model: nn.Module) -> list[KeyedDropout]:
+    return [m for m in model.modules() if isinstance(m, KeyedDropout)]
+
+
+def keep_keys(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of a layer that may be called again later, always with the keys that the layer has now."""
+    keys = [(module, module.key) for module in dropouts_of(layer)]
+
+    def call(*args: Any) -> Any:
+        for module, key in keys:
+            module.key = key
+        return forward(*args)
+
+    return call if keys else forward
 
 
 def embedding_noise(batch: Batch, *, width: int, alpha: float) -> Tensor:
