@@ -23,9 +23,12 @@ from tunewright.core.spec import parse_spec
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.objectives.sft import SFT
-from tunewright.train import optim
+from tunewright.ops.noise import neftune
+from tunewright.ops.runtime import choose_dtype
 from tunewright.train.checkpoint import State, load_newest
 from tunewright.train.loop import Parts, train
+from tunewright.train.optim import OPTIMIZERS
+from tunewright.train.optim.schedules import Linear
 from tunewright.train.plan import Plan, order, resolve
 from tunewright.tuners.lora import LoRA
 
@@ -43,7 +46,17 @@ def make_groups(n: int = ROWS) -> list[Group]:
     return groups
 
 
-def make_parts(folder: Path, model_dir: Path, attempt: int = 1, stop: Callable[[], bool] = lambda: False) -> Parts:
+def make_parts(
+    folder: Path,
+    model_dir: Path,
+    attempt: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+    *,
+    optimizer: str = "adamw",
+    dropout: float = 0.0,
+    neftune_alpha: float = 0.0,
+    dtype: str = "float32",
+) -> Parts:
     spec = parse_spec(
         {
             "model": "tiny",
@@ -57,21 +70,23 @@ def make_parts(folder: Path, model_dir: Path, attempt: int = 1, stop: Callable[[
         }
     )
     groups = make_groups()
-    tuner = LoRA(LoRA.Options(r=4, alpha=8))
-    model = tuner.attach(load_model(model_dir), seed=5)
+    tuner = LoRA(LoRA.Options(r=4, alpha=8, dropout=dropout))
+    torch_dtype = choose_dtype(dtype)
+    model = tuner.attach(load_model(model_dir, torch_dtype), seed=5)
     plan = resolve(
         spec,
         groups,
         groups[:3],
         LoRA.card,
-        dtype="float32",
+        dtype=dtype,
         threads=1,
         context=512,
         parameters=1,
         trainable=1,
         versions={},
     )
-    options = optim.Linear.Options(warmup=2)
+    options = Linear.Options(warmup=2)
+    rule = OPTIMIZERS.load(optimizer)
     run = Run(folder)
 
     def write_artefact(place: Path, state: State) -> None:
@@ -82,11 +97,13 @@ def make_parts(folder: Path, model_dir: Path, attempt: int = 1, stop: Callable[[
         run=run,
         spec=spec,
         plan=plan,
-        policy=Policy(model),
+        policy=Policy(
+            model, None if torch_dtype == torch.float32 else torch_dtype, embedding_noise=neftune(model, neftune_alpha)
+        ),
         tuner=tuner,
         objective=SFT(SFT.Options()),
-        optimizer=optim.AdamW.build(tuner.trainable(), plan.learning_rate, optim.AdamW.Options(weight_decay=0.01)),
-        rate=lambda s: plan.learning_rate * optim.Linear.factor(s, plan.total_steps, options),
+        optimizer=rule.build(tuner.trainable(), plan.learning_rate, rule.Options(weight_decay=0.01)),
+        rate=lambda s: plan.learning_rate * Linear.factor(s, plan.total_steps, options),
         groups=groups,
         valid=groups[:3],
         events=EventWriter(run.attempt(attempt) / "events.jsonl", attempt),

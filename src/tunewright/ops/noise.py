@@ -8,6 +8,7 @@ and a resumed step draws what the first one drew. The generator itself has no st
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,3 +135,11 @@ def embedding_noise(batch: Batch, *, width: int, alpha: float) -> Tensor:
     length_T = length_S.repeat_interleave(batch.cu_seqlens.diff().long(), output_size=batch.n_tokens)
     scale_T = alpha / (length_T * width).float().sqrt()
     return uniform(batch.noise_T, derive_seed("embedding"), width) * scale_T[:, None]
+
+
+def neftune(model: nn.Module, alpha: float) -> Callable[[Batch], Tensor] | None:
+    """`embedding_noise` for the model's embeddings, or None where alpha is 0."""
+    if not alpha:
+        return None
+    width = model.get_input_embeddings().weight.shape[-1]  # type: ignore[operator]
+    return partial(embedding_noise, width=width, alpha=alpha)
