@@ -111,6 +111,64 @@ def build_tiny_model(folder: Path | str, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+_BERT = {"num_labels": 3, "hidden_dropout_prob": 0.1}
+# name -> (model type of transformers, fields of its config that differ from SMALL, head)
+FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("llama", {}, "lm"),
+    "qwen2": ("qwen2", {}, "lm"),
+    "qwen3": ("qwen3", {"head_dim": 8}, "lm"),
+    "mistral": ("mistral", {"sliding_window": 3}, "lm"),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "lm"),
+    "gemma3": ("gemma3_text", {"sliding_window": 3, "head_dim": 8, "query_pre_attn_scalar": 8}, "lm"),
+    "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}, "lm"),
+    "gpt2": ("gpt2", {"attn_pdrop": 0.1}, "lm"),
+    "bloom": ("bloom", {"n_head": 4, "n_layer": 2}, "lm"),
+    "t5": ("t5", {**_T5, "relative_attention_num_buckets": 8}, "lm"),
+    "mt5": ("mt5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, "lm"),
+    "bert": ("bert", _BERT, "classify"),
+    "roberta": ("roberta", {**_BERT, "pad_token_id": 1}, "classify"),
+    "llama, head": ("llama", {"num_labels": 3}, "classify"),
+}
+
+
+def auto_class(family: str) -> Any:
+    """transformers' class that opens a model of the family."""
+    import transformers
+
+    kind, _, head = FAMILIES[family]
+    if head == "classify":
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForSeq2SeqLM if kind.endswith("t5") else transformers.AutoModelForCausalLM
+
+
+def build_family(folder: Path, family: str, tokenizer: Path) -> Path:
+    """Write a tiny random model of a family of FAMILIES; returns the folder. tokenizer: a folder that has one."""
+    import torch
+    from transformers import AutoConfig
+
+    kind, changes, _ = FAMILIES[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **{**SMALL, **changes})
+        auto_class(family).from_config(config).save_pretrained(folder)
+    shutil.copy(tokenizer / "tokenizer.json", folder)
+    return folder
+
+
 def install_tiny_model(home_root: Path | str, name: str = "tiny", built: Path | None = None) -> Path:
     """Make the tiny model a catalogue model called `name` of the data folder. built: a ready folder to copy."""
     folder = Path(home_root) / "models" / name

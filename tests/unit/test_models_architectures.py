@@ -1,4 +1,4 @@
-"""Every architecture either gives exactly what transformers gives, packed, or is refused before anything is trained."""
+"""Every architecture either gives exactly what transformers gives or is refused before anything is trained."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunewright.core.errors import UserError
 from tunewright.core.example import Example, Group
+from tunewright.models import probe
+from tunewright.models.layouts import use_attention
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy, head_of
+from tunewright.ops import attention
 from tunewright.ops.packing import collate
 
 SMALL: dict[str, Any] = {
@@ -29,24 +32,24 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-WORK: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 8},
-    "mistral": {"sliding_window": 3},
+PACKED: dict[str, dict[str, Any]] = {
     "phi3": {},
     "olmo2": {},
     "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5},
     "cohere": {"logit_scale": 0.25},
-    "gemma3_text": {"sliding_window": 3, "head_dim": 8, "query_pre_attn_scalar": 8},
     "gemma": {"head_dim": 8},
+    "gpt_neox": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+}
+PADDED: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},  # attention sinks
+    "falcon": {"alibi": True},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 3},
+    "mamba": {"state_size": 4},
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "gemma2": ({"head_dim": 8, "query_pre_attn_scalar": 8}, "capped attention scores"),
-    "gpt_oss": ({"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "attention sinks"),
-    "bloom": ({"n_head": 4, "n_layer": 2}, "cannot be"),
-    "mamba": ({"state_size": 4}, "cannot be"),
-    "bamba": ({"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [1]}, "cannot be"),
+    "bert": ({}, "head: classify"),
+    "llama4_text": ({"attention_chunk_size": 4, "num_local_experts": 2, "head_dim": 8}, "numbers are not those"),
 }
 
 
@@ -59,10 +62,11 @@ def save(kind: str, changes: dict[str, Any], folder: Path, tokenizer: Path) -> P
     return folder
 
 
-@pytest.mark.parametrize("kind", WORK)
-def test_packed_logits_are_those_of_transformers(kind: str, tmp_path: Path, tiny_model_dir: Path) -> None:
-    folder = save(kind, WORK[kind], tmp_path / kind, tiny_model_dir)
+@pytest.mark.parametrize("kind", [*PACKED, *PADDED])
+def test_logits_are_those_of_transformers(kind: str, tmp_path: Path, tiny_model_dir: Path) -> None:
+    folder = save(kind, {**PACKED, **PADDED}[kind], tmp_path / kind, tiny_model_dir)
     model = load_model(folder)
+    assert Policy(model).layout == ("packed" if kind in PACKED else "padded")
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     rows = [[5, 9, 33, 7, 61, 8, 20, 4, 90], [3], [44, 45, 46, 47, 9]]
     batch = collate([Group((Example(tuple(r), (1.0,) * len(r)),)) for r in rows])
@@ -73,9 +77,28 @@ def test_packed_logits_are_those_of_transformers(kind: str, tmp_path: Path, tiny
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_be_packed_is_refused(kind: str, tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_what_cannot_be_run_right_is_refused(kind: str, tmp_path: Path, tiny_model_dir: Path) -> None:
     changes, why = REFUSED[kind]
     folder = save(kind, changes, tmp_path / kind, tiny_model_dir)
     with pytest.raises(UserError, match=why) as e:
         load_model(folder)
     assert e.value.code == "unsupported_model"
+
+
+def test_a_wrong_mask_is_noticed(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention that ignores the segments' ends (packed) or the causal mask (padded) does not pass."""
+    whole = attention.segment_attention
+    monkeypatch.setattr(
+        attention, "segment_attention", lambda q, k, v, cu, **how: whole(q, k, v, [0, q.shape[2]], **how)
+    )
+    model = load_model(tiny_model_dir)
+    assert Policy(model).layout == "padded"  # found wrong when packed, and run the other way
+    monkeypatch.setattr(
+        attention, "segment_attention", lambda q, k, v, cu, **how: whole(q, k, v, cu, **{**how, "causal": False})
+    )
+    assert probe._wrong(model, use(model, attention.NAME), False) != ""
+
+
+def use(model: Any, name: str) -> str:
+    use_attention(model, name)
+    return name

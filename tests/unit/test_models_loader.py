@@ -170,7 +170,8 @@ def test_a_missing_tensor_is_refused_not_drawn_at_random(copy: Path) -> None:
         ("config.json", b"{not json", "its config.json cannot be read"),
         ("config.json", b"[]", "config.json is not an object"),
         ("config.json", b'{"model_type": "no-such-model"}', "cannot be loaded"),
-        ("config.json", b'{"model_type": "t5"}', "cannot be loaded"),
+        ("config.json", b'{"model_type": "t5"}', "tensors are missing"),
+        ("config.json", b'{"model_type": "clip"}', "cannot be loaded"),
     ],
 )
 def test_damaged_and_unsuitable_folders(copy: Path, name: str, content: bytes, message: str) -> None:

@@ -9,18 +9,31 @@ from dataclasses import dataclass
 class Example:
     """One token sequence.
 
-    ids: [T] token ids.
+    ids: [T] token ids (an encoder-decoder's target, from its start token on).
     weights: [T] loss weight of each token as a target (0 = not trained). weights[0] is never used: nothing predicts it.
     source: the row's 1-based number in its file.
+    source_ids: what an encoder-decoder reads; empty for every other model.
+    types: [T] which text of a pair each token belongs to (0 or 1), or empty: all 0.
+    label: the class number or the value that a head learns for the whole row, or None.
     """
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
     source: int = 0
+    source_ids: tuple[int, ...] = ()
+    types: tuple[int, ...] = ()
+    label: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.weights):
             raise ValueError(f"an example has {len(self.ids)} ids and {len(self.weights)} weights")
+        if self.types and len(self.types) != len(self.ids):
+            raise ValueError(f"an example has {len(self.ids)} ids and {len(self.types)} types")
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens to compute, both sides together."""
+        return len(self.ids) + len(self.source_ids)
 
 
 @dataclass(frozen=True)
@@ -35,4 +48,4 @@ class Group:
 
     @property
     def n_tokens(self) -> int:
-        return sum(len(e.ids) for e in self.examples)
+        return sum(e.n_tokens for e in self.examples)

@@ -23,9 +23,9 @@ from tunewright.core.errors import Busy, OutOfMemory, UserError
 from tunewright.core.home import Home
 from tunewright.models import gguf
 from tunewright.models.catalogue import ModelInfo, check_config, resolve
-from tunewright.models.probe import check_packable
-from tunewright.ops import attention
-from tunewright.ops.runtime import quiet
+from tunewright.models.heads import Head, auto_class, head_names
+from tunewright.models.probe import settle_layout
+from tunewright.ops.runtime import derive_seed, quiet
 
 Progress = Callable[[str, int, int], None]
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
@@ -74,14 +74,18 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The causal LM in a folder, in `dtype`, in eval mode, with per-segment attention and no cache.
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, head: Head | None = None) -> nn.Module:
+    """The model in a folder, in `dtype`, in eval mode, without cache and without the architecture's dropout.
 
-    Raises UserError if the architecture cannot be trained packed, or if weights are missing or superfluous.
+    head: a head for whole rows instead of the LM head; its weights are drawn from its seed if the folder has none.
+    The model's attention is set so that it runs packed, or padded where it must (`layouts.layout_of` says which).
+    Raises UserError if the architecture cannot be trained here, or if weights are missing.
     """
     check_folder(folder)
-    model, report = _open(folder, dtype)
-    wrong = sorted(str(k) for k in (*report["missing_keys"], *report["mismatched_keys"]))
+    model, report = _open(folder, dtype, head)
+    new = () if head is None else tuple(f"{name}." for name in head_names(model))
+    missing = (k for k in map(str, report["missing_keys"]) if not (new and k.startswith(new)))
+    wrong = sorted([*missing, *(str(k) for k in report["mismatched_keys"])])
     if wrong:
         raise UserError(
             f"The weights of '{folder.name}' do not fit its config.json: {len(wrong)} tensors are missing or have "
@@ -90,22 +94,29 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         )
     model.config.use_cache = False
     model.eval()
-    check_packable(model)
+    settle_layout(model, scores=head is not None)
     return model
 
 
-def _open(folder: Path, dtype: torch.dtype) -> Any:
+def _open(folder: Path, dtype: torch.dtype, head: Head | None) -> Any:
     """(model, what was loaded) from transformers, its errors turned into ours."""
     try:
-        with quiet():
-            return transformers.AutoModelForCausalLM.from_pretrained(
+        with quiet(), torch.random.fork_rng():
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **({} if head is None else head.config)
+            )
+            _without_dropout(config)
+            torch.manual_seed(derive_seed("head", head.seed if head else 0))
+            return auto_class(head, config).from_pretrained(
                 folder,
+                config=config,
                 dtype=dtype,
-                attn_implementation=attention.register(),
+                attn_implementation="eager",
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=head is not None,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         first = (str(e).strip().splitlines() or [type(e).__name__])[0].replace(str(folder), folder.name)
@@ -114,6 +125,13 @@ def _open(folder: Path, dtype: torch.dtype) -> Any:
         raise UserError(
             f"The model '{folder.name}' cannot be loaded: {first}", code="unsupported_model", param="model"
         ) from e
+
+
+def _without_dropout(config: Any) -> None:
+    """Set every dropout of the architecture to 0: its draws would depend on how a step is cut into micro-batches."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name):
+            setattr(config, name, 0.0)
 
 
 def _fill(folder: Path, info: ModelInfo, progress: Progress) -> None:

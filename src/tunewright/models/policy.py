@@ -1,4 +1,4 @@
-"""Policy: a causal language model as objectives see it, through quantities per target token. Never [T, V] logits."""
+"""Policy: the model as objectives see it, through quantities per target token or per row. Never [T, V] logits."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunewright.models import heads
+from tunewright.models.layouts import LAYOUTS, causal_lm, layout_of
+from tunewright.models.recompute import set_checkpointing
 from tunewright.ops import logprob
 from tunewright.ops.logprob import Head
 from tunewright.ops.types import Batch
 
 
 class Policy:
-    """model: a transformers causal LM from load_model(), or a PeftModel around one.
+    """model: a transformers model from load_model(), or a PeftModel around one.
 
     autocast: dtype of the products (bfloat16), or None to compute in the dtype of the weights.
     fast: computes what `hidden` returns, the same numbers sooner; None runs the model's own modules.
-    embedding_noise: [T, D] for a batch, added to the input embeddings while the model is in training mode. The plain
-        modules run then, because `fast` embeds the tokens itself.
+    embedding_noise: [T, D] for a batch that has noise keys, added to the input embeddings. The plain modules run then,
+        because `fast` embeds the tokens itself.
+
+    layout: `packed` or `padded`, how the model is run (models/layouts.py).
+    A pass without gradient (validation, a reference) has neither dropout nor embedding noise.
     """
 
     def __init__(
@@ -35,10 +41,18 @@ class Policy:
         self.autocast = autocast
         self.fast = fast
         self.embedding_noise = embedding_noise
+        self.checkpointing = "none"
+        self.layout = layout_of(model)
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 # peft would first copy every input to float32, only for autocast to bring it down again
                 module.cast_input_dtype_enabled = autocast is None  # type: ignore[assignment]
+
+    def set_checkpointing(self, choice: str) -> None:
+        """Which layers are computed again in the backward: `none`, `selective` or `full`. A `fast` looks at
+        `checkpointing` itself."""
+        self.checkpointing = choice
+        set_checkpointing(self.model, choice)
 
     @property
     def device(self) -> torch.device:
@@ -47,24 +61,23 @@ class Policy:
 
     def hidden(self, batch: Batch) -> Tensor:
         """[T, D]: the last layer's output after the final norm, in the dtype of the computation."""
-        noisy = self.embedding_noise is not None and self.model.training
+        noisy = torch.is_grad_enabled() and batch.noise_T is not None and self.embedding_noise is not None
         with self._cast():
             if self.fast is not None and not noisy:
                 return self.fast(batch)
-            out = decoder_of(self.model)(
-                **self._inputs(batch, noisy),
-                position_ids=batch.position_T[None],
-                cu_seqlens=batch.cu_seqlens.tolist(),
-                use_cache=False,
-            )
-        return out.last_hidden_state[0]
+            return LAYOUTS[self.layout](self.model, batch, self._inputs(batch, noisy))
 
     def _inputs(self, batch: Batch, noisy: bool) -> dict[str, Tensor]:
-        """The tokens, or their embeddings with the noise."""
+        """The tokens [T], or their embeddings with the noise [T, D]."""
         if not noisy or self.embedding_noise is None:
-            return {"input_ids": batch.tokens_T[None]}
+            return {"input_ids": batch.tokens_T}
         embedded_TD = causal_lm(self.model).get_input_embeddings()(batch.tokens_T)  # type: ignore[operator]
-        return {"inputs_embeds": (embedded_TD + self.embedding_noise(batch).to(embedded_TD.dtype))[None]}
+        return {"inputs_embeds": embedded_TD + self.embedding_noise(batch).to(embedded_TD.dtype)}
+
+    def scores(self, batch: Batch) -> Tensor:
+        """[S, labels] float32: what the model's head says of each segment (models with a head for whole rows)."""
+        with self._cast():
+            return heads.scores(self.model, batch, self.layout, self.hidden).float()
 
     def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]:
         """{name: [T] float32}, 0 where weights_T is 0: only supervised tokens reach the LM head.
@@ -98,22 +111,14 @@ def _spread(values_N: Tensor, rows_N: Tensor, n_tokens: int) -> Tensor:
     return torch.zeros(n_tokens, dtype=values_N.dtype, device=values_N.device).index_put((rows_N,), values_N)
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The transformers model below any peft wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of the model that turns tokens into hidden states."""
-    lm = causal_lm(model)
-    return getattr(lm, lm.base_model_prefix)  # type: ignore[arg-type]
-
-
 def head_of(model: nn.Module) -> Head:
-    """The LM head with the model's own scale and cap on the logits (Granite, Cohere, Gemma 2, Falcon-H1)."""
+    """The LM head with the model's own scale and cap on the logits (Granite, Cohere, Gemma 2, Falcon-H1, T5)."""
     lm = causal_lm(model)
     linear = lm.get_output_embeddings()  # type: ignore[operator]
     config: Any = lm.config
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
+    tied_umt5 = config.model_type == "umt5" and config.tie_word_embeddings
+    if getattr(config, "scale_decoder_outputs", False) or tied_umt5:
+        divisor = config.d_model**0.5
     return Head(linear.weight, linear.bias, scale / divisor, getattr(config, "final_logit_softcapping", None))

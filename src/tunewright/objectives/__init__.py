@@ -2,4 +2,11 @@
 
 from tunewright.core.registry import Table
 
-OBJECTIVES = Table("objective", {"sft": "tunewright.objectives.sft:SFT"})
+OBJECTIVES = Table(
+    "objective",
+    {
+        "classify": "tunewright.objectives.classify:Classify",
+        "regress": "tunewright.objectives.classify:Regress",
+        "sft": "tunewright.objectives.sft:SFT",
+    },
+)

@@ -13,7 +13,10 @@ from tunewright.ops.types import Batch, Term
 
 @dataclass(frozen=True)
 class ObjectiveCard:
-    """The capability row. shapes: data shapes it can use; group_size: examples in a group (0 = any)."""
+    """The capability row. shapes: data shapes it can use; group_size: examples in a group (0 = any).
+
+    head: which of the model's outputs it trains: `lm` (the next token), `classify` or `regress` (the whole row).
+    """
 
     title: str
     shapes: tuple[str, ...]
@@ -21,6 +24,7 @@ class ObjectiveCard:
     needs_reference: bool = False
     needs_rollouts: bool = False
     openai_method: str | None = None
+    head: str = "lm"
 
 
 class Options(BaseModel):
@@ -30,18 +34,21 @@ class Options(BaseModel):
 
 
 class TokenModel(Protocol):
-    """What an objective may ask of the model: quantities per target token, never [T, V] logits."""
+    """What an objective may ask of the model: quantities per target token or per row, never [T, V] logits."""
 
     def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]: ...
 
     def divergence(self, batch: Batch, teacher: Any, kind: str) -> Tensor: ...
+
+    def scores(self, batch: Batch) -> Tensor: ...
 
 
 class Objective(Protocol):
     """`weights` gives each term's weight from the batch alone, so that the loop can divide before the first forward.
 
     It must equal the weights of the terms that the call returns. `metrics` (optional detached sums for charts, each
-    with its own weight) come back through `Term`s with coef 0.
+    with its own weight) come back through `Term`s with coef 0. An optional `report(means)` makes further metrics of
+    the terms' means, which validation writes into its events.
     """
 
     card: ClassVar[ObjectiveCard]

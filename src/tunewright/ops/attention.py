@@ -1,7 +1,8 @@
-"""Per-segment causal attention for packed rows, as the attention implementation "tunewright" of transformers.
+"""Per-segment attention for packed rows, as the attention implementation "tunewright" of transformers.
 
-Each segment attends to itself through a causal kernel, so tokens of different examples cannot see each other by
-construction, and no mask of the row is ever built: transformers builds none for an implementation it does not know.
+Each segment attends to itself (and to its parent's prefix, where a prompt is shared), so tokens of different examples
+cannot see each other by construction, and no mask of the row is ever built: transformers builds none for an
+implementation it does not know. Causal for decoders, both ways for encoders.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tunewright.core.errors import UserError
+from tunewright.ops.types import Batch
 
 NAME = "tunewright"
 # On a CPU the backward in bfloat16 is 5 times (50 tokens) to 2 times (150) slower than in float32; equal at about 300.
@@ -30,36 +32,63 @@ def segment_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    causal: bool = True,
+    prefixes: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
-    """Causal attention within each segment. B is 1; K/V may have fewer heads (grouped queries).
+    """Attention within each segment. B is 1; K/V may have fewer heads (grouped queries).
 
     cu_seqlens: S+1 cumulative lengths from 0 to T. scale: factor on the scores, default K ** -0.5.
-    window: a token sees itself and the window - 1 tokens before it; None is all of them. Returns [1, H, T, K].
+    window: a token sees itself and the window - 1 tokens before it; None is all of them.
+    causal: whether a token sees only itself and what is before it; else its whole segment.
+    prefixes: from `prefixes_of`; what a segment sees before its own tokens. Returns [1, H, T, K].
     """
     lengths = [b - a for a, b in pairwise(cu_seqlens)]
-    outs = []
     # split, not slices: the gradient of a slice is a zero-padded tensor of the whole row
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (q_BHTK, k_BHTK, v_BHTK)), strict=True):
-        outs.append(_one_segment(q, k, v, scale, window))
+    parts = list(zip(*(x.split(lengths, dim=2) for x in (q_BHTK, k_BHTK, v_BHTK)), strict=True))
+    outs = []
+    for i, (q, k, v) in enumerate(parts):
+        parent, n = (-1, 0) if prefixes is None else prefixes[i]
+        if n:
+            _, parent_k, parent_v = parts[parent]
+            k, v = torch.cat([parent_k[:, :, :n], k], dim=2), torch.cat([parent_v[:, :, :n], v], dim=2)
+        outs.append(_one_segment(q, k, v, scale, window, causal))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
-def _one_segment(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
-    """[1, H, L, K], in the dtype of q."""
-    length, dtype = q.shape[2], q.dtype
+def prefixes_of(batch: Batch) -> list[tuple[int, int]] | None:
+    """For each segment (its parent, how many of the parent's tokens it sees); None if no segment has a parent.
+
+    A branch sees the parent's tokens before its own first position. Raises ValueError if a parent comes later, is a
+    branch itself or is too short: attention would be wrong.
+    """
+    parents = batch.parent_S.tolist()
+    if all(p < 0 for p in parents):
+        return None
+    starts, lengths = batch.position_T[batch.cu_seqlens[:-1].long()].tolist(), batch.cu_seqlens.diff().tolist()
+    for i, p in enumerate(parents):
+        if p >= 0 and not (p < i and parents[p] < 0 and starts[i] <= lengths[p]):
+            raise ValueError(f"segment {i} cannot continue segment {p} at position {starts[i]}")
+    return [(p, starts[i] if p >= 0 else 0) for i, p in enumerate(parents)]
+
+
+def _one_segment(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, causal: bool) -> Tensor:
+    """[1, H, L, K], in the dtype of q. The L queries are the last of the keys."""
+    (length, total), dtype = (q.shape[2], k.shape[2]), q.dtype
     if dtype == torch.bfloat16 and q.device.type == "cpu" and length <= SHORT:
         q, k, v = q.float(), k.float(), v.float()
-    mask = None if window is None or length <= window else _band(length, window, q.device)
+    banded = causal and window is not None and total > window
+    mask = _band(length, total, window if banded else None, q.device) if banded or (causal and total > length) else None
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.to(dtype)
 
 
-def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """[length, length] True where a query (row) may see a key (column) of its sliding window."""
-    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return seen.triu(1 - window)
+def _band(length: int, total: int, window: int | None, device: torch.device) -> Tensor:
+    """[length, total] True where one of the last `length` tokens (row) may see a key (column), its window at most."""
+    before = total - length
+    seen = torch.ones(length, total, dtype=torch.bool, device=device).tril(before)
+    return seen if window is None else seen.triu(before + 1 - window)
 
 
 def _forward(
@@ -70,11 +99,13 @@ def _forward(
     attention_mask: Tensor | None,
     *,
     cu_seqlens: Sequence[int] | None = None,
+    prefixes: Sequence[tuple[int, int]] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -90,10 +121,11 @@ def _forward(
         "keys of another length than the queries": key.shape[2] != n,
         "segments that do not cover the row": segments[-1] != n,
         "an attention mask": attention_mask is not None,
-        "attention that looks ahead": not causal,
+        "a window that looks ahead": not causal and sliding_window is not None,
         "dropout in its attention": dropout != 0.0,
         "capped attention scores": softcap is not None,
         "attention sinks": s_aux is not None,
+        "a position bias": position_bias is not None,
     }
     wrong = [text for text, is_so in problems.items() if is_so]
     if wrong:
@@ -102,7 +134,9 @@ def _forward(
             code="unsupported_model",
             param="model",
         )
-    out = segment_attention(query, key, value, segments, scale=scaling, window=sliding_window)
+    out = segment_attention(
+        query, key, value, segments, scale=scaling, window=sliding_window, causal=causal, prefixes=prefixes
+    )
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 
 from tunewright.core.example import Example, Group
+from tunewright.ops.extras import extras
 from tunewright.ops.types import Batch
 
 
@@ -28,6 +29,7 @@ def collate(groups: Sequence[Group]) -> Batch:
         group_S=torch.tensor([i for i, g in enumerate(groups) for _ in g.examples], dtype=torch.int64),
         last_S=torch.tensor(ends, dtype=torch.int64) - 1,
         source_S=torch.tensor([e.source for e in examples], dtype=torch.int64),
+        **extras(examples),
     )
 
 

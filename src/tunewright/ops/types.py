@@ -9,6 +9,20 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Source:
+    """What an encoder-decoder reads: one segment for each of the batch's, in the same order.
+
+    tokens_U: [U] int64 token ids. cu_seqlens: [S+1] int32 cumulative lengths, from 0 to U.
+    """
+
+    tokens_U: Tensor
+    cu_seqlens: Tensor
+
+    def to(self, device: torch.device | str) -> Source:
+        return Source(self.tokens_U.to(device), self.cu_seqlens.to(device))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Packed groups: all segments (examples) of a micro-batch in one row, without padding.
 
@@ -21,7 +35,11 @@ class Batch:
     group_S: [S] int64 the group of each segment, 0..G-1.
     last_S: [S] int64 index into T of each segment's last token (for heads).
     source_S: [S] int64 the row's number in its file.
-    per_segment, per_group: further [S] and [G] tensors by name (rewards, labels, reference log-probs …).
+    noise_T: [T] int64 keys of the step's dropout and embedding noise (ops/noise.py), or None for no noise.
+    types_T: [T] int64 which text of a pair each token belongs to (BERT's token types), or None: all 0.
+    source: the encoder's side, for encoder-decoders only.
+    per_segment, per_group: further [S] and [G] tensors by name (rewards, reference log-probs …). per_segment["label"]:
+        float32, the class number or value that a head learns; NaN where there is none.
     """
 
     tokens_T: Tensor
@@ -33,6 +51,9 @@ class Batch:
     group_S: Tensor
     last_S: Tensor
     source_S: Tensor
+    noise_T: Tensor | None = None
+    types_T: Tensor | None = None
+    source: Source | None = None
     per_segment: dict[str, Tensor] = field(default_factory=dict)
     per_group: dict[str, Tensor] = field(default_factory=dict)
 
@@ -54,6 +75,7 @@ class Batch:
             f.name: {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
             for f in fields(self)
             for value in [getattr(self, f.name)]
+            if value is not None
         }
         return replace(self, **moved)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -51,8 +51,7 @@ class Full(base.Tuner):
         reading takes about a second a gigabyte. Do not call backward on a graph built outside within the block."""
         parameters = self.trainable()
         trained = {name: p.detach().clone() for name, p in parameters.items()}
-        tensors = _read_folder(self._base_folder)
-        copy_into(parameters, {k: v for k, v in tensors.items() if k in parameters}, "the base model")
+        copy_into(parameters, _read(self.model, self._base_folder), "the base model")
         try:
             yield
         finally:
@@ -65,17 +64,32 @@ class Full(base.Tuner):
             self.model.save_pretrained(folder)  # type: ignore[operator]
 
     def load(self, folder: Path) -> None:
-        parameters = self.trainable()
-        tensors = _read_folder(folder)
-        copy_into(parameters, {k: v for k, v in tensors.items() if k in parameters}, f"'{folder.name}'")
+        copy_into(self.trainable(), _read(self.model, folder), f"'{folder.name}'")
 
     def merge(self) -> nn.Module:
         return self.model
 
 
-def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a model folder. Raises CheckpointError if there are none."""
+def _read(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model folder that are parameters of `model`. Raises CheckpointError if some are not there."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(f"'{folder.name}' holds no *.safetensors weights.")
-    return {k: v for p in paths for k, v in read_tensors(p).items()}
+    names = {name for name, _ in model.named_parameters()}
+    tensors = {k: v for p in paths for k, v in read_tensors(p).items() if k in names}
+    return tensors if len(tensors) == len(names) else _read_converted(model, folder)
+
+
+def _read_converted(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """The same where the files have other names than the parameters: Mixtral's experts lie there one by one, GPT-2's
+    layers without a prefix. transformers knows the way from one to the other."""
+    with quiet():
+        opened, report = type(model).from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
+    if missing:
+        raise CheckpointError(
+            f"The weights of '{folder.name}' do not fit the model: {len(missing)} tensors differ, first {missing[0]}."
+        )
+    return dict(opened.named_parameters())

@@ -1,0 +1,105 @@
+"""Heads: what says something of a whole row, a class or a value, instead of the next token.
+
+transformers' *ForSequenceClassification models, so the result opens there: an encoder's first token, a decoder's last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from tunewright.models.layouts import PACKED, causal_lm, segments_of
+from tunewright.ops.padding import pad, real
+from tunewright.ops.types import Batch
+
+PROBLEMS = {"classify": "single_label_classification", "regress": "regression"}
+Score = Callable[[Any, Tensor, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head as a job asks for it.
+
+    name: `classify` or `regress`. labels: the names of its outputs, in order (one for `regress`).
+    seed: draws the weights of a head that the model does not have yet.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    seed: int = 0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The fields of transformers' config that describe it."""
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: i for i, label in enumerate(self.labels)},
+            "problem_type": PROBLEMS[self.name],
+        }
+
+
+def auto_class(head: Head | None, config: Any) -> Any:
+    """transformers' class that opens a model of this config with this head (None: the LM head)."""
+    if head is not None:
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names of the modules above the model's body, and of its pooler: what a new head has to learn from nothing."""
+    lm: Any = causal_lm(model)
+    body = getattr(lm, lm.base_model_prefix)
+    names = {name for name, _ in lm.named_children() if name != lm.base_model_prefix}
+    return names | ({f"{lm.base_model_prefix}.pooler"} if getattr(body, "pooler", None) is not None else set())
+
+
+def scores(model: nn.Module, batch: Batch, layout: str, hidden: Callable[[Batch], Tensor]) -> Tensor:
+    """[S, labels]: what the head says of each segment. hidden: the policy's."""
+    lm: Any = causal_lm(model)
+    score = _score_of(lm)
+    if score is not None and (layout == PACKED or score is _last_token):
+        return score(lm, hidden(batch), batch)
+    return _own_forward(lm, batch)
+
+
+def _score_of(lm: Any) -> Score | None:
+    """How the model goes from hidden states to scores, by the modules that it has; models/probe.py proves it."""
+    if hasattr(lm, "score"):
+        return _last_token
+    if not hasattr(lm, "classifier"):
+        return None
+    pooler = getattr(getattr(lm, lm.base_model_prefix), "pooler", None)
+    return _first_token if pooler is None else _pooled
+
+
+def _last_token(lm: Any, h_TD: Tensor, batch: Batch) -> Tensor:
+    """Decoders."""
+    return lm.score(h_TD[batch.last_S])
+
+
+def _pooled(lm: Any, h_TD: Tensor, batch: Batch) -> Tensor:
+    """BERT and its kin: a dense layer over the first token, then the classifier."""
+    first_SD = h_TD[batch.cu_seqlens[:-1].long()]
+    return lm.classifier(getattr(lm, lm.base_model_prefix).pooler(first_SD[:, None]))
+
+
+def _first_token(lm: Any, h_TD: Tensor, batch: Batch) -> Tensor:
+    """RoBERTa, ELECTRA: the classifier looks at the first token by itself."""
+    return lm.classifier(h_TD[batch.cu_seqlens[:-1].long()][:, None])
+
+
+def _own_forward(lm: Any, batch: Batch) -> Tensor:
+    """The model's own forward over padded rows."""
+    out, order = [], []
+    for rows, at_N, lengths in segments_of(batch):
+        types = {} if batch.types_T is None else {"token_type_ids": pad(batch.types_T[at_N], lengths)}
+        given = {"input_ids": pad(batch.tokens_T[at_N], lengths), "attention_mask": real(lengths, at_N.device)}
+        out.append(lm(**given, **types).logits)
+        order += rows
+    return torch.cat(out)[torch.tensor(order, device=batch.tokens_T.device).argsort()]

@@ -1,0 +1,109 @@
+"""Two ways to run a transformers model over a Batch: `packed` and `padded`. The same numbers.
+
+packed: all segments in one row; position ids and our attention keep them apart. Nothing is computed for padding.
+padded: segments of similar length as the rows of a batch with an attention mask, as everybody does it; for models whose
+attention does not go through transformers' attention interface, and for encoder-decoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tunewright.ops import attention
+from tunewright.ops.noise import set_keys
+from tunewright.ops.padding import buckets, pad, real, unpad
+from tunewright.ops.types import Batch
+
+PACKED, PADDED = "packed", "padded"
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model below any peft wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of the model that turns tokens into hidden states (of an encoder-decoder: its decoder)."""
+    lm: Any = causal_lm(model)
+    return lm.get_decoder() if lm.config.is_encoder_decoder else getattr(lm, lm.base_model_prefix)
+
+
+def layout_of(model: nn.Module) -> str:
+    """How the model is run: packed if it uses our attention, else padded."""
+    config: Any = causal_lm(model).config
+    return PACKED if config._attn_implementation == attention.NAME else PADDED
+
+
+def use_attention(model: nn.Module, name: str) -> None:
+    """Let the model use this attention implementation: `tunewright` (it then runs packed) or one of transformers'."""
+    # not set_attn_implementation: on a model with an attention of its own it only logs a warning, and the masks that
+    # transformers builds for such a model depend on the name, too
+    for module in causal_lm(model).modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._attn_implementation = name
+
+
+def packed(model: nn.Module, batch: Batch, inputs: dict[str, Tensor]) -> Tensor:
+    """[T, D]. inputs: {"input_ids": [T]} or {"inputs_embeds": [T, D]}."""
+    given: dict[str, Any] = {name: values[None] for name, values in inputs.items()}
+    if batch.types_T is not None:
+        given["token_type_ids"] = batch.types_T[None]
+    prefixes = attention.prefixes_of(batch)
+    if prefixes is not None:
+        given["prefixes"] = prefixes
+    set_keys(model, None if batch.noise_T is None else batch.noise_T[None])
+    out = decoder_of(model)(
+        **given, position_ids=batch.position_T[None], cu_seqlens=batch.cu_seqlens.tolist(), use_cache=False
+    )
+    return out.last_hidden_state[0]
+
+
+def padded(model: nn.Module, batch: Batch, inputs: dict[str, Tensor]) -> Tensor:
+    """[T, D]. inputs: as in `packed`. Raises ValueError for segments that continue others."""
+    if attention.prefixes_of(batch) is not None:
+        raise ValueError("a model that runs padded cannot share prefixes")
+    hidden, order = [], []
+    for rows, at_N, lengths in segments_of(batch):
+        given = {name: pad(values[at_N], lengths) for name, values in inputs.items()}
+        if batch.types_T is not None:
+            given["token_type_ids"] = pad(batch.types_T[at_N], lengths)
+        given["attention_mask"] = real(lengths, at_N.device)
+        set_keys(model, None if batch.noise_T is None else pad(batch.noise_T[at_N], lengths))
+        hidden.append(unpad(_decode(model, batch, rows, given), lengths))
+        order.append(at_N)
+    return torch.cat(hidden)[torch.cat(order).argsort()]
+
+
+def segments_of(batch: Batch) -> Iterator[tuple[list[int], Tensor, list[int]]]:
+    """(segments, [N] their tokens' places in the pack, their lengths) of each set of segments of similar length."""
+    lengths = batch.cu_seqlens.diff().tolist()
+    sides = [lengths] if batch.source is None else [lengths, batch.source.cu_seqlens.diff().tolist()]
+    for rows in buckets(list(zip(*sides, strict=True))):
+        yield rows, _tokens(batch.cu_seqlens, rows), [lengths[i] for i in rows]
+
+
+def _decode(model: nn.Module, batch: Batch, rows: list[int], given: dict[str, Tensor]) -> Tensor:
+    """[B, L, D] of a padded batch; an encoder-decoder reads the rows' sources first."""
+    extra: dict[str, Any] = {}
+    if batch.source is not None:
+        lengths = batch.source.cu_seqlens.diff()[rows].tolist()
+        tokens_BL = pad(batch.source.tokens_U[_tokens(batch.source.cu_seqlens, rows)], lengths)
+        mask_BL = real(lengths, tokens_BL.device)
+        encoder: Any = causal_lm(model).get_encoder()  # type: ignore[operator]
+        read = encoder(input_ids=tokens_BL, attention_mask=mask_BL).last_hidden_state
+        extra = {"encoder_hidden_states": read, "encoder_attention_mask": mask_BL}
+    return decoder_of(model)(**given, **extra, use_cache=False).last_hidden_state
+
+
+def _tokens(cu_seqlens: Tensor, rows: list[int]) -> Tensor:
+    """[N] the places of the rows' tokens in the pack, row after row."""
+    ends = cu_seqlens.tolist()
+    return torch.cat([torch.arange(ends[i], ends[i + 1], device=cu_seqlens.device) for i in rows])
+
+
+LAYOUTS: dict[str, Callable[[nn.Module, Batch, dict[str, Tensor]], Tensor]] = {PACKED: packed, PADDED: padded}

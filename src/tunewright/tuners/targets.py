@@ -1,0 +1,72 @@
+"""Which modules of a model an adapter changes and which it trains whole, for every family that the loader opens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tunewright.core.errors import SpecError, did_you_mean
+
+LINEAR = (nn.Linear, Conv1D)  # GPT-2's layers are Conv1D: a linear layer with its weight transposed
+
+
+def task_type(model: Any) -> str:
+    """peft's name for what the model is."""
+    if model.get_output_embeddings() is None:
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def whole_modules(model: Any) -> list[str]:
+    """Names of what is trained and saved whole: a head for rows and the pooler below it. [] for a language model."""
+    if model.get_output_embeddings() is not None:
+        return []
+    prefix = model.base_model_prefix
+    found = [name for name, m in model.named_children() if name != prefix and any(True for _ in m.parameters())]
+    pooler = getattr(getattr(model, prefix), "pooler", None)
+    return found + (["pooler"] if pooler is not None else [])
+
+
+def linear_layers(model: Any) -> dict[str, nn.Module]:
+    """Every linear layer that can be adapted, by its full name: not the LM head, not within what is trained whole."""
+    whole = whole_modules(model)
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR) and module is not head and not set(name.split(".")) & set(whole)
+    }
+
+
+def lora_config(model: Any, wanted: str | list[str]) -> dict[str, Any]:
+    """The fields of peft's LoraConfig that depend on the model: targets, what is saved whole, the task.
+
+    wanted: `all-linear` or names of layers. Raises SpecError if the model has no such layer.
+    """
+    layers = linear_layers(model)
+    leaves = sorted({name.rpartition(".")[2] for name in layers})
+    for target in [] if wanted == "all-linear" else wanted:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            raise SpecError(
+                f"tuner 'lora', option target_modules: the model has no linear layer '{target}' that can be adapted."
+                f"{did_you_mean(target, leaves)} It has: {', '.join(leaves)}.",
+                param="tuner",
+            )
+    targets = leaves if isinstance(wanted, str) else sorted(wanted)
+    whole = whole_modules(model)
+    within = sorted(
+        name for name, m in model.named_modules() if isinstance(m, LINEAR) and set(name.split(".")) & set(whole)
+    )
+    return {
+        "target_modules": targets,
+        "modules_to_save": whole or None,
+        "exclude_modules": within or None,
+        "fan_in_fan_out": all(isinstance(m, Conv1D) for name, m in layers.items() if _is_target(name, targets)),
+        "task_type": task_type(model),
+    }
+
+
+def _is_target(name: str, targets: list[str]) -> bool:
+    return any(name == t or name.endswith(f".{t}") for t in targets)
