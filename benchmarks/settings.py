@@ -102,6 +102,7 @@ def sft_parser(description: str | None) -> argparse.ArgumentParser:
     p.add_argument("--only", default=",".join(DEFAULT), help=f"rivals, from {', '.join(RIVALS)}")
     p.add_argument("--batch", type=int, default=None, help=f"rows a step (8; 4 from {LONG_ROWS} tokens a row on)")
     p.add_argument("--shape", choices=("1b", "8b"), default=None, help="random weights of that size instead of --model")
+    p.add_argument("--gate-steps", type=int, default=None, help="steps of the gates' short runs (2 to 10, by length)")
     p.add_argument("--no-gates", action="store_true", help="do not compare numbers first; the result says so")
     return p
 
@@ -130,7 +131,7 @@ def prepared(args: argparse.Namespace) -> Iterator[Settings]:
         n = (len(rows) - HELD_OUT_ROWS) // batch * batch
         if n < 2 * batch:
             sys.exit(f"--data: {args.data} has {len(rows)} rows; {2 * batch + HELD_OUT_ROWS} are needed")
-        steps = max(2, min(10, n // batch, round(GATE_TOKENS / (mean * batch))))
+        steps = min(n // batch, args.gate_steps or max(2, min(10, round(GATE_TOKENS / (mean * batch)))))
         chosen = gate_rows(n, steps * batch)
         yield Settings(
             model=model,

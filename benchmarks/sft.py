@@ -48,7 +48,7 @@ def run_gates(s: Settings) -> Iterator[Gate]:
     runs = {}
     for name in names:
         say(f"gates: {s.gate_steps} steps of {name}")
-        runs[name] = run(s, name, f"gate-{name}", s.gate, steps=s.gate_steps, save=True, epochs=1)
+        runs[name] = run(s, name, f"gate-{name}", s.gate, steps=s.gate_steps, epochs=1, curve=True, save=True)
     trained = {name: str(r.trained) for name, r in runs.items()}
     judge = s.task("judge", s.held_out, options={"trained": trained}, batch=EXACT_ROWS)
     held_out = run_rival(Rival("heldout.py", env=TUNED), judge, limit_s=1800.0).facts["losses"]
@@ -154,7 +154,7 @@ def cell(value: float | None, digits: int) -> str:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """The whole comparison; returns the exit code: 0, 1 when a gate or a rival failed in the gates, 130 after Ctrl-C."""
+    """The whole comparison; returns the exit code: 0, 1 when a gate failed, 130 after Ctrl-C."""
     begun = time.monotonic()
     about = machine(args.threads)
     if about["load_1m"] > 0.3:

@@ -27,7 +27,9 @@ class Task:
     model: a folder. data: prompt/completion rows. out: the folder for steps.jsonl and done.json.
     steps: stop after so many; None: stop when `enough` says so. warm: steps before the measured window.
     seconds: length of the window; with min_steps steps in it, a quarter of that is enough.
-    save: whether the trained weights are written to out/trained. options: of this rival.
+    limit_s: a run of so many seconds from its first step ends too, whatever else it was to do.
+    curve: whether every step's loss is wanted. save: whether the trained weights are written to out/trained.
+    options: of this rival.
     """
 
     model: str
@@ -46,6 +48,8 @@ class Task:
     warm: int = 1
     seconds: float = 120.0
     min_steps: int = 20
+    limit_s: float | None = None
+    curve: bool = False
     save: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -69,6 +73,8 @@ class Row:
 
 def enough(times: list[float], task: Task) -> bool:
     """Whether a run may stop. times: when each step so far ended."""
+    if task.limit_s is not None and times and times[-1] - times[0] >= task.limit_s:
+        return True
     if task.steps is not None:
         return len(times) >= task.steps
     if len(times) <= task.warm:

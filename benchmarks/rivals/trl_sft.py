@@ -77,7 +77,7 @@ def config(task: Task) -> SFTConfig:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        **({"logging_steps": 1} if task.steps else {}),
+        **({"logging_steps": 1} if task.curve else {}),
         **task.options,
     }
     return SFTConfig(**chosen)
