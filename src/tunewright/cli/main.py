@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "chat": "tunewright.cli.commands.chat:chat",
     "models": "tunewright.cli.commands.models:models",
     "jobs": "tunewright.cli.commands.jobs:jobs",
+    "log": "tunewright.cli.commands.log:log",
     "data": "tunewright.cli.commands.data:app",
     "keys": "tunewright.cli.commands.keys:app",
     "doctor": "tunewright.cli.commands.doctor:doctor",
