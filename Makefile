@@ -42,7 +42,7 @@ $(VENV)/.dev: $(VENV)/.runtime requirements/dev.txt
 	$(PIP) install -q --no-deps -r requirements/dev.txt
 	@touch $@
 
-sdks: $(VENV)/.dev ## the versions of the openai package that the tests talk with, into .sdks/
+sdks: $(VENV)/.dev ## packages that tests need outside their environment (openai's versions, bitsandbytes), into .sdks/
 	@$(BIN)/python tests/api/install_sdks.py
 
 test: dev sdks ## the default tests (about a minute)
@@ -71,8 +71,8 @@ serve: install ## API and dashboard on this machine, without API keys
 docs: dev ## write the generated pages of docs/reference
 	$(BIN)/python tools/reference.py
 
-bench: install ## measure training speed and the prediction's error on this machine (two minutes)
-	$(BIN)/python benchmarks/training.py
+bench: install ## a short look at training speed beside a plain loop (four minutes; benchmarks/README.md has the rest)
+	$(BIN)/python -m benchmarks.sft --data benchmarks/data/short.jsonl --only ours,plain --rounds 1 --seconds 40
 
 nightly: demo check test-all ## everything
 

@@ -15,8 +15,9 @@ from benchmarks.process import Outcome, Step
 
 EXACT = 1e-5
 GRADIENT = 0.02
-CURVE = 0.01
-CURVE_WORST = 0.05
+# bfloat16 keeps 8 bits: the loss of a few hundred tokens moves by about 0.01 between float32 and bfloat16 activations
+CURVE = 0.03
+CURVE_WORST = 0.06
 HELD_OUT = 0.01
 
 

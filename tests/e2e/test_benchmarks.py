@@ -1,0 +1,98 @@
+"""`python -m benchmarks.sft` as a user runs it, with the tiny model: the gates pass, the JSON says what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunewright.core.home import Home
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+N_ROWS = 40
+
+
+@pytest.fixture
+def env(tiny_home: Home) -> dict[str, str]:
+    return {**os.environ, "TUNEWRIGHT_HOME": str(tiny_home.root), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Rows that fit the tiny model's context."""
+    lines = (ROOT / "benchmarks" / "data" / "short.jsonl").read_text(encoding="utf-8").splitlines()
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([line for line in lines if len(line) < 400][:N_ROWS]) + "\n", encoding="utf-8")
+    return path
+
+
+def command(rows: Path, *more: str) -> list[str]:
+    fixed = ["--data", str(rows), "--model", "tiny", "--threads", "1", "--batch", "4", "--only", "ours,plain"]
+    return [sys.executable, "-m", "benchmarks.sft", *fixed, *more]
+
+
+def test_ours_and_the_plain_loop_side_by_side(env: dict[str, str], rows: Path) -> None:
+    done = subprocess.run(
+        command(rows, "--rounds", "1", "--seconds", "4", "--min-steps", "5", "--json", "-"),
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["complete"] and all(g["ok"] for g in found["gates"])
+    names = {g["name"] for g in found["gates"]}
+    assert {"float32 loss", "ours: token ids and masks", "ours: gradient norm", "ours: held-out loss"} <= names
+    measured = {r["rival"]: r for r in found["rows"]}
+    assert set(measured) == {"ours", "plain"}
+    for row in measured.values():
+        assert row["window_steps"] >= 5 and 0 < row["supervised_per_second"] < row["tokens_per_second"]
+        assert row["peak_bytes"] > 50e6 and row["startup_s"] > 0 and row["seconds_to_loss"] > row["startup_s"]
+    ratio = measured["ours"]["tokens_per_second"] / measured["plain"]["tokens_per_second"]
+    assert found["ratios"] == {"plain": pytest.approx(ratio)}
+    assert found["versions"]["ours"]["tunewright"] and found["versions"]["plain"]["peft"]
+    assert "ours" in done.stderr and "tokens/s" in done.stderr
+
+
+def test_a_gate_that_fails_stops_everything(env: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    """Another rate for one of the two is another training: nothing may be timed."""
+    code = (
+        "import sys; from dataclasses import replace; from benchmarks import sft, process\n"
+        "real = process.run_ours\n"
+        "process.run_ours = lambda task, *rest, **more: real(replace(task, lr=task.lr * 50), *rest, **more)\n"
+        "sys.exit(sft.main(sys.argv[1:]))"
+    )
+    out = tmp_path / "result.json"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command(rows, "--json", str(out))[3:]],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    found = json.loads(out.read_text())
+    assert [g["name"] for g in found["gates"] if not g["ok"]]
+    assert found["rows"] == [] and not found["complete"]
+
+
+def test_ctrl_c_keeps_what_was_measured(env: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    process = subprocess.Popen(
+        command(rows, "--no-gates", "--rounds", "50", "--seconds", "2", "--json", str(out)),
+        cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    deadline = time.monotonic() + 300
+    for line in process.stderr:
+        assert time.monotonic() < deadline
+        if "round 1: plain" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    found = json.loads(out.read_text())
+    assert [r["rival"] for r in found["rows"]] == ["ours"] and not found["complete"] and found["gates"] == "skipped"
