@@ -1,6 +1,8 @@
-"""Install the versions of the openai package that the tests talk with, each into a folder of its own.
+"""Install packages that tests need but must not have in their own environment, each into a folder of its own.
 
-`python tests/api/install_sdks.py [VERSION …]` installs what is missing into $TUNEWRIGHT_SDKS (default <repo>/.sdks).
+The versions of the openai package that the tests talk with; bitsandbytes, which peft imports wherever it finds it (some
+seconds for each process). `python tests/api/install_sdks.py [NAME …]` installs what is missing into $TUNEWRIGHT_SDKS
+(default <repo>/.sdks).
 """
 
 from __future__ import annotations
@@ -14,32 +16,39 @@ from pathlib import Path
 VERSIONS = ("3.54.0", "2.54.0", "1.109.1")
 # the newest one is what the default tests use; the others run in the slow tests
 NEWEST = VERSIONS[0]
+OTHERS = ("bitsandbytes-0.50.2",)
 
 
 def folder() -> Path:
     return Path(os.environ.get("TUNEWRIGHT_SDKS") or Path(__file__).parents[2] / ".sdks")
 
 
-def installed(version: str) -> bool:
-    return (folder() / version / f"openai-{version}.dist-info").is_dir()
+def full_name(name: str) -> str:
+    """`openai-3.54.0` for `3.54.0`."""
+    return f"openai-{name}" if name in VERSIONS else name
 
 
-def install(version: str) -> None:
+def installed(name: str) -> bool:
+    return (folder() / name / f"{full_name(name)}.dist-info").is_dir()
+
+
+def install(name: str) -> None:
     """pip install --target, into a temporary folder first: a broken-off install is not taken for a whole one."""
-    target = folder() / version
-    half = target.with_name(f".{version}.tmp")
+    target = folder() / name
+    half = target.with_name(f".{name}.tmp")
     shutil.rmtree(half, ignore_errors=True)
     shutil.rmtree(target, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--target", str(half), f"openai=={version}"], check=True)
+    alone = ["--no-deps"] if name in OTHERS else []  # what it needs is in the environment
+    subprocess.run([*pip, *alone, "--target", str(half), full_name(name).replace("-", "==")], check=True)
     half.rename(target)
 
 
 def main() -> None:
-    for version in sys.argv[1:] or VERSIONS:
-        if not installed(version):
-            print(f"installing openai {version}")
-            install(version)
+    for name in sys.argv[1:] or [*VERSIONS, *OTHERS]:
+        if not installed(name):
+            print(f"installing {full_name(name)}")
+            install(name)
 
 
 if __name__ == "__main__":

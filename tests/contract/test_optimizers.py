@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +253,15 @@ def test_eight_bits_stay_near_float32_in_a_quarter_of_the_memory() -> None:
     start = parameters()["layer.weight"]
     moved, expected = big.detach() - start.detach(), plain["layer.weight"].detach() - start.detach()
     assert torch.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.97
+
+
+@pytest.mark.slow
+def test_eight_bits_where_bitsandbytes_is_installed() -> None:
+    """This file's tests of adamw8bit, in a process that has the package."""
+    sdks = Path(os.environ.get("TUNEWRIGHT_SDKS") or Path(__file__).parents[2] / ".sdks")
+    place = next(sdks.glob("bitsandbytes-*"), None)
+    if place is None:
+        pytest.skip("bitsandbytes is not installed: run `make sdks`")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "adamw8bit or eight_bits_stay", __file__]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(place)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:]

@@ -61,10 +61,8 @@ def test_resume_is_exact_with_noise(tmp_path: Path, tiny_model_dir: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adafactor", "adamw8bit", "lion", "muon", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adafactor", "lion", "muon", "sgd"])
 def test_resume_is_exact_with_every_optimizer(tmp_path: Path, tiny_model_dir: Path, optimizer: str) -> None:
-    if optimizer == "adamw8bit":
-        pytest.importorskip("bitsandbytes")
     resumed_is_whole(tmp_path, tiny_model_dir, optimizer=optimizer)
 
 
