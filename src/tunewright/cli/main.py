@@ -31,6 +31,7 @@ COMMANDS: dict[str, str] = {
     "jobs": "tunewright.cli.commands.jobs:jobs",
     "log": "tunewright.cli.commands.log:log",
     "data": "tunewright.cli.commands.data:app",
+    "estimate": "tunewright.cli.commands.estimate:estimate",
     "keys": "tunewright.cli.commands.keys:app",
     "doctor": "tunewright.cli.commands.doctor:doctor",
     "version": "tunewright.cli.commands.version:version",

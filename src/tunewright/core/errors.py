@@ -108,6 +108,10 @@ class Diverged(TunewrightError):
     exit_code = 72
 
 
+class RollBack(Diverged):
+    """The loop must go back to an earlier checkpoint; which one is in plan.json. Caught in train/run.py."""
+
+
 class Interrupted(TunewrightError):
     """Stopped by a signal after a checkpoint was written; a later attempt continues."""
 
@@ -160,6 +164,15 @@ class DataError(UserError):
     ) -> None:
         super().__init__(message, code=code, param=param)
         self.problems = list(problems)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch's CPU allocator or CUDA could not get memory."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("can't allocate memory" in text or "out of memory" in text or type(error).__name__ == "OutOfMemoryError")
+    )
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str | None:

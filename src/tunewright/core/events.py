@@ -7,10 +7,11 @@ progress), `end` (the last line; data.status is succeeded, failed, paused or int
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,10 @@ class EventWriter:
         del line["attempt"]
         with disk_full_is_clear("events.jsonl"):
             raw = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
+            size = os.fstat(self._fd).st_size
             if os.write(self._fd, raw) != len(raw):
-                raise OSError(28, "No space left on device")
+                os.ftruncate(self._fd, size)  # a line that comes later must not be appended to half of this one
+                raise OSError(errno.ENOSPC, "No space left on device")
         if time.monotonic() - self._synced > 1.0:
             self.sync()
         return event
@@ -69,6 +72,16 @@ class EventWriter:
     def close(self) -> None:
         self.sync()
         os.close(self._fd)
+
+
+def stream_events(path: Path, attempt: int = 1) -> Iterator[Event]:
+    """The complete lines one after the other, in constant memory."""
+    if not path.exists():
+        return
+    with open(path, "rb") as f:
+        for line in f:
+            if line.endswith(b"\n") and line.strip():
+                yield Event(**json.loads(line), attempt=attempt)
 
 
 def read_events(path: Path, attempt: int = 1, offset: int = 0) -> tuple[list[Event], int]:
@@ -84,14 +97,15 @@ def read_events(path: Path, attempt: int = 1, offset: int = 0) -> tuple[list[Eve
 
 
 def superseded(event: Event, resumed: Iterable[Event]) -> bool:
-    """Whether a later attempt resumed from before this event's step, so that the step was (or will be) done again.
+    """Whether the job later went back to before this event's step, so that the step was (or will be) done again.
 
-    resumed: all `resumed` events of the job. Only lines that belong to a step can be superseded.
+    resumed: all `resumed` events of the job: of later attempts, and roll-backs within one. Only lines that belong to a
+    step can be superseded.
     """
     if event.type not in ("metrics", "checkpoint"):
         return False
-    step = event.data.get("step", 0)
-    return any(r.attempt > event.attempt and step > r.data["step"] for r in resumed)
+    step, line = event.data.get("step", 0), (event.attempt, event.seq)
+    return any((r.attempt, r.seq) > line and step > r.data["step"] for r in resumed)
 
 
 def current(events: Iterable[Event]) -> list[Event]:

@@ -9,12 +9,14 @@ runs/<job id>/
   worker.log               what the workers printed
   checkpoints/step-000030/ artefact/, optimizer state, trainer.json, MANIFEST.json
   result/                  the artefact that the job leaves
+  labels.json              the classes of a classification job, in order
   step_metrics.csv         OpenAI's result file
   lock                     held by the worker
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tunewright.core.durable import is_locked, read_json, write_json
 from tunewright.core.errors import CheckpointError, ModelNotFound
-from tunewright.core.events import Event, current, read_events
+from tunewright.core.events import Event, current, read_events, stream_events, superseded
 from tunewright.core.home import Home
 from tunewright.core.ids import parse_model_name
 from tunewright.core.spec import JobSpec
@@ -57,6 +59,7 @@ class Artefact(BaseModel):
     kind: `adapter` (peft files over `base`), `weights` (a whole model), later `delta` and `recipe`.
     base: the catalogue name or folder of the base model, or BASE_IS_START; None when kind is weights.
     decoding: default sampling parameters from the job's task.
+    head: what the model answers with: `lm` (tokens), `classify` or `regress`. labels: its classes, in order.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -67,6 +70,8 @@ class Artefact(BaseModel):
     tuner: dict[str, Any]
     step: int
     decoding: dict[str, Any] = {}
+    head: str = "lm"
+    labels: list[str] | None = None
     metrics: dict[str, Any] = {}
 
 
@@ -127,6 +132,13 @@ class Run:
     def events(self) -> list[Event]:
         """The events that count: in order, without what a later attempt did again."""
         return current(self.all_events())
+
+    def stream(self) -> Iterator[Event]:
+        """The same as events(), read in constant memory."""
+        paths = [(n, self.attempt(n) / "events.jsonl") for n in self.attempts()]
+        resumed = [e for n, path in paths for e in stream_events(path, n) if e.type == "resumed"]
+        for n, path in paths:
+            yield from (e for e in stream_events(path, n) if not superseded(e, resumed))
 
     def end(self) -> Event | None:
         """The `end` event of the newest attempt, or None while it runs or if it was killed."""

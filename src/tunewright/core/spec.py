@@ -6,15 +6,18 @@ Options of a part (tuner, objective, optimizer, schedule) are free here and vali
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import jsonschema
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from tunewright.core.errors import SpecError, did_you_mean
 
 Auto = Literal["auto"]
+HEADS = {"lm": "sft", "classify": "classify", "regress": "regress"}  # head -> the objective that trains it
 KINDS = ("tuner", "objective", "optimizer", "schedule")
 
 
@@ -80,8 +83,14 @@ class JobSpec(BaseModel):
     max_length: tokens a row may have; `auto` is the model's context. overlong: what happens to a longer row.
     seed: fixes data order, initial weights and noise; None draws one, which job.json then records.
     suffix: up to 64 letters, digits, `.`, `_`, `-` in the finished model's name.
-    dtype: of the computation; `auto` is bfloat16 where the hardware multiplies it, else float32.
+    neftune_alpha: size of the uniform noise on the embeddings while training (NEFTune, arXiv 2310.05914, where 5 to 15
+        helped chat models); 0 adds none.
+    dtype: of the computation; `auto` is bfloat16 where the hardware multiplies it, else float32; float16 comes with
+        loss scaling.
     micro_batch_tokens: tokens computed at once inside a step; changes memory and speed, not the result.
+    checkpointing: layers that are computed again in the backward to save memory: none, every second one (`selective`)
+        or all (`full`); `auto` is the fastest that fits.
+    max_memory: what the job may hold, e.g. `4GB` (of the GPU if there is one); None is what is free.
     eval_every: steps between validation batches; eval_rows: rows of such a batch.
     early_stopping: epochs without improvement of early_stop_metric before stopping; None never stops.
     early_stop_metric, metric, head, decoding: filled in by the task where empty.
@@ -91,6 +100,7 @@ class JobSpec(BaseModel):
     keep_checkpoints: how many epoch checkpoints stay, as callable models.
     min_examples: fewer rows than this are refused (OpenAI asks for 10).
     threads: CPU threads; `auto` is all cores.
+    path: `auto` runs this machine's own kernels where they serve the model and tuner, `plain` the model's modules.
     metadata: pairs of your own, stored with the job.
     """
 
@@ -116,9 +126,13 @@ class JobSpec(BaseModel):
     min_examples: int = Field(10, ge=1)
     seed: int | None = Field(None, ge=0, le=2_147_483_647)
     suffix: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    neftune_alpha: float = Field(0.0, ge=0, le=100)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     micro_batch_tokens: Auto | int = "auto"
+    checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    max_memory: str | None = None
     threads: Auto | int = "auto"
+    path: Literal["auto", "plain"] = "auto"
     eval_every: Auto | int = "auto"
     eval_rows: int = Field(16, ge=1)
     early_stopping: int | None = Field(None, ge=1)
@@ -150,9 +164,33 @@ class JobSpec(BaseModel):
                 raise ValueError(f"{name} is {value}; allowed: 'auto' or {low:g} to {high:g}")
         return self
 
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        if value is not None:
+            parse_bytes(value)
+        return value if value is None else str(value)
+
+    @model_validator(mode="after")
+    def _needs_validation(self) -> JobSpec:
+        wants = [
+            *(["early_stopping"] if self.early_stopping is not None else []),
+            *(["result 'best'"] if self.result == "best" else []),
+        ]
+        if wants and not self.validation_file and not self.early_stop_metric.startswith("train_"):
+            raise ValueError(f"{' and '.join(wants)}: which epoch is best shows on other rows; give a validation_file")
+        return self
+
     @model_validator(mode="after")
     def _preset(self) -> JobSpec:
         preset = TASKS[self.task]
+        of_rows = {objective: head for head, objective in HEADS.items() if head != "lm"}
+        if not self.head and self.objective.name in of_rows:
+            object.__setattr__(self, "head", of_rows[self.objective.name])
+        if self.head and self.head not in HEADS:
+            raise ValueError(f"head is '{self.head}'; use one of: {', '.join(HEADS)}{did_you_mean(self.head, HEADS)}")
+        if self.head in HEADS and "objective" not in self.model_fields_set:
+            object.__setattr__(self, "objective", Part(name=HEADS[self.head]))
         for name in ("head", "metric", "early_stop_metric"):
             if not getattr(self, name):
                 object.__setattr__(self, name, getattr(preset, name))
@@ -160,6 +198,15 @@ class JobSpec(BaseModel):
             object.__setattr__(self, "format", preset.format)
         object.__setattr__(self, "decoding", {**preset.decoding, **self.decoding})
         return self
+
+
+def parse_bytes(value: str | int) -> int:
+    """A number of bytes from `4GB`, `512 MiB`, `1.5g` or a plain number. Raises ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])?(i)?b?)\s*", str(value), re.IGNORECASE)
+    if found is None or float(found[1]) <= 0:
+        raise ValueError(f"'{value}' is not an amount of memory; examples: 4GB, 512MB, 1.5GiB")
+    power = " kmgt".index((found[2] or " ").lower())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def parse_spec(raw: Any) -> JobSpec:
@@ -215,6 +262,12 @@ def check_parts(spec: JobSpec, describe: dict[str, Any]) -> JobSpec:
             first = first or kind
             continue
         row = rows[part.name]
+        needs = row["card"].get("needs")
+        if needs and find_spec(needs) is None:
+            first = first or kind
+            problems.append(
+                f"{kind} '{part.name}' needs the package {needs}, which is not installed; pip install {needs}"
+            )
         known = row["schema"].get("properties", {})
         for error in jsonschema.Draft202012Validator(row["schema"]).iter_errors(part.options):
             first = first or kind
@@ -228,6 +281,14 @@ def check_parts(spec: JobSpec, describe: dict[str, Any]) -> JobSpec:
                 path = ".".join(str(p) for p in error.absolute_path)
                 problems.append(f"{kind} '{part.name}', option '{path}': {error.message}")
         updates[kind] = Part(name=part.name, options={**row["defaults"], **part.options})
+        trains = row.get("card", {}).get("head", spec.head)
+        if kind == "objective" and trains != spec.head:
+            fits = [name for name, other in rows.items() if other["card"].get("head", "lm") == spec.head]
+            problems.append(
+                f"head is '{spec.head}', but the objective '{part.name}' trains the head '{trains}'; use objective: "
+                f"{' or '.join(sorted(fits))}, or head: {trains}"
+            )
+            first = first or "objective"
     if problems:
         raise SpecError("The job spec is not valid: " + "; ".join(dict.fromkeys(problems)) + ".", param=first)
     return spec.model_copy(update=updates)

@@ -404,13 +404,15 @@ def _event_row(found: Any) -> EventRow:
 
 
 def _supersede(c: Connection, job_id: str) -> None:
-    """Mark lines of steps that a later attempt did again, as core.events.superseded defines it."""
-    resumed = select(events.c.attempt, events.c.step).where(events.c.job_id == job_id, events.c.type == "resumed")
-    for attempt, step in c.execute(resumed).all():
+    """Mark lines of steps that were done again later, as core.events.superseded defines it."""
+    resumed = select(events.c.attempt, events.c.seq, events.c.step)
+    resumed = resumed.where(events.c.job_id == job_id, events.c.type == "resumed")
+    for attempt, seq, step in c.execute(resumed).all():
+        earlier = or_(events.c.attempt < attempt, (events.c.attempt == attempt) & (events.c.seq < seq))
         c.execute(
             update(events)
             .where(events.c.job_id == job_id, events.c.type.in_(("metrics", "checkpoint")), ~events.c.superseded)
-            .where(events.c.attempt < attempt, events.c.step > step)
+            .where(earlier, events.c.step > step)
             .values(superseded=True)
         )
 

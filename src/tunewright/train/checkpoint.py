@@ -22,7 +22,7 @@ from tunewright.core.durable import check_folder, commit_folder, discard, read_j
 from tunewright.core.errors import CheckpointError
 from tunewright.core.events import EventWriter
 from tunewright.core.run import Run
-from tunewright.train.optim import load_optimizer_state, optimizer_state
+from tunewright.train.optim.state import load_optimizer_state, optimizer_state
 from tunewright.tuners.base import Tuner
 
 
@@ -32,7 +32,10 @@ class State:
 
     step, epoch: finished ones. tokens: processed so far; supervised: those of them with a loss.
     best: {"step", "value"} of the early-stop metric; bad_epochs: epochs since. skipped: updates skipped in a row.
+    loss_scale, well_scaled: factor on the loss in float16 and the steps since it last changed (train/scaling.py).
     last: metrics of the newest step. seconds: training time over all attempts.
+    bad_rows: rows of the skipped steps in a row. history, streaks: of the divergence watch (train/watch.py).
+    epochs: {"step", "train_loss", "valid_loss"} of each; loss_sum, loss_steps: of the present one. alarms: see advise.
     """
 
     step: int = 0
@@ -42,9 +45,18 @@ class State:
     best: dict[str, Any] | None = None
     bad_epochs: int = 0
     skipped: int = 0
+    loss_scale: float = 1.0
+    well_scaled: int = 0
     stopped_early: bool = False
     seconds: float = 0.0
     last: dict[str, Any] = field(default_factory=dict)
+    bad_rows: list[int] = field(default_factory=list)
+    history: dict[str, list[float]] = field(default_factory=dict)
+    streaks: dict[str, int] = field(default_factory=dict)
+    alarms: int = 0
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    loss_sum: float = 0.0
+    loss_steps: int = 0
 
 
 def save_checkpoint(

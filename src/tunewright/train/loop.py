@@ -9,27 +9,33 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from tunewright.core.errors import Diverged, Interrupted
+from tunewright.core.errors import Interrupted, SpecError, did_you_mean
 from tunewright.core.events import EventWriter
 from tunewright.core.example import Group
 from tunewright.core.run import Run
 from tunewright.core.spec import JobSpec
 from tunewright.models.policy import Policy
 from tunewright.objectives.base import Objective
+from tunewright.ops.noise import token_keys
 from tunewright.ops.packing import pack
 from tunewright.ops.runtime import seed_step
 from tunewright.ops.types import Term
+from tunewright.train import scaling, watch
+from tunewright.train.advise import Epoch, History, advise
 from tunewright.train.checkpoint import State, prune, save_checkpoint
-from tunewright.train.plan import Plan, step_rows, valid_rows
+from tunewright.train.plan import Plan, Where, step_rows, valid_rows
+from tunewright.train.recovery import roll_back, skip, with_room
 from tunewright.tuners.base import Tuner
 
-MAX_SKIPPED = 3
+EVALUATED_AT_ONCE = 64  # rows of a validation that are in memory at the same time
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,22 +59,41 @@ class Parts:
     events: EventWriter
     write_artefact: Callable[[Path, State], None]
     stop: Callable[[], bool]
+    advised: set[str] = field(default_factory=set)  # advice that was given, in earlier attempts too
+
+    def with_room(self, step: int, where: Where, groups: Sequence[Group], compute: Callable[[int], T]) -> T:
+        """recovery.with_room of this run."""
+        return with_room(self.run, self.plan, self.events, step, where, groups, compute)
 
 
-def accumulate(parts: Parts, groups: Sequence[Group], backward: bool) -> dict[str, float]:
-    """Run the objective over `groups` in micro-batches; returns each term's mean, and adds gradients if `backward`."""
-    batches = pack(list(groups), parts.plan.micro_batch_tokens)
+def accumulate(
+    parts: Parts, groups: Sequence[Group], tokens: int, step: int | None = None, scale: float = 1.0
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Run the objective over `groups` in micro-batches of `tokens`; returns each term's sum and its weight.
+
+    step: adds the gradients of the loss times `scale`, with this step's noise; None: no gradients and no noise.
+    """
+    batches = pack(list(groups), tokens)
+    if step is not None:
+        batches = [replace(b, noise_T=token_keys(b, parts.plan.seed, step)) for b in batches]
     weights: dict[str, float] = {}
     for batch in batches:
-        for name, weight in parts.objective.weights(batch).items():
-            weights[name] = weights.get(name, 0.0) + weight
+        add(weights, parts.objective.weights(batch))
     sums = dict.fromkeys(weights, 0.0)
     for batch in batches:
         terms = parts.objective(parts.policy, batch.to(parts.policy.device))
-        if backward:
-            step_loss(terms, weights).backward()
-        for name, term in terms.items():
-            sums[name] += float(term.total.detach())
+        if step is not None:
+            (step_loss(terms, weights) * scale).backward()
+        add(sums, {name: float(term.total.detach()) for name, term in terms.items()})
+    return sums, weights
+
+
+def add(sums: dict[str, float], more: dict[str, float]) -> None:
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+def means_of(sums: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
     return {name: sums[name] / weights[name] if weights[name] else 0.0 for name in sums}
 
 
@@ -78,12 +103,18 @@ def step_loss(terms: dict[str, Term], weights: dict[str, float]) -> torch.Tensor
 
 
 @torch.no_grad()
-def evaluate(parts: Parts, groups: Sequence[Group]) -> dict[str, float]:
-    """The terms' means over `groups`, without gradients."""
+def evaluate(parts: Parts, groups: Sequence[Group], step: int) -> dict[str, float]:
+    """The terms' means over `groups` after `step`, without gradients and with few of them in memory at once."""
     parts.policy.model.eval()
-    means = accumulate(parts, groups, backward=False)
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for at in range(0, len(groups), EVALUATED_AT_ONCE):
+        some = groups[at : at + EVALUATED_AT_ONCE]
+        part = parts.with_room(step, "valid", some, lambda tokens, some=some: accumulate(parts, some, tokens))
+        add(sums, part[0])
+        add(weights, part[1])
     parts.policy.model.train()
-    return means
+    return means_of(sums, weights)
 
 
 def train(parts: Parts, state: State) -> State:
@@ -95,6 +126,8 @@ def train(parts: Parts, state: State) -> State:
     started, first_tokens = time.monotonic(), state.tokens
     before, saved_at = state.seconds, started
     parts.policy.model.train()
+    scaling.start(state, parts.plan.dtype)
+    say_advice(parts, state)
     while state.step < parts.plan.total_steps and not state.stopped_early:
         step = state.step + 1
         groups = [parts.groups[i] for i in step_rows(parts.plan, step)]
@@ -110,10 +143,10 @@ def train(parts: Parts, state: State) -> State:
             "train_mean_token_accuracy": finite(means["accuracy"]),
             **validate(parts, step, at_epoch_end),
         }
-        state.seconds = before + time.monotonic() - started
         speed = (state.tokens - first_tokens) / max(time.monotonic() - started, 1e-9)
         left = parts.plan.n_tokens * parts.plan.n_epochs - state.tokens
         state.last = metrics
+        state.seconds = before + time.monotonic() - started
         parts.events.write(
             "metrics",
             metrics_message(metrics),
@@ -127,51 +160,86 @@ def train(parts: Parts, state: State) -> State:
                 "eta_s": left / speed,
             },
         )
+        keep_watch(parts, state, grad_norm, groups)
         if at_epoch_end:
             end_epoch(parts, state, metrics)
-        if at_epoch_end or parts.stop() or due(parts, step, saved_at):
+        if at_epoch_end or parts.stop() or (state.skipped == 0 and due(parts, step, saved_at)):
             checkpoint(parts, state, "epoch" if at_epoch_end else "recovery")
             saved_at = time.monotonic()
         if parts.stop() and state.step < parts.plan.total_steps:
             raise Interrupted(f"Stopped after step {step}; a checkpoint was saved.")
+    state.seconds = before + time.monotonic() - started
     return state
 
 
 def optimize(parts: Parts, step: int, groups: Sequence[Group], state: State) -> tuple[dict[str, float], float]:
     """One optimizer step over `groups`: returns the terms' means and the gradient norm before clipping.
 
-    A loss or gradient that is not finite skips the update; the third in a row raises Diverged with the row numbers.
+    A loss or gradient that is not finite skips the update (train/recovery.py).
     """
     parameters = list(parts.tuner.trainable().values())
-    seed_step(parts.plan.seed, step)
     for group in parts.optimizer.param_groups:
         group["lr"] = parts.rate(step)
-    parts.optimizer.zero_grad(set_to_none=True)
-    parts.tuner.before_step(step)
-    means = accumulate(parts, groups, backward=True)
-    penalty = parts.tuner.penalty()
-    if penalty is not None:
-        penalty.backward()
+    means = parts.with_room(step, "train", groups, lambda tokens: gradients(parts, step, groups, tokens, state))
     parts.tuner.on_gradients(step)
     limit = parts.spec.max_grad_norm or math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
     if math.isfinite(means["loss"]) and math.isfinite(norm):
         parts.optimizer.step()
+        torch.autograd.graph.increment_version(parameters)  # fused optimizers forget to, and the fast path relies on it
         parts.tuner.after_step(step)
-        state.skipped = 0
-        return means, norm
-    state.skipped += 1
-    rows = sorted({e.source for g in groups for e in g.examples})
-    if state.skipped >= MAX_SKIPPED:
-        raise Diverged(
-            f"Training diverged: loss or gradient was not finite in {MAX_SKIPPED} steps in a row, the last being "
-            f"step {step} with rows {rows}. Lower the learning rate (now {parts.plan.learning_rate:g}) or look at "
-            "these rows."
-        )
-    parts.events.write(
-        "message", f"Step {step} was skipped: its loss is not finite. Rows: {rows}.", {"step": step}, "warn"
-    )
+        state.skipped, state.bad_rows = 0, []
+        scaling.grow(state)
+    else:
+        state.alarms += 1
+        skip(parts.run, parts.plan, parts.events, state, step, rows_of(groups))
     return means, norm
+
+
+def gradients(parts: Parts, step: int, groups: Sequence[Group], tokens: int, state: State) -> dict[str, float]:
+    """Leave the step's gradients on the parameters; returns the terms' means. Begins anew each time it is called.
+
+    In float16 the loss is scaled; where that overflows, the step is computed again at a smaller scale, so none is lost.
+    """
+    while True:
+        seed_step(parts.plan.seed, step)
+        parts.optimizer.zero_grad(set_to_none=True)
+        parts.tuner.before_step(step)
+        sums, weights = accumulate(parts, groups, tokens, step, state.loss_scale)
+        penalty = parts.tuner.penalty()
+        if penalty is not None:
+            (penalty * state.loss_scale).backward()
+        fits = scaling.unscale(parts.tuner.trainable().values(), state)
+        if fits or not math.isfinite(sums["loss"]):
+            return means_of(sums, weights)
+
+
+def rows_of(groups: Sequence[Group]) -> list[int]:
+    """The rows' numbers in the training file, ascending."""
+    return sorted({e.source for g in groups for e in g.examples})
+
+
+def keep_watch(parts: Parts, state: State, grad_norm: float, groups: Sequence[Group]) -> None:
+    """Enter the step into the divergence watch and do what its rules say."""
+    loss = state.last["train_loss"]
+    if loss is not None:
+        state.loss_sum, state.loss_steps = state.loss_sum + loss, state.loss_steps + 1
+    for alarm in watch.look(state.history, state.streaks, state.step, {"loss": loss, "grad_norm": finite(grad_norm)}):
+        text = f"{alarm.rule.says} ({alarm.value:.4g} against {alarm.median:.4g}) since step {alarm.first}"
+        state.alarms += 1
+        if alarm.action == "act":
+            roll_back(parts.run, parts.plan, parts.events, alarm.first, state.step, text, rows_of(groups))
+        warning = f"Training may be diverging: {text}. If it goes on, the job rolls back and halves the learning rate."
+        parts.events.write("message", warning, {"step": state.step, "watch": alarm.rule.name}, "warn")
+
+
+def say_advice(parts: Parts, state: State) -> None:
+    """Write each advice that the run's history calls for once."""
+    history = History(parts.tuner.card.default_lr, [Epoch(**e) for e in state.epochs], state.alarms)
+    for name, text in advise(parts.plan, history).items():
+        if name not in parts.advised:
+            parts.advised.add(name)
+            parts.events.write("message", text, {"advice": name}, "warn")
 
 
 def validate(parts: Parts, step: int, at_epoch_end: bool) -> dict[str, Any]:
@@ -181,34 +249,56 @@ def validate(parts: Parts, step: int, at_epoch_end: bool) -> dict[str, Any]:
         return out
     last = step == parts.plan.total_steps
     if step % parts.plan.eval_every == 0 or last:
-        means = evaluate(parts, [parts.valid[i] for i in valid_rows(parts.plan, step, parts.spec.eval_rows)])
-        out |= {"valid_loss": finite(means["loss"]), "valid_mean_token_accuracy": finite(means["accuracy"])}
+        window = [parts.valid[i] for i in valid_rows(parts.plan, step, parts.spec.eval_rows)]
+        means = evaluate(parts, window, step)
+        out |= measured(parts, "valid_", means)
     if at_epoch_end:
-        means = evaluate(parts, parts.valid)
-        out |= {"full_valid_loss": finite(means["loss"]), "full_valid_mean_token_accuracy": finite(means["accuracy"])}
+        means = evaluate(parts, parts.valid, step)
+        out |= measured(parts, "full_valid_", means)
     return out
+
+
+def measured(parts: Parts, prefix: str, means: dict[str, float]) -> dict[str, float | None]:
+    """The terms' means under their names in events, with what the objective makes of them besides (F1 …)."""
+    report = getattr(parts.objective, "report", None)
+    more = {} if report is None else report(means)
+    values = {"loss": means["loss"], "mean_token_accuracy": means["accuracy"], **more}
+    return {f"{prefix}{name}": finite(value) for name, value in values.items()}
 
 
 def end_epoch(parts: Parts, state: State, metrics: dict[str, Any]) -> None:
     """Count the epoch and decide on the best checkpoint and on stopping early."""
     state.epoch += 1
-    name = parts.spec.early_stop_metric
-    value = metrics.get(name)
-    if value is None:
+    if state.loss_steps:
+        mean = state.loss_sum / state.loss_steps
+        state.epochs.append({"step": state.step, "train_loss": mean, "valid_loss": metrics.get("full_valid_loss")})
+    state.loss_sum, state.loss_steps = 0.0, 0
+    say_advice(parts, state)
+    name, patience = parts.spec.early_stop_metric, parts.spec.early_stopping
+    if name not in metrics:
+        if patience is not None or parts.spec.result == "best":
+            known = sorted(k for k, v in metrics.items() if isinstance(v, float))
+            text = f"early_stop_metric is '{name}', which this job does not measure.{did_you_mean(name, known)}"
+            raise SpecError(f"{text} It measures: {', '.join(known)}.", param="early_stop_metric")
         return
-    lower_is_better = "loss" in name
-    if state.best is None or (value < state.best["value"] if lower_is_better else value > state.best["value"]):
+    value = metrics[name]  # None where it is not finite, which is no improvement
+    if value is not None and (state.best is None or is_better(name, value, state.best["value"])):
         state.best, state.bad_epochs = {"step": state.step, "value": value}, 0
         return
     state.bad_epochs += 1
-    patience = parts.spec.early_stopping
     if patience is not None and state.bad_epochs >= patience and state.step < parts.plan.total_steps:
         state.stopped_early = True
+        since = f" since step {state.best['step']}" if state.best else ""
         parts.events.write(
             "message",
-            f"Stopping early after epoch {state.epoch}: {name} has not improved since step {state.best['step']}.",
+            f"Stopping early after epoch {state.epoch}: {name} has not improved{since}.",
             {"step": state.step},
         )
+
+
+def is_better(name: str, value: float, best: float) -> bool:
+    """Whether a metric's value beats the best one: losses and errors fall, everything else rises."""
+    return value < best if name.endswith(("loss", "error", "perplexity")) else value > best
 
 
 def due(parts: Parts, step: int, saved_at: float) -> bool:

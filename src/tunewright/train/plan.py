@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from tunewright.core.errors import SpecError
 from tunewright.core.example import Group
 from tunewright.core.spec import JobSpec
+from tunewright.data.rendered import TOKENS, sizes
 from tunewright.tuners.base import TunerCard
 
 MICRO_BATCH_TOKENS = 2048
+CHECKPOINTING = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """n_tokens: tokens of one epoch. peak_memory_bytes, seconds_per_step, predicted_seconds: measured predictions."""
+    """n_tokens: tokens of one epoch. path: `fast` (own kernels) or `plain` (the model's modules).
+    checkpointing: layers that are computed again in the backward, `none`, `selective`
+    (every second one) or `full`. base: loss and accuracy before step 1. available_memory_bytes: what the job may hold.
+    peak_memory_bytes, seconds_per_step, predicted_seconds: measured predictions; predicted_finish in Unix seconds.
+    halvings: [{"step", "where", "micro_batch_tokens"}], what running out of memory changed, and from when on.
+    rollbacks: [{"step", "to", "lr_factor", "why", "rows"}], where the job went back to, and the slower rate since.
+    """
 
     n_rows: int
     n_valid_rows: int
@@ -36,9 +48,16 @@ class Plan:
     max_length: int
     parameters: int
     trainable_parameters: int
+    path: str = "plain"
+    checkpointing: str = "none"
+    base: dict[str, Any] = field(default_factory=dict)
+    available_memory_bytes: int = 0
     peak_memory_bytes: int = 0
     seconds_per_step: float = 0.0
     predicted_seconds: float = 0.0
+    predicted_finish: float = 0.0
+    halvings: list[dict[str, Any]] = field(default_factory=list)
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -62,6 +81,7 @@ def resolve(
     card: TunerCard,
     *,
     dtype: str,
+    path: str,
     threads: int,
     context: int,
     parameters: int,
@@ -80,7 +100,7 @@ def resolve(
     return Plan(
         n_rows=n,
         n_valid_rows=len(valid),
-        n_tokens=sum(g.n_tokens for g in groups),
+        n_tokens=int(sizes(groups)[:, TOKENS].sum()),
         n_epochs=epochs,
         batch_size=batch,
         total_steps=total,
@@ -88,20 +108,34 @@ def resolve(
         learning_rate_multiplier=multiplier,
         seed=spec.seed if spec.seed is not None else 0,
         dtype=dtype,
+        path=path,
         threads=threads,
         micro_batch_tokens=MICRO_BATCH_TOKENS if spec.micro_batch_tokens == "auto" else spec.micro_batch_tokens,
         eval_every=max(1, total // 10) if spec.eval_every == "auto" else spec.eval_every,
         max_length=context if spec.max_length == "auto" else min(spec.max_length, context),
         parameters=parameters,
         trainable_parameters=trainable,
+        checkpointing="none" if spec.checkpointing == "auto" else spec.checkpointing,
         versions=versions,
     )
 
 
-def order(seed: int, epoch: int, n: int) -> list[int]:
-    """The rows' order in an epoch (0-based), a function of (seed, epoch) alone."""
-    rows = list(range(n))
-    random.Random(f"order/{seed}/{epoch}").shuffle(rows)
+@lru_cache(maxsize=2)
+def order(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
+    """[n] the rows' order in an epoch (0-based), a function of (seed, epoch, n) alone: rows sorted by a hash of each.
+
+    The hash is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), so no library's generator decides it.
+    """
+    key = int.from_bytes(hashlib.sha256(f"order/{seed}/{epoch}".encode()).digest()[:8], "big")
+    x = np.arange(n, dtype=np.uint64)
+    x *= np.uint64(0x9E3779B97F4A7C15)
+    x += np.uint64(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x ^= x >> np.uint64(shift)
+        x *= np.uint64(factor)
+    x ^= x >> np.uint64(31)
+    rows = np.argsort(x, kind="stable")
+    rows.setflags(write=False)
     return rows
 
 
@@ -109,7 +143,23 @@ def step_rows(plan: Plan, step: int) -> list[int]:
     """Row indices of one step (1-based), exactly batch_size of them but in an epoch's last step."""
     per_epoch = math.ceil(plan.n_rows / plan.batch_size)
     epoch, k = divmod(step - 1, per_epoch)
-    return order(plan.seed, epoch, plan.n_rows)[k * plan.batch_size : (k + 1) * plan.batch_size]
+    rows = order(plan.seed, epoch, plan.n_rows)[k * plan.batch_size : (k + 1) * plan.batch_size]
+    return rows.tolist()
+
+
+Where = Literal["train", "valid"]
+
+
+def micro_tokens(plan: Plan, step: int, where: Where = "train") -> int:
+    """Tokens of a micro-batch in the training, or the validation after it, of one step: obeys the halvings."""
+    moment = (step, where)  # "train" comes before "valid" in the alphabet as in a step
+    sizes = [h["micro_batch_tokens"] for h in plan.halvings if (h["step"], h["where"]) <= moment]
+    return min([plan.micro_batch_tokens, *sizes])
+
+
+def rate_factor(plan: Plan, step: int) -> float:
+    """What the roll-backs made of the learning rate: a factor from the step after each on."""
+    return math.prod(r["lr_factor"] for r in plan.rollbacks if step > r["to"])
 
 
 def valid_rows(plan: Plan, step: int, n: int) -> list[int]:

@@ -1,77 +1,232 @@
-"""Preflight: before step 1 run the heaviest micro-batch, and predict time and memory from what it took."""
+"""Preflight: before step 1 find what fits, run the longest rows, and predict the job's time and memory from it.
+
+Memory: the high-water mark of the heaviest micro-batch, and what the optimizer will allocate. Time: seconds of real
+steps for each unit of work (floating-point operations), times the work of all; clipping, the update, validation and
+saves are measured apart.
+"""
 
 from __future__ import annotations
 
 import math
-import resource
-import sys
+import os
+import shutil
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-import psutil
+import numpy as np
 import torch
+from torch import nn
 
+from tunewright.core.durable import commit_folder
 from tunewright.core.errors import OutOfMemory
 from tunewright.core.example import Group
-from tunewright.models.policy import Policy
-from tunewright.objectives.base import Objective
-from tunewright.ops.packing import pack
-from tunewright.train.loop import step_loss
+from tunewright.core.spec import parse_bytes
+from tunewright.data.rendered import SQUARES, SUPERVISED, TOKENS, sizes
+from tunewright.models import memory
+from tunewright.models.layouts import causal_lm
+from tunewright.models.shape import shape_of
+from tunewright.train import meter
+from tunewright.train.fit import Room, drop_gradients, fit
+from tunewright.train.loop import EVALUATED_AT_ONCE, Parts, accumulate, add, means_of
 from tunewright.train.plan import Plan, step_rows
-from tunewright.tuners.base import Tuner, parameter_bytes
+from tunewright.tuners.base import parameter_bytes
 
-OPTIMIZER_COPIES = 2
-
-
-def peak_bytes() -> int:
-    """This process's peak resident memory so far, in bytes (ru_maxrss is in KiB on Linux, bytes on macOS)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def run_once(policy: Policy, objective: Objective, tuner: Tuner, groups: Sequence[Group], plan: Plan) -> float:
-    """Forward and backward over `groups` once; returns seconds. Gradients are dropped, nothing is updated."""
-    started = time.monotonic()
-    for batch in pack(list(groups), plan.micro_batch_tokens):
-        step_loss(objective(policy, batch.to(policy.device)), objective.weights(batch)).backward()
-    seconds = time.monotonic() - started
-    for p in tuner.trainable().values():
-        p.grad = None
-    return seconds
+Build = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
+MARGIN = 0.95  # of the memory that is there
+GROWTH = 1.03  # fragments that the allocator collects over many micro-batches of different sizes
+PROBED = 1 << 24  # elements of a parameter that stand for the rest of it when the optimizer is timed
+SAVE_PROBE = 64 << 20
+MOST_STEPS, LEAST_SECONDS, SHARE = 20, 2.0, 0.03  # of the time for measuring steps
+BASE_SHARE = 0.05  # of the whole work, for the base model's loss
+_COUNTED = {"adapter": "lora", "weights": "full"}
 
 
-def preflight(
-    policy: Policy, objective: Objective, tuner: Tuner, groups: Sequence[Group], valid_tokens: int, plan: Plan
-) -> dict[str, float | int]:
-    """{"peak_memory_bytes", "seconds_per_step", "predicted_seconds"} of the whole run.
+def room_to_load(folder: Path, full: bool, dtype: torch.dtype, chosen: str, max_memory: str | None) -> torch.dtype:
+    """The dtype to load the base in: `auto` becomes bfloat16 where float32 would leave no room.
 
-    The longest groups are run once (memory, and to warm up), then the rows of the first steps (time). valid_tokens:
-    tokens of all validation passes together. Raises OutOfMemory when the prediction exceeds what the machine has.
+    full: all weights are trained. chosen: the job's dtype. Raises OutOfMemory when even the weights do not fit.
     """
-    policy.model.train()
-    longest = sorted(groups, key=lambda g: g.n_tokens, reverse=True)
-    heavy: list[Group] = []
-    for group in longest:
-        if heavy and sum(g.n_tokens for g in heavy) + group.n_tokens > plan.micro_batch_tokens:
-            break
-        heavy.append(group)
-    run_once(policy, objective, tuner, heavy, plan)
-    sample = [groups[i] for s in range(1, min(plan.total_steps, 2) + 1) for i in step_rows(plan, s)]
-    seconds = run_once(policy, objective, tuner, sample, plan)
-    per_token = seconds / sum(g.n_tokens for g in sample)
-    state = OPTIMIZER_COPIES * parameter_bytes(tuner.trainable())
-    peak = peak_bytes() + state
-    total_memory = psutil.virtual_memory().total
-    if not torch.cuda.is_available() and peak > total_memory:
+    limit = MARGIN * meter.limit(parse_bytes(max_memory) if max_memory else None) - meter.resident()
+    n = memory.stored_parameters(folder)
+    size = 12 if full else dtype.itemsize  # with gradients and at least one moment
+    if n * size > 0.8 * limit and not full and chosen == "auto" and dtype == torch.float32:
+        dtype, size = torch.bfloat16, 2
+    if n * size > limit:
+        what = "weights, gradients and optimizer" if full else "weights"
+        smaller = " Use the tuner 'lora'." if full and n * 2.5 < limit else " Choose a smaller model."
         raise OutOfMemory(
-            f"This job would need about {peak / 2**30:.1f} GiB of memory; the machine has "
-            f"{total_memory / 2**30:.1f} GiB. "
-            f"Lower micro_batch_tokens (now {plan.micro_batch_tokens}) or max_length, or use the tuner 'lora'."
+            f"This job does not fit into memory: the {what} of {n:,} parameters alone need {n * size / 1e9:.1f} GB, "
+            f"and {max(limit, 0) / 1e9:.1f} GB are there.{smaller}"
         )
-    epoch = per_token * plan.n_tokens
-    steps_per_epoch = math.ceil(plan.n_rows / plan.batch_size)
-    forward_share = 1 / 3
-    return {
-        "peak_memory_bytes": int(peak),
-        "seconds_per_step": epoch / steps_per_epoch,
-        "predicted_seconds": epoch * plan.n_epochs + per_token * forward_share * valid_tokens,
-    }
+    return dtype
+
+
+def preflight(parts: Parts, build: Build, peak: meter.Peak) -> Plan:
+    """The plan with everything that was measured filled in. Weights, optimizer and gradients are left as they were.
+
+    build: makes the job's optimizer over given parameters. Raises OutOfMemory when no setting fits.
+    """
+    parts.policy.model.train()
+    trainable = parts.tuner.trainable()
+    limit = int(MARGIN * meter.limit(parse_bytes(parts.spec.max_memory) if parts.spec.max_memory else None))
+    state, update = probe_optimizer(build, trainable)
+    state = max(0, state - state_bytes(parts.optimizer))
+    meter.release()
+    held = meter.resident() + parameter_bytes(trainable) + state
+    shape = shape_of(causal_lm(parts.policy.model))
+    kind = _COUNTED.get(parts.tuner.card.artefact, "lora")
+    parts, _ = fit(parts, Room(limit, shape, kind, state, held), peak)
+    work = Work(memory.flops(shape, kind, getattr(parts.tuner.options, "r", 16)))
+    base, forward = measure_base(parts, work)
+    seconds, clip = measure_steps(parts, work)
+    predicted_peak = max(peak.so_far(), int((meter.peak() + state) * GROWTH), held)
+    drop_gradients(parts)
+    epoch = work.of(parts.groups) * seconds
+    steps = math.ceil(parts.plan.n_rows / parts.plan.batch_size)
+    total = parts.plan.n_epochs * (epoch + steps * (clip + update)) + validation(parts, work) * forward
+    total += saves(parts, total) * save_seconds(parts, parameter_bytes(trainable) + state)
+    return replace(
+        parts.plan,
+        base=base,
+        available_memory_bytes=limit,
+        peak_memory_bytes=predicted_peak,
+        seconds_per_step=epoch / steps + clip + update,
+        predicted_seconds=total,
+        predicted_finish=time.time() + total,
+    )
+
+
+class Work:
+    """Floating-point operations of a forward and backward over groups, from their sizes."""
+
+    def __init__(self, flops: dict[str, float]) -> None:
+        self._factors = np.zeros(3)
+        for column, name in ((TOKENS, "token"), (SQUARES, "square"), (SUPERVISED, "supervised")):
+            self._factors[column] = flops[name]
+
+    def of(self, groups: Sequence[Group]) -> float:
+        return float((sizes(groups) @ self._factors).sum())
+
+    def each(self, groups: Sequence[Group]) -> np.ndarray:
+        return sizes(groups) @ self._factors
+
+
+def measure_base(parts: Parts, work: Work) -> tuple[dict[str, Any], float]:
+    """The base model's loss and accuracy on validation rows (else training rows), and seconds of a forward a work.
+
+    All validation rows where that is quick, else rows spread evenly over the file.
+    """
+    groups, source = (parts.valid, "validation") if len(parts.valid) else (parts.groups, "train")
+    budget = BASE_SHARE * work.of(parts.groups) * parts.plan.n_epochs
+    n = max(8, int(len(groups) * min(1.0, 3 * budget / work.of(groups))))
+    n = min(n, len(groups) if source == "validation" else 64)
+    sample = [groups[i * len(groups) // n] for i in range(min(n, len(groups)))]
+    started, sums, weights = time.monotonic(), {}, {}
+    parts.policy.model.eval()
+    with torch.no_grad():
+        for at in range(0, len(sample), EVALUATED_AT_ONCE):
+            part = accumulate(parts, sample[at : at + EVALUATED_AT_ONCE], parts.plan.micro_batch_tokens)
+            add(sums, part[0])
+            add(weights, part[1])
+    parts.policy.model.train()
+    seconds = time.monotonic() - started
+    means = {k: v for k, v in means_of(sums, weights).items() if math.isfinite(v)}
+    base = {"source": source, "rows": len(sample), "loss": means.get("loss")}
+    if "accuracy" in means:
+        base["mean_token_accuracy"] = means["accuracy"]
+    return base, seconds / work.of(sample)
+
+
+def measure_steps(parts: Parts, work: Work) -> tuple[float, float]:
+    """(seconds of forward and backward a unit of work, seconds of clipping): medians over the first steps of the job.
+
+    At least three steps, and up to SHARE of the predicted time or LEAST_SECONDS. The first is left out: it warms up.
+    """
+    rates: list[float] = []
+    clips: list[float] = []
+    started = time.monotonic()
+    for step in range(1, min(parts.plan.total_steps, MOST_STEPS) + 1):
+        groups = [parts.groups[i] for i in step_rows(parts.plan, step)]
+        drop_gradients(parts)
+        begun = time.monotonic()
+        accumulate(parts, groups, parts.plan.micro_batch_tokens, step)
+        done = time.monotonic()
+        torch.nn.utils.clip_grad_norm_(list(parts.tuner.trainable().values()), math.inf)
+        clips.append(time.monotonic() - done)
+        rates.append((done - begun) / work.of(groups))
+        whole = rates[-1] * work.of(parts.groups) * parts.plan.n_epochs
+        if len(rates) >= 3 and time.monotonic() - started > max(LEAST_SECONDS, SHARE * whole):
+            break
+    counted = slice(1, None) if len(rates) > 2 else slice(None)
+    return statistics.median(rates[counted]), statistics.median(clips[counted])
+
+
+def probe_optimizer(build: Build, parameters: dict[str, nn.Parameter]) -> tuple[int, float]:
+    """(bytes of state, seconds of an update) over all parameters, from a copy of one parameter of each shape."""
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for name, p in parameters.items():
+        kinds.setdefault((tuple(p.shape), p.dtype), []).append(name)
+    copies, share = {}, {}
+    for names in kinds.values():
+        p = parameters[names[0]].detach()
+        rows = max(1, min(p.shape[0], PROBED * p.shape[0] // p.numel())) if p.ndim else 1
+        copy = nn.Parameter(p[:rows].clone() if p.ndim else p.clone())
+        copy.grad = torch.full_like(copy, 1e-3)
+        copies[names[0]] = copy
+        share[names[0]] = len(names) * p.numel() / copy.numel()
+    optimizer = build(copies)
+    optimizer.step()
+    started = time.monotonic()
+    optimizer.step()
+    seconds = time.monotonic() - started
+    of_each = {name: _bytes(optimizer.state.get(p, {})) for name, p in copies.items()}
+    total = sum(p.numel() for p in parameters.values())
+    probed = sum(p.numel() for p in copies.values())
+    return round(sum(n * share[name] for name, n in of_each.items())), seconds * total / probed
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What the optimizer holds already."""
+    return sum(_bytes(state) for state in optimizer.state.values())
+
+
+def _bytes(state: dict[str, Any]) -> int:
+    return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
+
+
+def validation(parts: Parts, work: Work) -> float:
+    """The work of all validations of the job."""
+    if not len(parts.valid):
+        return 0.0
+    whole = work.of(parts.valid)
+    windows = math.ceil(parts.plan.total_steps / parts.plan.eval_every)
+    share = min(1.0, parts.spec.eval_rows / len(parts.valid))
+    return whole * (parts.plan.n_epochs + windows * share)
+
+
+def saves(parts: Parts, seconds: float) -> int:
+    """How many checkpoints the job will write."""
+    timed = int(seconds / parts.spec.save_every_seconds)
+    every = parts.spec.save_every_steps
+    return parts.plan.n_epochs + max(timed - parts.plan.n_epochs, 0) + (parts.plan.total_steps // every if every else 0)
+
+
+def save_seconds(parts: Parts, n: int) -> float:
+    """Seconds to commit `n` bytes to the run folder, from a smaller amount."""
+    size = min(n, SAVE_PROBE)
+    folder = parts.run.folder / "probe.tmp-save"
+
+    def fill(place: Path) -> None:
+        (place / "data").write_bytes(os.urandom(1 << 20) * (size >> 20) + b"0" * (size & ((1 << 20) - 1)))
+        for i in range(5):
+            (place / f"small-{i}").write_bytes(b"0")
+
+    started = time.monotonic()
+    commit_folder(folder, fill)
+    seconds = time.monotonic() - started
+    shutil.rmtree(folder)
+    return seconds * max(1.0, n / max(size, 1))

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,30 +20,38 @@ from safetensors import safe_open
 from torch import nn
 
 from tunewright.core.conversation import Conversation
-from tunewright.core.durable import check_folder, commit_folder, sweep, write_json
-from tunewright.core.errors import Diverged, SpecError
+from tunewright.core.durable import check_folder, commit_folder, disk_full_is_clear, sweep, write_json
+from tunewright.core.errors import CheckpointError, Diverged, RollBack, SpecError
 from tunewright.core.events import EventWriter
 from tunewright.core.example import Group
 from tunewright.core.home import Home
 from tunewright.core.run import ARTEFACT, BASE_IS_START, Artefact, JobFile, Run, read_artefact
 from tunewright.core.spec import JobSpec, check_parts
 from tunewright.data.render import RenderReport, render_rows
+from tunewright.data.rendered import StoredGroups, write_groups
 from tunewright.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from tunewright.data.validate import check_file, raise_for, read_conversations
+from tunewright.models.heads import Head
+from tunewright.models.layouts import PADDED, causal_lm
 from tunewright.models.loader import load_model, materialise
 from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
+from tunewright.ops.noise import neftune
 from tunewright.ops.runtime import be_deterministic, choose_dtype, device, set_threads
+from tunewright.train import meter
 from tunewright.train.checkpoint import State, list_checkpoints, load_newest
 from tunewright.train.describe import describe
+from tunewright.train.fast import choose_path
+from tunewright.train.labels import job_head, job_labels
 from tunewright.train.loop import Parts, announce_checkpoint, train
 from tunewright.train.optim import OPTIMIZERS, SCHEDULES
-from tunewright.train.plan import Plan, resolve
-from tunewright.train.preflight import peak_bytes, preflight
+from tunewright.train.plan import Plan, rate_factor, resolve
+from tunewright.train.preflight import Build, preflight, room_to_load
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
 from tunewright.tuners.lora import merge_adapter
 
+COUNT_FROM_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}
 CSV_HEADER = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
@@ -58,8 +67,23 @@ class Start:
 def run_job(run: Run, home: Home, events: EventWriter, stop: Callable[[], bool]) -> dict[str, Any]:
     """Run or continue the job in `run` to its end; returns the data of the `end` event.
 
+    A roll-back is what a later attempt would do, in the same process: everything is built anew from the run folder.
     Raises a TunewrightError that says what went wrong; Interrupted when `stop` became true (a checkpoint was saved).
     """
+    peak, rolled_back = meter.Peak(), False
+    while True:
+        try:
+            return run_once(run, home, events, stop, peak, rolled_back)
+        except RollBack:
+            rolled_back = True
+        # outside the except block, where the error no longer holds the model
+        meter.release()
+
+
+def run_once(
+    run: Run, home: Home, events: EventWriter, stop: Callable[[], bool], peak: meter.Peak, rolled_back: bool
+) -> dict[str, Any]:
+    """From the run folder to the end of training. rolled_back: this attempt has worked on the job before."""
     job = run.job()
     spec = check_parts(job.spec, describe())
     saved = run.plan()
@@ -67,27 +91,51 @@ def run_job(run: Run, home: Home, events: EventWriter, stop: Callable[[], bool])
     threads = set_threads(earlier.threads if earlier else spec.threads)
     dtype = choose_dtype(earlier.dtype if earlier else spec.dtype)
     be_deterministic()
+    sweep(run.folder)
     start = find_start(run, job, home, events)
     tokenizer = Tokenizer.load(start.weights, now=datetime.fromtimestamp(job.created_at))
     objective = part(OBJECTIVES, spec.objective)
     context = context_length(start.weights)
     limit = context if spec.max_length == "auto" else min(spec.max_length, context)
-    groups = load_groups(run.folder / job.train, job, spec, tokenizer, objective, limit, "train", events)
-    valid: list[Group] = []
+    groups = load_groups(run, job, spec, tokenizer, objective, limit, "train", events)
+    valid: Sequence[Group] = []
     if job.validation:
-        valid = load_groups(run.folder / job.validation, job, spec, tokenizer, objective, limit, "validation", events)
+        valid = load_groups(run, job, spec, tokenizer, objective, limit, "validation", events)
 
     tuner: Tuner = part(TUNERS, spec.tuner)
+    if earlier is None:
+        full = tuner.card.artefact == "weights"
+        dtype = room_to_load(start.weights, full, dtype, spec.dtype, spec.max_memory)
     events.write("phase", "Loading the model", {"name": "loading", "done": 0, "total": 1})
-    model = attach(start, tuner, spec, dtype)
-    policy = Policy(model, autocast=None if dtype == torch.float32 else dtype)
-    if earlier is not None:
-        plan = keep(earlier, events)
-    else:
-        plan = decide(run, spec, groups, valid, tuner, objective, policy, dtype, threads, context, events)
+    head = job_head(run, spec)
+    if head is not None:
+        objective.labels = head.labels
+    model = attach(start, tuner, spec, dtype, head)
+    autocast = None if dtype == torch.float32 else dtype
+    path = choose_path(model, dtype, threads, home.cache / "kernels", earlier.path if earlier else spec.path)
+    events.write("message", path.why)
+    policy = Policy(model, autocast, fast=path.forward, embedding_noise=neftune(model, spec.neftune_alpha))
+    plan = earlier or resolve(
+        spec,
+        groups,
+        valid,
+        tuner.card,
+        dtype=str(dtype).removeprefix("torch."),
+        path=path.name,
+        threads=threads,
+        context=context,
+        parameters=sum(p.numel() for p in policy.model.parameters()),
+        trainable=sum(p.numel() for p in tuner.trainable().values()),
+        versions=versions(),
+    )
     optimizer_class, optimizer_options = row(OPTIMIZERS, spec.optimizer)
-    optimizer = optimizer_class.build(tuner.trainable(), plan.learning_rate, optimizer_options)
+    build = partial(optimizer_class.build, lr=plan.learning_rate, options=optimizer_options)
     schedule, schedule_options = row(SCHEDULES, spec.schedule)
+
+    def rate(step: int) -> float:
+        factor = schedule.factor(step, plan.total_steps, schedule_options)
+        return plan.learning_rate * factor * rate_factor(plan, step)
+
     parts = Parts(
         run=run,
         spec=spec,
@@ -95,16 +143,26 @@ def run_job(run: Run, home: Home, events: EventWriter, stop: Callable[[], bool])
         policy=policy,
         tuner=tuner,
         objective=objective,
-        optimizer=optimizer,
-        rate=lambda step: plan.learning_rate * schedule.factor(step, plan.total_steps, schedule_options),
+        optimizer=build(tuner.trainable()),
+        rate=rate,
         groups=groups,
         valid=valid,
         events=events,
-        write_artefact=artefact_writer(job, spec, tuner, start),
+        write_artefact=artefact_writer(job, spec, tuner, start, head),
         stop=stop,
+        advised={e.data["advice"] for e in run.stream() if "advice" in e.data},
     )
-    state = resume(parts)
-    if events.attempt == 1:
+    if policy.layout == PADDED:
+        text = f"Rows run padded, in sets of similar length: {type(causal_lm(model)).__name__} cannot be run packed"
+        events.write("message", text, {"layout": policy.layout})
+    if earlier is None:
+        plan = decide(parts, build, peak)
+        parts = replace(parts, plan=plan)
+    else:
+        policy.set_checkpointing(plan.checkpointing)
+        keep(plan, events)
+    state = resume(parts, rolled_back)
+    if events.attempt == 1 and not rolled_back:
         events.write("message", "Fine-tuning job started")
     state = train(parts, state)
     finish(parts, state)
@@ -115,7 +173,7 @@ def run_job(run: Run, home: Home, events: EventWriter, stop: Callable[[], bool])
         "metrics": state.last,
         "seconds": state.seconds,
         "predicted_seconds": plan.predicted_seconds,
-        "peak_memory_bytes": peak_bytes(),
+        "peak_memory_bytes": peak.so_far(),
         "predicted_peak_memory_bytes": plan.peak_memory_bytes,
     }
 
@@ -147,11 +205,13 @@ def context_length(folder: Path) -> int:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+    positions = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+    # RoBERTa and its kin count positions from after the padding token's
+    return positions - config.pad_token_id - 1 if config.model_type in COUNT_FROM_PADDING else positions
 
 
 def load_groups(
-    path: Path,
+    run: Run,
     job: JobFile,
     spec: JobSpec,
     tokenizer: Tokenizer,
@@ -159,8 +219,48 @@ def load_groups(
     limit: int,
     role: str,
     events: EventWriter,
-) -> list[Group]:
-    """Check a data file and render it to token ids. role: `train` or `validation`. Raises DataError."""
+) -> StoredGroups:
+    """The rows of a data file as token ids, checked and rendered into rendered/ once. Raises DataError."""
+    folder = run.folder / "rendered" / role
+    wanted = {"options": render_options(job, spec, limit), "tunewright": version("tunewright")}
+    try:
+        done = check_folder(folder)
+    except CheckpointError:
+        done = {}
+    if any(done.get(k) != v for k, v in wanted.items()):
+        render(run, job, spec, tokenizer, objective, limit, role, events, wanted)
+        done = check_folder(folder)
+    for note in done["notes"]:
+        events.write("message", note, {}, "warn")
+    return StoredGroups(folder)
+
+
+def render_options(job: JobFile, spec: JobSpec, limit: int) -> dict[str, Any]:
+    """What decides how rows are rendered, besides the files in the run folder, which never change."""
+    return {
+        "base": job.base,
+        "train_on": spec.train_on,
+        "head": spec.head,
+        "format": spec.format,
+        "objective": spec.objective.model_dump(),
+        "overlong": spec.overlong,
+        "limit": limit,
+    }
+
+
+def render(
+    run: Run,
+    job: JobFile,
+    spec: JobSpec,
+    tokenizer: Tokenizer,
+    objective: Any,
+    limit: int,
+    role: str,
+    events: EventWriter,
+    info: dict[str, Any],
+) -> None:
+    """Check a data file, then commit rendered/<role>, in memory that does not grow with the file. Raises DataError."""
+    path = run.folder / str(job.train if role == "train" else job.validation)
     what = {"train": "training", "validation": "validation"}[role]
     name = job.sources.get(role, {}).get("name", path.name)
     minimum = spec.min_examples if role == "train" else 1
@@ -168,21 +268,23 @@ def load_groups(
     report = check_file(path, format=spec.format, purpose_shapes=shapes, min_examples=minimum, name=name)
     raise_for(report, what=what)
     events.write("message", f"The {what} file {name} has {report.n_rows} rows. {report.reason}")
-    rendered = RenderReport()
-    groups = list(
-        render_rows(
-            with_progress(read_conversations(path, report.format, name), report.n_rows, what, events),
-            tokenizer,
-            report=rendered,
-            shape=report.shape,
-            train_on=spec.train_on,
-            max_length=limit,
-            overlong=spec.overlong,
-        )
+    rendered, notes = RenderReport(), []
+    groups = render_rows(
+        with_progress(read_conversations(path, report.format, name), report.n_rows, what, events),
+        tokenizer,
+        report=rendered,
+        shape=report.shape,
+        train_on=spec.train_on,
+        max_length=limit,
+        overlong=spec.overlong,
+        labels=job_labels(run, job, spec, path, report.format, name),
     )
-    for note in rendered.notes:
-        events.write("message", f"{what.capitalize()} file: {note}", {}, "warn")
-    return groups
+
+    def fill(folder: Path) -> None:
+        write_groups(folder, groups)
+        notes.extend(f"{what.capitalize()} file: {note}" for note in rendered.notes)
+
+    commit_folder(run.folder / "rendered" / role, fill, {**info, "notes": notes})
 
 
 def with_progress(rows: Iterator[Conversation], total: int, what: str, events: EventWriter) -> Iterator[Conversation]:
@@ -196,10 +298,10 @@ def with_progress(rows: Iterator[Conversation], total: int, what: str, events: E
         yield item
 
 
-def attach(start: Start, tuner: Tuner, spec: JobSpec, dtype: torch.dtype) -> nn.Module:
+def attach(start: Start, tuner: Tuner, spec: JobSpec, dtype: torch.dtype, head: Head | None) -> nn.Module:
     """Load the weights and make them trainable."""
     whole = tuner.card.artefact == "weights"
-    model = load_model(start.weights, torch.float32 if tuner.card.float32_base else dtype).to(device())
+    model = load_model(start.weights, torch.float32 if tuner.card.float32_base else dtype, head).to(device())
     if start.adapter is not None and whole:
         model = merge_adapter(model, start.adapter)
     model = tuner.attach(model, seed=spec.seed or 0)
@@ -208,42 +310,35 @@ def attach(start: Start, tuner: Tuner, spec: JobSpec, dtype: torch.dtype) -> nn.
     return model
 
 
-def decide(
-    run: Run,
-    spec: JobSpec,
-    groups: Sequence[Group],
-    valid: Sequence[Group],
-    tuner: Tuner,
-    objective: Any,
-    policy: Policy,
-    dtype: torch.dtype,
-    threads: int,
-    context: int,
-    events: EventWriter,
-) -> Plan:
-    """Settle every `auto`, measure, write plan.json and say what was decided."""
-    plan = resolve(
-        spec,
-        groups,
-        valid,
-        tuner.card,
-        dtype=str(dtype).removeprefix("torch."),
-        threads=threads,
-        context=context,
-        parameters=sum(p.numel() for p in policy.model.parameters()),
-        trainable=sum(p.numel() for p in tuner.trainable().values()),
-        versions=versions(),
-    )
-    valid_tokens = sum(g.n_tokens for g in valid) * plan.n_epochs
-    plan = replace(plan, **preflight(policy, objective, tuner, groups, valid_tokens, plan))
-    run.write_plan(plan.to_json())
-    events.write(
+def decide(parts: Parts, build: Build, peak: meter.Peak) -> Plan:
+    """Measure, write plan.json and say what was decided."""
+    plan = preflight(parts, build, peak)
+    parts.run.write_plan(plan.to_json())
+    if (plan.micro_batch_tokens, plan.checkpointing) != (parts.plan.micro_batch_tokens, parts.plan.checkpointing):
+        text = (
+            f"To fit into {plan.available_memory_bytes / 1e9:.2f} GB of memory the job computes "
+            f"{plan.micro_batch_tokens} tokens at once (else {parts.plan.micro_batch_tokens}) with checkpointing "
+            f"{plan.checkpointing} (else {parts.plan.checkpointing}). The result is the same, a step takes longer."
+        )
+        parts.events.write("message", text)
+    finish_at = datetime.fromtimestamp(plan.predicted_finish).strftime("%H:%M:%S")
+    parts.events.write(
         "plan",
         f"{plan.n_rows} rows, {plan.total_steps} steps of {plan.batch_size}, {plan.n_epochs} epochs; "
-        f"about {plan.predicted_seconds:.0f} s and {plan.peak_memory_bytes / 2**30:.1f} GiB",
+        f"about {plan.predicted_seconds:.0f} s (until {finish_at}) and {plan.peak_memory_bytes / 2**30:.1f} GiB",
         plan.to_json(),
     )
+    if plan.base.get("loss") is not None:
+        parts.events.write("message", base_text(plan.base), {"base": plan.base})
     return plan
+
+
+def base_text(base: dict[str, Any]) -> str:
+    """How good the base model is at the job before step 1."""
+    rows = f"{base['rows']} {'validation' if base['source'] == 'validation' else 'training'} rows"
+    accuracy = base.get("mean_token_accuracy")
+    more = "" if accuracy is None else f", mean token accuracy={accuracy:.3f}"
+    return f"Before training: loss={base['loss']:.3f}{more} on {rows}"
 
 
 def versions() -> dict[str, str]:
@@ -260,25 +355,31 @@ def keep(plan: Plan, events: EventWriter) -> Plan:
     return plan
 
 
-def resume(parts: Parts) -> State:
+def resume(parts: Parts, rolled_back: bool) -> State:
     """Go back to the newest whole checkpoint and say so, or start at step 0."""
-    sweep(parts.run.folder)
     state, kind = load_newest(parts.run, parts.tuner, parts.optimizer, parts.events)
-    if parts.events.attempt > 1:
+    if parts.events.attempt > 1 or rolled_back:
         where = f"step {state.step}" if state.step else "the start"
+        who = "After a roll-back the job" if rolled_back else f"Attempt {parts.events.attempt}"
         parts.events.write(
             "resumed",
-            f"Attempt {parts.events.attempt} goes on from {where}",
-            {"step": state.step, "checkpoint": parts.run.checkpoint(state.step).name if state.step else None},
+            f"{who} goes on from {where}",
+            {
+                "step": state.step,
+                "checkpoint": parts.run.checkpoint(state.step).name if state.step else None,
+                "reason": "roll_back" if rolled_back else "attempt",
+            },
         )
-    announced = {e.data["step"] for e in parts.run.events() if e.type == "checkpoint"}
+    announced = {e.data["step"] for e in parts.run.stream() if e.type == "checkpoint"}
     if kind is not None and state.step not in announced:
         # killed between the commit and its event
         announce_checkpoint(parts.events, state, kind)
     return state
 
 
-def artefact_writer(job: JobFile, spec: JobSpec, tuner: Tuner, start: Start) -> Callable[[Path, State], None]:
+def artefact_writer(
+    job: JobFile, spec: JobSpec, tuner: Tuner, start: Start, head: Head | None
+) -> Callable[[Path, State], None]:
     """A function that fills a folder with a servable artefact: weights, tokenizer, artefact.json."""
 
     def write(folder: Path, state: State) -> None:
@@ -295,6 +396,8 @@ def artefact_writer(job: JobFile, spec: JobSpec, tuner: Tuner, start: Start) -> 
             tuner=spec.tuner.model_dump(),
             step=state.step,
             decoding=spec.decoding,
+            head=spec.head,
+            labels=None if head is None else list(head.labels),
             metrics={k: v for k, v in state.last.items() if v is not None},
         )
         write_json(folder / ARTEFACT, artefact.model_dump(mode="json"))
@@ -337,10 +440,10 @@ def verify(folder: Path) -> None:
 def write_csv(run: Run) -> None:
     """OpenAI's result file: one row a step, empty cells where nothing was validated."""
     tmp = run.metrics_csv.with_name(f"{run.metrics_csv.name}.tmp-new")
-    with open(tmp, "w", newline="") as f:
+    with disk_full_is_clear(run.metrics_csv.name), open(tmp, "w", newline="") as f:
         rows = csv.writer(f, lineterminator="\n")
         rows.writerow(CSV_HEADER)
-        for event in run.events():
+        for event in run.stream():
             if event.type == "metrics":
                 d = event.data
                 values = (d["step"], d["train_loss"], d["train_mean_token_accuracy"])

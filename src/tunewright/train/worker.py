@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
-from tunewright.core.durable import Lock, write_json
-from tunewright.core.errors import DiskFull, Interrupted, OutOfMemory, TunewrightError
+from tunewright.core.durable import Lock, disk_full_is_clear, write_json
+from tunewright.core.errors import DiskFull, Interrupted, OutOfMemory, TunewrightError, is_out_of_memory
 from tunewright.core.events import EventWriter
 from tunewright.core.home import find_home
 from tunewright.core.run import Run
@@ -49,22 +49,25 @@ def main(argv: list[str] | None = None) -> int:
     stop = Stop()
     run = Run(args.run.absolute())
     try:
-        lock = Lock(run.lock, f"worker {os.getpid()}")
-    except TunewrightError as e:
+        with disk_full_is_clear("the run folder"), Lock(run.lock, f"worker {os.getpid()}"):
+            return attempt(run, open_attempt(run), args.home, stop)
+    except TunewrightError as e:  # before there were events to write it to
         print(e.message, file=sys.stderr)
         return e.exit_code
-    with lock:
-        return attempt(run, args.home, stop)
 
 
-def attempt(run: Run, home: str | None, stop: Stop) -> int:
-    """One attempt, from its first event to its `end` event."""
+def open_attempt(run: Run) -> EventWriter:
+    """The next attempt's folder, with who works on it, and its events."""
     number = max([0, *run.attempts()]) + 1
     folder = run.attempt(number)
     folder.mkdir(parents=True)
     me = psutil.Process()
     write_json(folder / "worker.json", {"pid": me.pid, "create_time": me.create_time(), "pgid": os.getpgid(0)})
-    events = EventWriter(folder / "events.jsonl", number)
+    return EventWriter(folder / "events.jsonl", number)
+
+
+def attempt(run: Run, events: EventWriter, home: str | None, stop: Stop) -> int:
+    """One attempt, from its first event to its `end` event."""
     started = time.monotonic()
     try:
         # imported here, so that the lock and worker.json exist within milliseconds
@@ -85,7 +88,7 @@ def as_known(error: Exception) -> TunewrightError:
     if isinstance(error, TunewrightError):
         return error
     text = str(error)
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return OutOfMemory(
             "The job ran out of memory. Lower micro_batch_tokens or max_length, or use the tuner 'lora'."
         )

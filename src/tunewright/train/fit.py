@@ -1,0 +1,180 @@
+"""Which micro-batch and checkpointing fit into the memory: tried from the fastest on, measured with the longest rows.
+
+A setting is run only if counting says that it fits, and what is measured corrects the counting; so nothing is run that
+would exhaust the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tunewright.core.errors import OutOfMemory, is_out_of_memory
+from tunewright.core.example import Group
+from tunewright.data.rendered import TOKENS, sizes
+from tunewright.models import memory
+from tunewright.models.memory import CHECKPOINTING, Setting
+from tunewright.train import meter
+from tunewright.train.loop import Parts, accumulate
+from tunewright.tuners.base import parameter_bytes
+
+SMALLEST = 128
+# what a step costs against the fastest setting: recomputing layers, and less efficient products of few rows
+RECOMPUTING = {"none": 1.0, "selective": 1.17, "full": 1.34}
+FEW_ROWS = ((2048, 1.0), (1024, 1.04), (512, 1.1), (256, 1.25), (0, 1.5))
+
+
+@dataclass(frozen=True)
+class Room:
+    """limit: bytes that the job may hold. shape: models.shape.shape_of the model. state: bytes that the optimizer will
+    allocate. fixed: bytes held whatever the setting, optimizer and gradients included."""
+
+    limit: int
+    shape: dict[str, Any]
+    tuner: str
+    state: int
+    fixed: int
+
+    def activations(self, tokens: int, checkpointing: str, dtype: str) -> float:
+        """By counting."""
+        p = memory.parts(self.shape, Setting(self.tuner, dtype, checkpointing, tokens=tokens))
+        return p["activations"] + p["head"]
+
+
+def fit(parts: Parts, room: Room, peak: meter.Peak) -> tuple[Parts, int]:
+    """The parts with the fastest setting that fits, and the bytes of its peak, the optimizer's state included.
+
+    Raises OutOfMemory with the numbers and the nearest change that fits.
+    """
+    ratio = 0.0  # measured against counted, unknown at first
+    dtype = parts.plan.dtype
+    least = float("inf")
+    for tokens, checkpointing in settings(parts):
+        heavy = heaviest(parts.groups, tokens, parts.plan.batch_size)
+        counted = room.activations(_tokens(heavy), checkpointing, dtype)
+        tried = with_setting(parts, tokens, checkpointing)
+        if not ratio and room.fixed + counted > 0.4 * room.limit:
+            ratio = _calibrate(tried, room, peak, tokens)
+        expected = room.fixed + counted * (ratio or 1.0)
+        least = min(least, expected)
+        if expected > room.limit:
+            continue
+        used = run_heaviest(tried, heavy, peak)
+        if used is not None and used + room.state <= room.limit:
+            return tried, used + room.state
+        ratio = max(ratio, ((used or room.limit) - room.fixed + room.state) / counted)
+    raise OutOfMemory(refusal(parts, room, least, max(ratio, 0.1)))
+
+
+def settings(parts: Parts) -> list[tuple[int, str]]:
+    """(micro-batch tokens, checkpointing), the fastest first. What the job fixes is kept, but a micro-batch may shrink.
+
+    Sizes at which the heaviest micro-batch is the same one appear once.
+    """
+    first, kinds = parts.plan.micro_batch_tokens, CHECKPOINTING
+    if parts.spec.checkpointing != "auto":
+        kinds = (parts.spec.checkpointing,)
+    sizes_ = [first]
+    while sizes_[-1] // 2 >= SMALLEST:
+        sizes_.append(sizes_[-1] // 2)
+    distinct = {_tokens(heaviest(parts.groups, t, parts.plan.batch_size)): t for t in reversed(sizes_)}
+    found = [(t, kind) for t in distinct.values() for kind in kinds]
+    return sorted(found, key=lambda s: RECOMPUTING[s[1]] * next(c for t, c in FEW_ROWS if s[0] >= t))
+
+
+def heaviest(groups: Sequence[Group], tokens: int, batch_size: int) -> list[Group]:
+    """The fullest micro-batch that a step could have: the longest groups, filled up with the longest that still fit."""
+    lengths = sizes(groups)[:, TOKENS]
+    chosen, room = [], tokens
+    for i in np.argsort(-lengths, kind="stable"):
+        if len(chosen) == batch_size or (chosen and room < 1):
+            break
+        if not chosen or lengths[i] <= room:
+            chosen.append(int(i))
+            room -= int(lengths[i])
+    return [groups[i] for i in chosen]
+
+
+def with_setting(parts: Parts, tokens: int, checkpointing: str) -> Parts:
+    parts.policy.set_checkpointing(checkpointing)
+    return replace(parts, plan=replace(parts.plan, micro_batch_tokens=tokens, checkpointing=checkpointing))
+
+
+def run_heaviest(parts: Parts, heavy: Sequence[Group], peak: meter.Peak) -> int | None:
+    """Bytes at the peak of forward and backward over the heaviest micro-batch; None when memory ran out.
+
+    Where steps have several micro-batches it is run twice, so that the gradients of the first are there in the second.
+    """
+    longest = np.sort(sizes(parts.groups)[:, TOKENS])[-parts.plan.batch_size :].sum()
+    several = longest > parts.plan.micro_batch_tokens and parts.plan.batch_size > 1
+    drop_gradients(parts)
+    meter.release()
+    peak.restart()
+    try:
+        for _ in range(2 if several else 1):
+            accumulate(parts, heavy, max(parts.plan.micro_batch_tokens, _tokens(heavy)), step=0)
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        return None
+    finally:
+        drop_gradients(parts)
+    return meter.peak()
+
+
+def drop_gradients(parts: Parts) -> None:
+    for p in parts.tuner.trainable().values():
+        p.grad = None
+
+
+def _calibrate(parts: Parts, room: Room, peak: meter.Peak, tokens: int) -> float:
+    """Measured against counted bytes of activations, with a small micro-batch of short rows."""
+    short = heaviest(_short(parts.groups), max(SMALLEST, tokens // 8), parts.plan.batch_size)
+    used = run_heaviest(parts, short, peak)
+    counted = room.activations(_tokens(short), parts.plan.checkpointing, parts.plan.dtype)
+    if used is None:
+        return 4.0
+    return max(0.5, (used - (room.fixed - room.state - parameter_bytes(parts.tuner.trainable()))) / counted)
+
+
+def _short(groups: Sequence[Group]) -> list[Group]:
+    """The eighth of the groups (at most 256) that is shortest."""
+    order = np.argsort(sizes(groups)[:, TOKENS], kind="stable")
+    return [groups[int(i)] for i in order[: max(1, min(256, len(order) // 8))]]
+
+
+def _tokens(groups: Sequence[Group]) -> int:
+    return sum(g.n_tokens for g in groups)
+
+
+def refusal(parts: Parts, room: Room, least: float, ratio: float) -> str:
+    """What it would take, what there is, and what fits."""
+    longest = int(sizes(parts.groups)[:, TOKENS].max())
+    given = f"max_memory {parts.spec.max_memory}" if parts.spec.max_memory else "free on this machine"
+    text = (
+        f"This job does not fit into memory: it needs at least about {least / 1e9:.2f} GB (with micro-batches of one "
+        f"row, the longest has {longest} tokens), and {room.limit / 1e9:.2f} GB are there ({given})."
+    )
+    fixes = list(_fixes(parts, room, longest, ratio))
+    return f"{text} What would fit: {'; or '.join(fixes)}."
+
+
+def _fixes(parts: Parts, room: Room, longest: int, ratio: float) -> Iterator[str]:
+    dtype = parts.plan.dtype
+    empty = room.fixed + room.activations(1, "full", dtype) * ratio
+    a_token = (
+        (room.activations(longest, "full", dtype) - room.activations(1, "full", dtype)) * ratio / max(longest - 1, 1)
+    )
+    fitting = int((room.limit - empty) / a_token) if a_token else 0
+    if parts.spec.checkpointing in ("auto", "full") and 8 <= fitting < longest:
+        yield f"max_length {fitting} with overlong: truncate or drop"
+    elif parts.spec.checkpointing not in ("auto", "full") and fitting >= longest:
+        yield "checkpointing: auto"
+    if room.tuner == "full":
+        lora = memory.needs(room.shape, Setting("lora", "bfloat16", "full", tokens=longest, rank=8), gpu=False)
+        if lora["device"] <= room.limit:
+            yield f"tuner: {{name: lora, r: 8}} (about {lora['device'] / 1e9:.2f} GB)"
+    yield f"{max(empty + longest * a_token, room.limit * 1.02) * 1.05 / 1e9:.2f} GB of memory"
