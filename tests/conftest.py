@@ -45,3 +45,14 @@ def sft_file() -> Callable[..., Path]:
         return tiny.write_rows(folder / name, tiny.sft_rows(n))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The C++ kernels of this machine, on two threads."""
+    from tunewright.ops.kernels import KernelsMissing, load_kernels
+
+    try:
+        return load_kernels(tmp_path_factory.mktemp("kernels"), 2)
+    except KernelsMissing as e:
+        pytest.skip(str(e))

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tunewright.ops.kernels import Kernels
+
 CHUNK = 256
 STATS = ("logp", "correct", "entropy", "mean_logp")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -44,8 +46,64 @@ class Head:
         return not trained and self.softcap is None
 
 
-def token_stats(h_ND: Tensor, head: Head, targets_N: Tensor, want: set[str], chunk: int = CHUNK) -> dict[str, Tensor]:
-    """{name: [N] float32} for rows that are supervised.
+class TileHead:
+    """A frozen, plain LM head packed for the AMX kernels: log-probs and their gradient in one pass over the vocabulary.
+
+    weight: [V, D] bfloat16, D a multiple of 32. scale: a factor on the logits.
+    """
+
+    def __init__(self, kernels: Kernels, weight: Tensor, scale: float) -> None:
+        self.kernels, self.scale = kernels, scale
+        self.weight = weight.detach().contiguous()
+        self.size, self.d = weight.shape
+        rows = -(-self.size // 32) * 32
+        whole = torch.cat([self.weight, self.weight.new_zeros(rows - self.size, self.d)])
+        self._across, self._along = torch.empty_like(whole), torch.empty_like(whole)
+        kernels("pack_tiles", self._across, whole, self.d, rows, self.d, 1, 0, self.d // 32)
+        kernels("pack_tiles", self._along, whole, self.d, self.d, rows, 0, 0, rows // 32)
+
+    def stats(self, h_ND: Tensor, targets_N: Tensor, with_grad: bool, rest: bool) -> tuple[Tensor, ...]:
+        """(logp, correct, entropy, mean_logp: [N] float32, d logp / d h: [N, D]). rest: whether entropy and mean_logp
+        are wanted; what is not wanted is empty."""
+        n = h_ND.shape[0]
+        rows = -(-n // 32) * 32
+        h, targets = h_ND.new_zeros(rows, self.d), targets_N.new_zeros(rows)
+        h[:n], targets[:n] = h_ND.detach(), targets_N
+        stats = [torch.empty(rows if i < 2 or rest else 0) for i in range(4)]
+        grad = torch.empty(rows if with_grad else 0, self.d, dtype=h.dtype)
+        sizes = (self._across, self._along, self.weight, self.size, targets, self.scale)
+        to = (*stats[:2], *(stats[2:] if rest else (None, None)), grad if with_grad else None)
+        self.kernels("vocabulary_tiles", h, rows, self.d, *sizes, *to)
+        return *(s[:n] for s in stats), grad[:n]
+
+
+class _TileLogp(torch.autograd.Function):
+    """logp and correct through a TileHead; the gradient was formed in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, h_ND: Tensor, tiles: TileHead, targets_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logp, correct, _, _, grad_ND = tiles.stats(h_ND, targets_N, True, False)
+        ctx.mark_non_differentiable(correct)  # type: ignore[attr-defined]
+        ctx.save_for_backward(grad_ND)  # type: ignore[attr-defined]
+        return logp, correct
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad_ND,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grads[0][:, None].to(grad_ND.dtype) * grad_ND, None, None
+
+
+def token_stats(
+    h_ND: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    want: set[str],
+    chunk: int = CHUNK,
+    tiles: TileHead | None = None,
+) -> dict[str, Tensor]:
+    """{name: [N] float32} for rows that are supervised. tiles: the same head packed, if there is one.
 
     logp: log p(target). correct: 1.0 where the target is the most likely token (no gradient).
     entropy: -sum p log p, in nats. mean_logp: mean of log p over the vocabulary (label smoothing).
@@ -55,7 +113,15 @@ def token_stats(h_ND: Tensor, head: Head, targets_N: Tensor, want: set[str], chu
     if unknown:
         raise ValueError(f"no such token statistic: {', '.join(sorted(unknown))}; there are: {', '.join(STATS)}")
     names = sorted(want)
-    if want <= {"logp", "correct"} and head.is_plain_and_frozen and torch.is_grad_enabled() and h_ND.requires_grad:
+    with_grad = torch.is_grad_enabled() and h_ND.requires_grad
+    if tiles is not None and h_ND.dtype == tiles.weight.dtype and h_ND.shape[0]:
+        if not with_grad:
+            found = zip(STATS, tiles.stats(h_ND, targets_N, False, not want <= {"logp", "correct"}), strict=False)
+            return {name: values for name, values in found if name in want}
+        if want <= {"logp", "correct"}:
+            found = zip(STATS, _TileLogp.apply(h_ND, tiles, targets_N), strict=False)
+            return {name: values for name, values in found if name in want}
+    if want <= {"logp", "correct"} and head.is_plain_and_frozen and with_grad:
         logp_N, correct_N = _FrozenHeadLogp.apply(h_ND, head, targets_N, chunk)
         return {name: {"logp": logp_N, "correct": correct_N}[name] for name in names}
 

@@ -1,0 +1,404 @@
+"""The decoder stack of Llama-shaped models as one function over its weights, forward and backward by hand, on a CPU.
+
+Frozen weights are packed once and get no gradient; q, k, v and gate, up are one product each; the backward ends at the
+lowest trained layer and forms no gradient of the embeddings. What it computes is what the plain modules compute.
+`why_not` says which models and tuners it does not serve; those run the plain modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from tunewright.models.layouts import causal_lm, decoder_of
+from tunewright.models.policy import head_of
+from tunewright.ops.attention import segment_attention
+from tunewright.ops.kernels import Kernels
+from tunewright.ops.logprob import TileHead
+from tunewright.ops.lora import BLOCK, LowRank, Product, TileProduct, TorchProduct, interleave, padded
+from tunewright.ops.types import Batch
+
+MODELS = ("llama", "mistral", "qwen2")
+_SPARE = BLOCK  # rows after the last token: a block of a tile may begin at any token
+
+
+def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why this model cannot take the fast path, or None if it can."""
+    config: Any = causal_lm(model).config
+    names = {name for name, _ in decoder_of(model).named_parameters()}
+    plain = ("o_proj", "gate_proj", "up_proj", "down_proj")
+    found = {
+        f"models of type '{config.model_type}' have no fast path": config.model_type not in MODELS,
+        "its MLP is not a SwiGLU": getattr(config, "hidden_act", "silu") != "silu",
+        "its linear layers have biases": any(f"{p}.bias" in name for name in names for p in plain),
+        "its layers differ in their attention": len(set(getattr(config, "layer_types", None) or [""])) > 1,
+        "only a part of each head is rotated": getattr(config, "partial_rotary_factor", None) not in (None, 1.0),
+        "it is not on the CPU": next(model.parameters()).device.type != "cpu",
+        "it computes in float16": dtype == torch.float16,
+    }
+    reason = next((text for text, is_so in found.items() if is_so), None)
+    if reason is None and (config.intermediate_size % 16 or _head_dim(config) % 2):
+        reason = "its sizes are not multiples of 16"
+    if reason is not None:
+        return reason
+    for name, module in decoder_of(model).named_modules():
+        if isinstance(module, LoraLayer):
+            reason = _unusual(module)
+            if reason:
+                return f"{name} has {reason}"
+    if any(p.requires_grad for n, p in model.named_parameters() if "lora_" not in n):
+        return "weights other than LoRA's are trained"
+    return None
+
+
+def _unusual(layer: LoraLayer) -> str | None:
+    found = {
+        "more than one adapter": len(layer.active_adapters) > 1,
+        "DoRA or another variant": any(bool(v) for v in (layer.lora_variant or {}).values()),
+        "dropout": any(not isinstance(d, nn.Identity) for d in layer.lora_dropout.values()),
+        "a bias in its update": any(layer.lora_bias.values()),
+        "an embedding's update": bool(layer.lora_embedding_A),
+        "merged weights": layer.merged,
+    }
+    return next((what for what, is_so in found.items() if is_so), None)
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _tiles_fit(config: Any) -> bool:
+    """Whether every width is a multiple of a tile."""
+    hd = _head_dim(config)
+    widths = (config.hidden_size, config.intermediate_size, hd, config.num_key_value_heads * hd)
+    return all(w % BLOCK == 0 for w in widths)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """heads, kv: query and key/value heads. hd: width of a head. window: 0 or the sliding window. eps: of RMSNorm."""
+
+    heads: int
+    kv: int
+    hd: int
+    window: int
+    eps: float
+
+    @property
+    def q(self) -> slice:
+        return slice(0, self.heads * self.hd)
+
+    @property
+    def k(self) -> slice:
+        return slice(self.q.stop, self.q.stop + self.kv * self.hd)
+
+    @property
+    def v(self) -> slice:
+        return slice(self.k.stop, self.k.stop + self.kv * self.hd)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch for the kernels: tokens padded to whole blocks (n of them real), where segments start, cosine and sine
+    [T, hd/2]."""
+
+    tokens_T: Tensor
+    starts: Tensor
+    cosine: Tensor
+    sine: Tensor
+    n: int
+
+    @property
+    def total(self) -> int:
+        return self.tokens_T.shape[0]
+
+
+class Linear:
+    """One or more layers of a block that read the same input, as one product."""
+
+    def __init__(self, kind: type[Product], kernels: Kernels, layers: Sequence[nn.Module], mix: bool = False) -> None:
+        self.layers = layers
+        plain = [layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in layers]
+        weights: list[Tensor] = [layer.weight.detach() for layer in plain]  # type: ignore[union-attr]
+        sizes = [w.shape[0] for w in weights]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        rows: list[Tensor | slice] = [slice(a, a + n) for a, n in zip(starts, sizes, strict=True)]
+        if mix:
+            order = interleave(*(torch.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)))
+            rows = [torch.nonzero((order >= s) & (order < s + n))[:, 0] for s, n in zip(starts, sizes, strict=True)]
+        whole = interleave(*weights) if mix else torch.cat(weights)
+        biases = [layer.bias for layer in plain]
+        self.bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
+        ranks = [layer.r[layer.active_adapters[0]] if isinstance(layer, LoraLayer) else 0 for layer in layers]
+        self.product = kind(kernels, whole, ranks, rows)
+
+    @property
+    def trained(self) -> bool:
+        return any(isinstance(layer, LoraLayer) for layer in self.layers)
+
+    def updates(self) -> list[LowRank | None]:
+        """The trained matrices that are on at present."""
+        return [_low_rank(layer) for layer in self.layers]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """a and b of each trained layer, in the order of updates()."""
+        return [p for u in self.updates() if u is not None for p in (u.a, u.b)]  # type: ignore[misc]
+
+    def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
+        """Of parameters()."""
+        found = self.product.gradients(x, dy, self.updates()) if self.trained else []
+        return [g for pair in found if pair is not None for g in pair]
+
+
+def _low_rank(layer: nn.Module) -> LowRank | None:
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters:
+        return None
+    name = layer.active_adapters[0]
+    return LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])  # type: ignore[arg-type]
+
+
+class Layer:
+    """The weights of one decoder layer."""
+
+    def __init__(self, kind: type[Product], kernels: Kernels, layer: Any, dtype: torch.dtype) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = Linear(kind, kernels, [attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o = Linear(kind, kernels, [attention.o_proj])
+        self.gate_up = Linear(kind, kernels, [mlp.gate_proj, mlp.up_proj], mix=True)
+        self.down = Linear(kind, kernels, [mlp.down_proj])
+        self.norm1 = layer.input_layernorm.weight.detach().to(dtype)
+        self.norm2 = layer.post_attention_layernorm.weight.detach().to(dtype)
+
+    def linears(self) -> tuple[Linear, ...]:
+        return (self.qkv, self.o, self.gate_up, self.down)
+
+
+@dataclass
+class Kept:
+    """What the backward of a layer needs of its forward. Only x is kept when the layer is computed again."""
+
+    x: Tensor
+    rstd1: Tensor | None = None
+    xn: Tensor | None = None
+    qkv: Tensor | None = None
+    attended: Tensor | None = None
+    lse: Any = None
+    mid: Tensor | None = None
+    rstd2: Tensor | None = None
+    xn2: Tensor | None = None
+    gu: Tensor | None = None
+
+
+class FastLlama:
+    """Hidden states of a Llama-shaped model with frozen weights and LoRA: call it with a Batch, get [T, D].
+
+    Built once from the model (why_not() must be None); the trained matrices are read again whenever they changed.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
+        decoder: Any = decoder_of(model)
+        config = decoder.config
+        self.kernels, self.dtype = kernels, dtype
+        self.tiles = kernels.tiles and dtype == torch.bfloat16 and _tiles_fit(config)
+        kind = TileProduct if self.tiles else TorchProduct
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        hd = _head_dim(config)
+        self.shape = Shape(config.num_attention_heads, config.num_key_value_heads, hd, window or 0, config.rms_norm_eps)
+        self.embedding: Tensor = decoder.embed_tokens.weight
+        self.rotary = decoder.rotary_emb
+        self.norm = decoder.norm.weight.detach().to(dtype)
+        self.layers = [Layer(kind, kernels, layer, dtype) for layer in decoder.layers]
+        head = head_of(model)
+        plain = self.tiles and head.is_plain_and_frozen and head.bias is None
+        self.head = TileHead(kernels, head.weight.detach().to(dtype), head.scale) if plain else None
+        self.checkpointing = "none"
+        self._seen: tuple[Any, ...] = ()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """[T, D] after the final norm, with gradients to the trained matrices if gradients are on."""
+        self._take_over_updates()
+        parameters = [p for layer in self.layers for linear in layer.linears() for p in linear.parameters()]
+        keep = torch.is_grad_enabled() and bool(parameters)
+        return _Hidden.apply(self, self._pack(batch), keep, *parameters)
+
+    def _take_over_updates(self) -> None:
+        """Read the trained matrices if an optimizer, a load or a switch changed them."""
+        linears = [linear for layer in self.layers for linear in layer.linears() if linear.trained]
+        updates = [linear.updates() for linear in linears]
+        now = tuple(None if u is None else (id(u.a), u.a._version, u.b._version) for us in updates for u in us)
+        if now != self._seen:
+            for linear, update in zip(linears, updates, strict=True):
+                linear.product.set_updates(update)
+            self._seen = now
+
+    def _pack(self, batch: Batch) -> Packed:
+        n = batch.n_tokens
+        total = padded(n) + _SPARE
+        tokens = torch.zeros(total, dtype=torch.int64)
+        tokens[:n] = batch.tokens_T
+        positions = torch.zeros(1, total, dtype=torch.int64)
+        positions[0, :n] = batch.position_T
+        half = self.shape.hd // 2
+        cosine, sine = (t[0, :, :half].float().contiguous() for t in self.rotary(torch.empty(0), positions))
+        return Packed(tokens, batch.cu_seqlens.to(torch.int64), cosine, sine, n)
+
+    # ---- forward
+
+    def forward(self, b: Packed, keep: bool) -> tuple[Tensor, list[Kept], Tensor, Tensor]:
+        """(hidden [T, D], what each layer keeps, the last layer's output, 1/rms of it)."""
+        x = self.embedding[b.tokens_T].to(self.dtype)
+        x[b.n :] = 0
+        lowest = self.lowest() if keep else len(self.layers)
+        kept: list[Kept] = []
+        for i, layer in enumerate(self.layers):
+            x, k = self._layer(layer, x, b)
+            if i >= lowest:
+                again = {"none": False, "selective": i % 2 == 1, "full": True}[self.checkpointing]
+                kept.append(Kept(k.x) if again else k)
+        out, rstd = self._rmsnorm(x, self.norm, torch.empty_like(x))
+        return out, kept, x, rstd
+
+    def lowest(self) -> int:
+        """The lowest layer with something trained."""
+        trained = [i for i, layer in enumerate(self.layers) if any(linear.trained for linear in layer.linears())]
+        return min(trained, default=len(self.layers))
+
+    def _layer(self, w: Layer, x: Tensor, b: Packed) -> tuple[Tensor, Kept]:
+        t, d, s = b.total, x.shape[1], self.shape
+        xn, rstd1 = self._rmsnorm(x, w.norm1, w.qkv.product.inputs(t))
+        qkv = torch.empty(t, s.v.stop, dtype=self.dtype)
+        w.qkv.product.forward(xn, qkv)
+        if w.qkv.bias is not None:
+            qkv += w.qkv.bias
+        self._rope(qkv, b, 1.0)
+        attended = w.o.product.inputs(t)
+        lse = self._attention(qkv, attended, b)
+        mid = torch.empty(t, d, dtype=self.dtype)
+        w.o.product.forward(attended, mid, "add", x)
+        xn2, rstd2 = self._rmsnorm(mid, w.norm2, w.gate_up.product.inputs(t))
+        gu = torch.empty(
+            t, w.gate_up.product.n + BLOCK, dtype=self.dtype
+        )  # a stride of 2,048 bytes would share cache sets
+        h = w.down.product.inputs(t)
+        w.gate_up.product.forward(xn2, gu, "swiglu", h)
+        out = torch.empty(t, d, dtype=self.dtype)
+        w.down.product.forward(h, out, "add", mid)
+        return out, Kept(x, rstd1, xn, qkv, attended, lse, mid, rstd2, xn2, gu)
+
+    def _rmsnorm(self, x: Tensor, weight: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
+        rstd = torch.empty(x.shape[0])
+        sizes = (rstd, x.shape[0], x.shape[1])
+        self.kernels.rows("rmsnorm", self.dtype, x, x.stride(0), weight, self.shape.eps, to, to.stride(0), *sizes)
+        return to, rstd
+
+    def _rope(self, qkv: Tensor, b: Packed, sign: float) -> None:
+        s = self.shape
+        self.kernels.rows("rope", self.dtype, qkv, qkv.stride(0), b.cosine, b.sine, sign, b.total, s.heads + s.kv, s.hd)
+
+    def _attention(self, qkv: Tensor, out: Tensor, b: Packed) -> Any:
+        """Fill `out`; returns what the backward needs besides: log-sum-exp [heads, T], or torch's graph."""
+        s = self.shape
+        width = s.heads * s.hd
+        out[b.n :, :width] = 0
+        if not self.tiles:
+            with torch.enable_grad():
+                leaf = qkv[: b.n].detach().requires_grad_()
+                q, k, v = (leaf[:, c].view(1, b.n, -1, s.hd).transpose(1, 2) for c in (s.q, s.k, s.v))
+                o = segment_attention(q, k, v, b.starts.tolist(), window=s.window or None)[0].transpose(0, 1)
+            out[: b.n, :width] = o.detach().reshape(b.n, width)
+            return leaf, o
+        lse = torch.empty(s.heads, b.total)
+        self.kernels("attention_tiles", *self._attention_sizes(qkv, out, lse, b))
+        return lse
+
+    def _attention_sizes(self, qkv: Tensor, out: Tensor, lse: Tensor, b: Packed) -> tuple[Any, ...]:
+        s = self.shape
+        parts = (qkv, qkv[:, s.k], qkv[:, s.v], qkv.stride(0), b.starts, b.starts.numel() - 1)
+        return (*parts, s.heads, s.kv, s.hd, s.hd**-0.5, s.window, out, out.stride(0), lse, b.total)
+
+    # ---- backward
+
+    def backward(self, b: Packed, kept: list[Kept], last: Tensor, rstd: Tensor, grad: Tensor) -> list[Tensor]:
+        """Gradients of the parameters, layer by layer from the first one. `kept` is emptied on the way."""
+        lowest = len(self.layers) - len(kept)
+        found: list[list[Tensor]] = []
+        dx = self.layers[-1].down.product.grads(b.total)
+        self._rmsnorm_backward(grad, last, self.norm, rstd, None, dx)
+        for i in range(len(self.layers) - 1, lowest - 1, -1):
+            layer, k = self.layers[i], kept.pop()
+            if k.gu is None:
+                _, k = self._layer(layer, k.x, b)
+            to = None if i == lowest else self.layers[i - 1].down.product.grads(b.total)
+            found.append(self._layer_backward(layer, k, b, dx, to))
+            dx = to
+        return [g for grads in reversed(found) for g in grads]
+
+    def _layer_backward(self, w: Layer, k: Kept, b: Packed, dx: Tensor, to: Tensor | None) -> list[Tensor]:
+        """dx: gradient of the layer's output, in a grads() buffer of `down`. to: where its input's goes, or None."""
+        t = b.total
+        dgu, h = w.gate_up.product.grads(t), w.down.product.inputs(t)
+        w.down.product.backward(dx, dgu, "swiglu_backward", k.gu, h)
+        if w.down.trained:
+            w.down.product.forward(h, None)
+        g_down = w.down.gradients(h, dx)
+        dn = torch.empty(t, k.x.shape[1], dtype=self.dtype)
+        w.gate_up.product.backward(dgu, dn)
+        g_gate_up = w.gate_up.gradients(k.xn2, dgu)
+        dmid = w.o.product.grads(t)
+        self._rmsnorm_backward(dn, k.mid, w.norm2, k.rstd2, dx, dmid)
+        dout = torch.empty(t, w.o.product.k, dtype=self.dtype)
+        w.o.product.backward(dmid, dout)
+        g_o = w.o.gradients(k.attended, dmid)
+        dqkv = w.qkv.product.grads(t)
+        self._attention_backward(k, dout, dqkv, b)
+        self._rope(dqkv, b, -1.0)
+        if to is None:
+            w.qkv.product.backward(dqkv, None)
+        else:
+            w.qkv.product.backward(dqkv, dn)
+            self._rmsnorm_backward(dn, k.x, w.norm1, k.rstd1, dmid, to)
+        g_qkv = w.qkv.gradients(k.xn, dqkv)
+        return [*g_qkv, *g_o, *g_gate_up, *g_down]
+
+    def _rmsnorm_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor | None, residual: Tensor | None, to: Tensor
+    ) -> None:
+        ld = 0 if residual is None else residual.stride(0)
+        first = (dy, dy.stride(0), x, x.stride(0), weight, rstd, residual, ld, to, to.stride(0))
+        self.kernels.rows("rmsnorm_backward", self.dtype, *first, None, x.shape[0], x.shape[1])
+
+    def _attention_backward(self, k: Kept, dout: Tensor, dqkv: Tensor, b: Packed) -> None:
+        s = self.shape
+        dqkv[b.n :, : s.v.stop] = 0
+        if not self.tiles:
+            leaf, out = k.lse
+            (found,) = torch.autograd.grad(out, leaf, dout[: b.n].view(b.n, s.heads, s.hd))
+            dqkv[: b.n, : s.v.stop] = found
+            return
+        sizes = self._attention_sizes(k.qkv, k.attended, k.lse, b)  # type: ignore[arg-type]
+        to = (dqkv, dqkv[:, s.k], dqkv[:, s.v], dqkv.stride(0))
+        self.kernels("attention_backward_tiles", *sizes, dout, dout.stride(0), *to)
+
+
+class _Hidden(torch.autograd.Function):
+    """The whole stack as one node of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, fast: FastLlama, b: Packed, keep: bool, *parameters: Tensor) -> Tensor:
+        out, kept, last, rstd = fast.forward(b, keep)
+        ctx.fast, ctx.b, ctx.kept, ctx.last, ctx.rstd, ctx.out = fast, b, kept, last, rstd, out.shape
+        if not keep:
+            ctx.mark_non_differentiable(out)
+        return out[: b.n]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        whole = grad.new_zeros(ctx.out)
+        whole[: ctx.b.n] = grad
+        grads = ctx.fast.backward(ctx.b, ctx.kept, ctx.last, ctx.rstd, whole)
+        return (None, None, None, *grads)

@@ -1,0 +1,268 @@
+// Causal attention within each segment of a packed row, on AMX tiles, forward and backward.
+//
+// A unit of work is one segment and one key/value head with the query heads that share it. Queries go in blocks of up to
+// 128 rows against all keys up to the diagonal; a block's scores stay in the L2 cache, so no running maximum is needed.
+#pragma once
+#include "tiles.h"
+
+struct Attention {
+  const bf16 *q, *k, *v;  // [T, heads * hd], [T, kv * hd] twice, stride ld
+  int64_t ld;
+  const int64_t *starts;  // [segments + 1]
+  int64_t segments, heads, kv, hd;
+  float scale;
+  int64_t window;  // a query sees itself and window - 1 keys before it; 0: all
+  bf16 *out;       // [T, heads * hd], stride ldo
+  int64_t ldo;
+  float *lse;  // [heads, T]
+  int64_t rows;  // T
+};
+
+struct AttentionGrad {
+  const bf16 *dout;  // [T, heads * hd], stride lddo
+  int64_t lddo;
+  bf16 *dq, *dk, *dv;  // as q, k, v, stride ldd
+  int64_t ldd;
+};
+
+struct Room {  // a thread's own memory, 64-byte aligned parts
+  std::vector<char> bytes;
+  char *next = nullptr;
+  void open(int64_t size) {
+    if ((int64_t)bytes.size() < size + 64) bytes.resize(size + 64);
+    next = (char *)(((uintptr_t)bytes.data() + 63) & ~uintptr_t(63));
+  }
+  template <class T>
+  T *take(int64_t n) {
+    T *p = (T *)next;
+    next += (n * sizeof(T) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+static const int64_t QUERIES = 128;
+
+// n rows of x (hd wide) to `to`, zero rows up to `padded`.
+static inline void copy_rows(bf16 *to, const bf16 *x, int64_t ld, int64_t n, int64_t padded, int64_t hd) {
+  for (int64_t i = 0; i < n; i++) memcpy(to + i * hd, x + i * ld, 2 * hd);
+  memset(to + n * hd, 0, 2 * hd * (padded - n));
+}
+
+// Packed B operands of n (multiple of 32) rows x hd, contiguous: rows as columns (k = hd), or rows as k.
+static inline void rows_across(bf16 *to, const bf16 *x, int64_t n, int64_t hd) {
+  for (int64_t p = 0; p < n / 32; p++)
+    for (int64_t b = 0; b < hd / 32; b++)
+      for (int64_t t = 0; t < 2; t++)
+        tile_across(to + ((p * (hd / 32) + b) * 2 + t) * TILE, x + (32 * p + 16 * t) * hd + 32 * b, hd);
+}
+static inline void rows_along(bf16 *to, const bf16 *x, int64_t n, int64_t hd) {  // [k block][column panel][2]
+  for (int64_t b = 0; b < n / 32; b++)
+    for (int64_t p = 0; p < hd / 32; p++)
+      for (int64_t t = 0; t < 2; t++)
+        tile_along(to + ((b * (hd / 32) + p) * 2 + t) * TILE, x + 32 * b * hd + 32 * p + 16 * t, hd);
+}
+
+// s[32-row blocks of n][keys] = x (n rows x hd) * packed keys
+static inline void scores(float *s, int64_t lds, const bf16 *x, int64_t n, const bf16 *keys, int64_t first,
+                          int64_t end, int64_t hd) {
+  for (int64_t i = 0; i < n; i += 32)
+    for (int64_t j = first; j < end; j += 32) {
+      zero_tiles();
+      multiply(x + i * hd, hd, keys + j / 32 * (hd / 32) * 2 * TILE, hd / 32);
+      store_tiles(s + i * lds + j, lds);
+    }
+}
+
+// Keys [first, end) that the queries [q0, q0 + n) may see, in blocks of 32.
+static inline void span(const Attention &a, int64_t q0, int64_t n, int64_t length, int64_t &first, int64_t &end) {
+  end = (std::min(q0 + n, length) + 31) / 32 * 32;
+  first = a.window ? std::max<int64_t>(0, q0 - a.window + 1) / 32 * 32 : 0;
+}
+static inline void seen(const Attention &a, int64_t q, int64_t &low, int64_t &high) {  // [low, high)
+  low = a.window ? std::max<int64_t>(0, q - a.window + 1) : 0;
+  high = q + 1;
+}
+static inline __mmask16 inside(int64_t j, int64_t low, int64_t high) {  // lanes of j..j+15 within [low, high)
+  int64_t a = std::min<int64_t>(16, std::max<int64_t>(0, low - j));
+  int64_t b = std::min<int64_t>(16, std::max<int64_t>(0, high - j));
+  return b > a ? __mmask16(((1u << b) - 1u) & ~((1u << a) - 1u)) : __mmask16(0);
+}
+
+static void attend(const Attention &a, int threads) {
+  int64_t longest = 0;
+  for (int64_t s = 0; s < a.segments; s++) longest = std::max(longest, a.starts[s + 1] - a.starts[s]);
+  const int64_t padded = (longest + 31) / 32 * 32, hd = a.hd, group = a.heads / a.kv;
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles on;
+    Room room;
+    room.open(2 * (3 * padded * hd + QUERIES * hd) + 6 * QUERIES * padded + 4096);
+    bf16 *rows = room.take<bf16>(padded * hd), *kt = room.take<bf16>(padded * hd), *vt = room.take<bf16>(padded * hd);
+    bf16 *q = room.take<bf16>(QUERIES * hd), *p = room.take<bf16>(QUERIES * padded);
+    float *s = room.take<float>(QUERIES * padded);
+    alignas(64) float c[1024];
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < a.segments * a.kv; unit++) {
+      int64_t seg = unit / a.kv, g = unit % a.kv, at = a.starts[seg], length = a.starts[seg + 1] - at;
+      int64_t full = (length + 31) / 32 * 32;
+      copy_rows(rows, a.k + at * a.ld + g * hd, a.ld, length, full, hd);
+      rows_across(kt, rows, full, hd);
+      copy_rows(rows, a.v + at * a.ld + g * hd, a.ld, length, full, hd);
+      rows_along(vt, rows, full, hd);
+      for (int64_t h = g * group; h < (g + 1) * group; h++)
+        for (int64_t q0 = 0; q0 < length; q0 += QUERIES) {
+          int64_t n = std::min(QUERIES, length - q0), nb = (n + 31) / 32 * 32, first, end;
+          span(a, q0, n, length, first, end);
+          copy_rows(q, a.q + (at + q0) * a.ld + h * hd, a.ld, n, nb, hd);
+          scores(s, padded, q, nb, kt, first, end, hd);
+          float inverse[QUERIES];
+          for (int64_t i = 0; i < nb; i++) {
+            int64_t low, high;
+            seen(a, std::min(q0 + i, length - 1), low, high);
+            const float *row = s + i * padded;
+            bf16 *to = p + i * padded;
+            __m512 best = _mm512_set1_ps(-INFINITY);
+            for (int64_t j = first; j < end; j += 16)
+              best = _mm512_mask_max_ps(best, inside(j, low, high), best, _mm512_load_ps(row + j));
+            float top = _mm512_reduce_max_ps(best) * a.scale;
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t j = first; j < end; j += 16) {
+              __m512 e = exp16(_mm512_fmsub_ps(_mm512_load_ps(row + j), _mm512_set1_ps(a.scale), _mm512_set1_ps(top)));
+              e = _mm512_maskz_mov_ps(inside(j, low, high), e);
+              sum = _mm512_add_ps(sum, e);
+              store16(to + j, e);
+            }
+            float total = _mm512_reduce_add_ps(sum);
+            inverse[i] = 1.0f / total;
+            if (i < n && a.lse) a.lse[h * a.rows + at + q0 + i] = top + std::log(total);
+          }
+          for (int64_t i = 0; i < nb; i += 32)
+            for (int64_t d = 0; d < hd; d += 32) {
+              zero_tiles();
+              multiply_along(p + i * padded + first, padded, vt + (first / 32 * (hd / 32) + d / 32) * 2 * TILE,
+                             (hd / 32) * 2 * TILE, (end - first) / 32);
+              store_tiles(c, 32);
+              for (int64_t r = i; r < std::min(i + 32, n); r++) {
+                bf16 *o = a.out + (at + q0 + r) * a.ldo + h * hd + d;
+                __m512 f = _mm512_set1_ps(inverse[r]);
+                store16(o, _mm512_mul_ps(_mm512_load_ps(c + 32 * (r - i)), f));
+                store16(o + 16, _mm512_mul_ps(_mm512_load_ps(c + 32 * (r - i) + 16), f));
+              }
+            }
+        }
+    }
+  }
+}
+
+// With P = exp(scale q k^T - lse): dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)) * scale, dQ = dS K, dK = dS^T Q.
+// dK and dV are summed transposed, [hd, keys], in float, over the query heads of the group.
+static void attend_backward(const Attention &a, const AttentionGrad &b, int threads) {
+  int64_t longest = 0;
+  for (int64_t s = 0; s < a.segments; s++) longest = std::max(longest, a.starts[s + 1] - a.starts[s]);
+  const int64_t padded = (longest + 31) / 32 * 32, hd = a.hd, group = a.heads / a.kv;
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles on;
+    Room room;
+    room.open(2 * (4 * padded * hd + 4 * QUERIES * hd + 3 * QUERIES * padded) + 4 * (2 * QUERIES + 2 * hd) * padded + 8192);
+    bf16 *rows = room.take<bf16>(padded * hd), *kt = room.take<bf16>(padded * hd);
+    bf16 *vt = room.take<bf16>(padded * hd), *ks = room.take<bf16>(padded * hd);
+    bf16 *q = room.take<bf16>(QUERIES * hd), *go = room.take<bf16>(QUERIES * hd);
+    bf16 *q_turned = room.take<bf16>(QUERIES * hd), *go_turned = room.take<bf16>(QUERIES * hd);
+    bf16 *ds = room.take<bf16>(QUERIES * padded);                                    // row-major
+    bf16 *pp = room.take<bf16>(QUERIES * padded), *dsp = room.take<bf16>(QUERIES * padded);  // packed, k = queries
+    float *s = room.take<float>(QUERIES * padded), *dp = room.take<float>(QUERIES * padded);
+    float *dkt = room.take<float>(hd * padded), *dvt = room.take<float>(hd * padded);
+    alignas(64) float c[1024];
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < a.segments * a.kv; unit++) {
+      int64_t seg = unit / a.kv, g = unit % a.kv, at = a.starts[seg], length = a.starts[seg + 1] - at;
+      int64_t full = (length + 31) / 32 * 32;
+      copy_rows(rows, a.v + at * a.ld + g * hd, a.ld, length, full, hd);
+      rows_across(vt, rows, full, hd);
+      copy_rows(rows, a.k + at * a.ld + g * hd, a.ld, length, full, hd);
+      rows_across(kt, rows, full, hd);
+      rows_along(ks, rows, full, hd);
+      memset(dkt, 0, 4 * hd * padded);
+      memset(dvt, 0, 4 * hd * padded);
+      for (int64_t h = g * group; h < (g + 1) * group; h++)
+        for (int64_t q0 = 0; q0 < length; q0 += QUERIES) {
+          int64_t n = std::min(QUERIES, length - q0), nb = (n + 31) / 32 * 32, first, end;
+          span(a, q0, n, length, first, end);
+          copy_rows(q, a.q + (at + q0) * a.ld + h * hd, a.ld, n, nb, hd);
+          copy_rows(go, b.dout + (at + q0) * b.lddo + h * hd, b.lddo, n, nb, hd);
+          scores(s, padded, q, nb, kt, first, end, hd);
+          scores(dp, padded, go, nb, vt, first, end, hd);
+          for (int64_t i = 0; i < nb; i += 2) {
+            float lse[2], delta[2];
+            int64_t low[2], high[2];
+            for (int64_t r = 0; r < 2; r++) {
+              int64_t t = at + q0 + i + r;
+              bool real = i + r < n;
+              seen(a, q0 + i + r, low[r], high[r]);
+              if (!real) low[r] = high[r] = 0;
+              lse[r] = real ? a.lse[h * a.rows + t] : 0.0f;
+              __m512 dot = _mm512_setzero_ps();
+              for (int64_t d = 0; real && d < hd; d += 16)
+                dot = _mm512_fmadd_ps(load16(a.out + t * a.ldo + h * hd + d), load16(go + (i + r) * hd + d), dot);
+              delta[r] = _mm512_reduce_add_ps(dot);
+            }
+            for (int64_t j = first; j < end; j += 16) {
+              __m512 pr[2], dr[2];
+              for (int64_t r = 0; r < 2; r++) {
+                const float *from = s + (i + r) * padded + j;
+                __m512 e = exp16(_mm512_fmsub_ps(_mm512_load_ps(from), _mm512_set1_ps(a.scale), _mm512_set1_ps(lse[r])));
+                pr[r] = _mm512_maskz_mov_ps(inside(j, low[r], high[r]), e);
+                __m512 x = _mm512_sub_ps(_mm512_load_ps(dp + (i + r) * padded + j), _mm512_set1_ps(delta[r]));
+                dr[r] = _mm512_mul_ps(_mm512_mul_ps(pr[r], x), _mm512_set1_ps(a.scale));
+                store16(ds + (i + r) * padded + j, dr[r]);
+              }
+              // B tiles with k = queries: [key panel of 32][query block of 32][2], row i/2 of the tile
+              int64_t tile = ((j / 32 * (nb / 32) + i / 32) * 2 + j / 16 % 2) * TILE + i % 32 / 2 * 32;
+              const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                                     22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+              _mm512_store_si512(pp + tile, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(pr[1], pr[0])));
+              _mm512_store_si512(dsp + tile, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(dr[1], dr[0])));
+            }
+          }
+          for (int64_t i = 0; i < nb; i += 32)
+            for (int64_t d = 0; d < hd; d += 32) {
+              zero_tiles();
+              multiply_along(ds + i * padded + first, padded, ks + (first / 32 * (hd / 32) + d / 32) * 2 * TILE,
+                             (hd / 32) * 2 * TILE, (end - first) / 32);
+              store_tiles(c, 32);
+              for (int64_t r = i; r < std::min(i + 32, n); r++) {
+                bf16 *o = b.dq + (at + q0 + r) * b.ldd + h * hd + d;
+                store16(o, _mm512_load_ps(c + 32 * (r - i)));
+                store16(o + 16, _mm512_load_ps(c + 32 * (r - i) + 16));
+              }
+            }
+          for (int64_t d = 0; d < hd; d += 16)
+            for (int64_t i = 0; i < nb; i += 32) {
+              tile_turned(q_turned + (d / 16 * (nb / 32) + i / 32) * TILE, q + i * hd + d, hd);
+              tile_turned(go_turned + (d / 16 * (nb / 32) + i / 32) * TILE, go + i * hd + d, hd);
+            }
+          for (int64_t d = 0; d < hd; d += 32)
+            for (int64_t j = first; j < end; j += 32) {
+              int64_t panel = j / 32 * (nb / 32) * 2 * TILE, left = d / 16 * (nb / 32) * TILE;
+              load_tiles(dvt + d * padded + j, padded);
+              multiply_packed(go_turned + left, nb / 32 * TILE, pp + panel, 2 * TILE, nb / 32);
+              store_tiles(dvt + d * padded + j, padded);
+              load_tiles(dkt + d * padded + j, padded);
+              multiply_packed(q_turned + left, nb / 32 * TILE, dsp + panel, 2 * TILE, nb / 32);
+              store_tiles(dkt + d * padded + j, padded);
+            }
+        }
+      for (int64_t d = 0; d < hd; d += 16)
+        for (int64_t j = 0; j < length; j += 16)
+          for (int64_t which = 0; which < 2; which++) {
+            const float *from = (which ? dvt : dkt) + d * padded + j;
+            bf16 *to = (which ? b.dv : b.dk) + (at + j) * b.ldd + g * hd + d;
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + i * padded);
+            transpose_words(r);
+            for (int64_t i = 0; i < std::min<int64_t>(16, length - j); i++) store16(to + i * b.ldd, _mm512_castsi512_ps(r[i]));
+          }
+    }
+  }
+}

@@ -1,0 +1,344 @@
+// Matrix products on Intel AMX tiles: bfloat16 in, float32 accumulated.
+//
+// A tile is 16 rows of 64 bytes. C[16x16 float] += A[16 rows x 32 k] * B[32 k x 16 columns], where a row of B holds, for
+// each column, the pair (k, k+1). Operands in packed order: per panel of 32 columns, per block of 32 k, two B tiles.
+// All sizes are multiples of 32; callers pad with zeros.
+#pragma once
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "rows.h"
+
+static constexpr int64_t TILE = 512;  // bf16 in a tile
+
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+  TileConfig() {
+    for (int i = 0; i < 8; i++) bytes[i] = 64, rows[i] = 16;
+  }
+};
+
+struct Tiles {  // tiles are on while one of these lives
+  Tiles() {
+    static const TileConfig config;
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+static inline bool request_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+// ---- sixteen float at a time
+
+static inline __m512 load16(const bf16 *p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+static inline void store16(bf16 *p, __m512 x) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+static inline __m512 exp16(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.3981999507e-3f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+static inline __m512 sigmoid16(__m512 x) {
+  __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), exp16(_mm512_sub_ps(_mm512_setzero_ps(), x)));
+  __m512 guess = _mm512_rcp14_ps(below);  // one step of Newton's method, cheaper than a division
+  return _mm512_mul_ps(guess, _mm512_fnmadd_ps(below, guess, _mm512_set1_ps(2.0f)));
+}
+
+// ---- packing
+
+static inline void transpose_words(__m512i r[16]) {  // 16 x 16 words of 32 bits, in place
+  __m512i t[16];
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Two rows of 16 bf16 (16 each) -> their elements in turns: a0 b0 a1 b1 ...
+static inline __m512i in_turns(const bf16 *a, const bf16 *b) {
+  __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)a));
+  __m512i y = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)b));
+  return _mm512_or_si512(x, _mm512_slli_epi32(y, 16));
+}
+
+// B tile from x[16 columns][32 k] (x given by rows of columns): the transpose by words.
+static inline void tile_across(bf16 *to, const bf16 *x, int64_t ld) {
+  __m512i r[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(x + i * ld);
+  transpose_words(r);
+  for (int i = 0; i < 16; i++) _mm512_store_si512(to + 32 * i, r[i]);
+}
+// B tile from x[32 k][16 columns].
+static inline void tile_along(bf16 *to, const bf16 *x, int64_t ld) {
+  for (int i = 0; i < 16; i++) _mm512_store_si512(to + 32 * i, in_turns(x + 2 * i * ld, x + (2 * i + 1) * ld));
+}
+// A tile of the transpose: from x[32 k][16 rows].
+static inline void tile_turned(bf16 *to, const bf16 *x, int64_t ld) {
+  __m512i r[16];
+  for (int i = 0; i < 16; i++) r[i] = in_turns(x + 2 * i * ld, x + (2 * i + 1) * ld);
+  transpose_words(r);
+  for (int i = 0; i < 16; i++) _mm512_store_si512(to + 32 * i, r[i]);
+}
+
+// Pack src as the B operand. across: src is [columns, k]; else src is [k, columns].
+// first: where its k blocks begin; blocks: k blocks in the whole operand.
+static void pack(bf16 *to, const bf16 *src, int64_t ld, int64_t columns, int64_t k, bool across, int64_t first,
+                 int64_t blocks, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t p = 0; p < columns / 32; p++)
+    for (int64_t b = 0; b < k / 32; b++)
+      for (int64_t t = 0; t < 2; t++) {
+        bf16 *tile = to + ((p * blocks + first + b) * 2 + t) * TILE;
+        int64_t n = 32 * p + 16 * t;
+        if (across)
+          tile_across(tile, src + n * ld + 32 * b, ld);
+        else
+          tile_along(tile, src + 32 * b * ld + n, ld);
+      }
+}
+
+// ---- products
+
+// C (tiles 0..3: 32 x 32) += A[32 rows x 32*blocks] * B panel. a: row-major with stride lda (in elements).
+// Between k blocks B advances by b_next elements.
+static inline void multiply_along(const bf16 *a, int64_t lda, const bf16 *b, int64_t b_next, int64_t blocks) {
+  const bf16 *a1 = a + 16 * lda;
+  for (int64_t k = 0; k < blocks; k++) {
+    _tile_loadd(4, a + 32 * k, 2 * lda);
+    _tile_loadd(6, b + k * b_next, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + k * b_next + TILE, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a1 + 32 * k, 2 * lda);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+static inline void multiply(const bf16 *a, int64_t lda, const bf16 *b, int64_t blocks) {
+  multiply_along(a, lda, b, 2 * TILE, blocks);
+}
+// The same with A in packed tiles: [row tile][k block], stride between row tiles `next` elements.
+static inline void multiply_packed(const bf16 *a, int64_t next, const bf16 *b, int64_t b_stride, int64_t blocks) {
+  for (int64_t k = 0; k < blocks; k++) {
+    _tile_loadd(4, a + k * TILE, 64);
+    _tile_loadd(6, b + k * b_stride, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + k * b_stride + TILE, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + next + k * TILE, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+static inline void zero_tiles() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+static inline void load_tiles(const float *c, int64_t ld) {
+  _tile_loadd(0, c, 4 * ld);
+  _tile_loadd(1, c + 16, 4 * ld);
+  _tile_loadd(2, c + 16 * ld, 4 * ld);
+  _tile_loadd(3, c + 16 * ld + 16, 4 * ld);
+}
+static inline void store_tiles(float *c, int64_t ld) {
+  _tile_stored(0, c, 4 * ld);
+  _tile_stored(1, c + 16, 4 * ld);
+  _tile_stored(2, c + 16 * ld, 4 * ld);
+  _tile_stored(3, c + 16 * ld + 16, 4 * ld);
+}
+
+// ---- linear layers: y = [x, u] * W, u = x * A kept in the columns after x
+
+enum Epilogue { STORE, ADD, SWIGLU, SWIGLU_BACKWARD };
+
+struct Linear {
+  bf16 *x;  // [rows, k + r], stride ldx; columns k.. are written
+  int64_t ldx, rows, k, r;
+  const bf16 *down;  // packed [k -> r], null without LoRA
+  const bf16 *wide;  // packed [k + r -> n]
+  int64_t n;
+  bf16 *y;  // [rows, n], stride ldy
+  int64_t ldy;
+  int epilogue;
+  const bf16 *other;  // ADD: added to y. SWIGLU_BACKWARD: gu
+  int64_t ldother;
+  bf16 *h;  // SWIGLU and SWIGLU_BACKWARD: where silu(gate) * up goes
+  int64_t ldh;
+};
+
+// Rows [from, to) of a finished block of 32 x 32 at (t, n).
+template <int E>
+static inline void finish(const Linear &l, const float *c, int64_t t, int64_t n, int64_t from, int64_t to) {
+  for (int64_t i = from; i < to; i++) {
+    __m512 a = _mm512_load_ps(c + 32 * i), b = _mm512_load_ps(c + 32 * i + 16);
+    bf16 *y = l.y + (t + i) * l.ldy;
+    const bf16 *o = l.other + (t + i) * l.ldother;
+    if (E == ADD) {
+      a = _mm512_add_ps(a, load16(o + n));
+      b = _mm512_add_ps(b, load16(o + n + 16));
+    }
+    if (E != SWIGLU_BACKWARD) {
+      store16(y + n, a);
+      store16(y + n + 16, b);
+    }
+    if (E == SWIGLU) store16(l.h + (t + i) * l.ldh + n / 2, _mm512_mul_ps(_mm512_mul_ps(a, sigmoid16(a)), b));
+    if (E == SWIGLU_BACKWARD)
+      for (int64_t j = 0; j < 2; j++) {
+        __m512 g = load16(o + 2 * n + 32 * j), u = load16(o + 2 * n + 32 * j + 16), s = sigmoid16(g), d = j ? b : a;
+        __m512 silu = _mm512_mul_ps(g, s), slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
+        store16(y + 2 * n + 32 * j, _mm512_mul_ps(_mm512_mul_ps(d, u), slope));
+        store16(y + 2 * n + 32 * j + 16, _mm512_mul_ps(d, silu));
+        store16(l.h + (t + i) * l.ldh + n + 16 * j, _mm512_mul_ps(silu, u));
+      }
+  }
+}
+
+// Bring the lines that finish() will touch into the cache, to be written: a store that misses holds up everything else.
+template <int E>
+static inline void fetch(const Linear &l, int64_t t, int64_t n) {
+  const bf16 *y = l.y + t * l.ldy + (E == SWIGLU_BACKWARD ? 2 * n : n);
+  __builtin_prefetch(y, 1);
+  if (E == SWIGLU_BACKWARD) __builtin_prefetch(y + 32, 1);
+  if (E == SWIGLU) __builtin_prefetch(l.h + t * l.ldh + n / 2, 1);
+  if (E == SWIGLU_BACKWARD) {
+    __builtin_prefetch(l.h + t * l.ldh + n, 1);
+    __builtin_prefetch(l.other + t * l.ldother + 2 * n, 0);
+    __builtin_prefetch(l.other + t * l.ldother + 2 * n + 32, 0);
+  }
+  if (E == ADD) __builtin_prefetch(l.other + t * l.ldother + n, 0);
+}
+
+// y of the rows [m, end): while the tiles multiply a block, the vector units finish the block before it.
+template <int E>
+static void wide(const Linear l, int64_t m, int64_t end) {
+  alignas(64) float room[2][1024];
+  const int64_t blocks = (l.k + l.r) / 32, share = (32 + blocks - 1) / blocks;
+  int64_t before_t = -1, before_n = 0, turn = 0;
+  for (int64_t n = 0; n < l.n; n += 32)
+    for (int64_t t = m; t < end; t += 32) {
+      const bf16 *a = l.x + t * l.ldx, *a1 = a + 16 * l.ldx, *b = l.wide + n / 32 * blocks * 2 * TILE;
+      const float *before = room[1 - turn];
+      int64_t done = before_t < 0 ? 32 : 0;
+      zero_tiles();
+      for (int64_t k = 0; k < blocks; k++) {
+        _tile_loadd(4, a + 32 * k, 2 * l.ldx);
+        _tile_loadd(6, b + 2 * k * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + (2 * k + 1) * TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a1 + 32 * k, 2 * l.ldx);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        if (t + 32 >= end && n + 32 < l.n)  // the next panel of weights
+          for (int64_t i = 0; i < 2 * TILE; i += 32) _mm_prefetch((const char *)(b + 2 * (blocks + k) * TILE + i), _MM_HINT_T1);
+        for (int64_t i = k * share; i < std::min<int64_t>(32, (k + 1) * share); i++) fetch<E>(l, t + i, n);
+        if (done < 32) {
+          int64_t upto = std::min<int64_t>(32, done + share);
+          finish<E>(l, before, before_t, before_n, done, upto);
+          done = upto;
+        }
+      }
+      store_tiles(room[turn], 32);
+      before_t = t, before_n = n, turn = 1 - turn;
+    }
+  if (before_t >= 0) finish<E>(l, room[1 - turn], before_t, before_n, 0, 32);
+}
+
+static void narrow(const Linear &l, int64_t m, int64_t end) {  // u of the rows [m, end)
+  alignas(64) float c[1024];
+  for (int64_t n = 0; n < l.r; n += 32)
+    for (int64_t t = m; t < end; t += 32) {
+      zero_tiles();
+      multiply(l.x + t * l.ldx, l.ldx, l.down + n / 32 * (l.k / 32) * 2 * TILE, l.k / 32);
+      store_tiles(c, 32);
+      for (int64_t i = 0; i < 32; i++) {
+        store16(l.x + (t + i) * l.ldx + l.k + n, _mm512_load_ps(c + 32 * i));
+        store16(l.x + (t + i) * l.ldx + l.k + n + 16, _mm512_load_ps(c + 32 * i + 16));
+      }
+    }
+}
+
+static void linear(const Linear &l, int threads) {
+  static constexpr void (*WIDE[])(const Linear, int64_t, int64_t) = {wide<STORE>, wide<ADD>, wide<SWIGLU>,
+                                                                     wide<SWIGLU_BACKWARD>};
+  const int64_t step = 256;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int part = 0; part < threads; part++) {
+    Tiles on;
+    int64_t blocks = l.rows / 32, to = blocks * (part + 1) / threads * 32;
+    for (int64_t m = blocks * part / threads * 32; m < to; m += step) {
+      narrow(l, m, std::min(m + step, to));
+      WIDE[l.epilogue](l, m, std::min(m + step, to));
+    }
+  }
+}
+
+// g[r, n] (float, stride ldg) += p[rows, r]^T * q[rows, n]
+static void outer(const bf16 *p, int64_t ldp, const bf16 *q, int64_t ldq, float *g, int64_t ldg, int64_t rows,
+                  int64_t r, int64_t n, bf16 *turned, int threads) {
+  int64_t blocks = rows / 32;
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles on;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < r / 16; i++)
+      for (int64_t b = 0; b < blocks; b++) tile_turned(turned + (i * blocks + b) * TILE, p + 32 * b * ldp + 16 * i, ldp);
+    const int64_t most = 32;  // k blocks at a time: 1,024 rows of 32 columns are 64 KB
+    std::vector<bf16> room((2 * most + 1) * TILE);
+    bf16 *panel = (bf16 *)(((uintptr_t)room.data() + 63) & ~uintptr_t(63));
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < n / 32; j++)
+      for (int64_t b0 = 0; b0 < blocks; b0 += most) {
+        int64_t some = std::min(most, blocks - b0);
+        for (int64_t b = 0; b < some; b++) {
+          const bf16 *from = q + 32 * (b0 + b) * ldq + 32 * j;
+          for (int64_t i = 0; i < 32; i++) __builtin_prefetch(from + i * ldq + 32);  // the next panel's
+          tile_along(panel + 2 * b * TILE, from, ldq);
+          tile_along(panel + (2 * b + 1) * TILE, from + 16, ldq);
+        }
+        for (int64_t i = 0; i < r; i += 32) {
+          float *c = g + i * ldg + 32 * j;
+          load_tiles(c, ldg);
+          multiply_packed(turned + (i / 16 * blocks + b0) * TILE, blocks * TILE, panel, 2 * TILE, some);
+          store_tiles(c, ldg);
+        }
+      }
+  }
+}

@@ -1,0 +1,91 @@
+// Log-probabilities of targets over the whole vocabulary and their gradient, in one pass: attention whose keys and values
+// are the rows of the LM head. Logits exist only for 128 rows by 512 tokens at a time.
+#pragma once
+#include "attention.h"
+
+struct Vocabulary {
+  const bf16 *h;  // [rows, d], rows a multiple of 32
+  int64_t rows, d;
+  const bf16 *across, *along;  // the head packed [d -> v] and [v -> d], v padded to a multiple of 32
+  const bf16 *head;            // [vocabulary, d] as it is
+  int64_t size;                // tokens in the vocabulary
+  const int64_t *targets;
+  float scale;
+  float *logp, *correct, *entropy, *mean;  // [rows]
+  bf16 *grad;                              // [rows, d] d logp / d h, null when not wanted
+};
+
+static void vocabulary(const Vocabulary &a, int threads) {
+  const int64_t step = 128, wide = 512, v = (a.size + 31) / 32 * 32, d = a.d;
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles on;
+    Room room;
+    room.open(4 * step * (wide + d) + 2 * step * wide + 8192);
+    float *s = room.take<float>(step * wide), *sum = room.take<float>(step * d);
+    bf16 *p = room.take<bf16>(step * wide);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t m = 0; m < a.rows; m += step) {
+      int64_t n = std::min(step, a.rows - m);
+      float top[step], total[step], at_target[step], weighted[step], plain[step];
+      for (int64_t i = 0; i < n; i++) top[i] = -INFINITY, total[i] = at_target[i] = weighted[i] = plain[i] = 0;
+      if (a.grad) memset(sum, 0, 4 * n * d);
+      for (int64_t j0 = 0; j0 < v; j0 += wide) {
+        int64_t w = std::min(wide, v - j0), real = std::min(w, a.size - j0);
+        for (int64_t j = 0; j < w; j += 32)
+          for (int64_t i = 0; i < n; i += 32) {
+            zero_tiles();
+            multiply(a.h + (m + i) * d, d, a.across + (j0 + j) / 32 * (d / 32) * 2 * TILE, d / 32);
+            store_tiles(s + i * wide + j, wide);
+          }
+        for (int64_t i = 0; i < n; i++) {
+          float *row = s + i * wide;
+          __m512 scale = _mm512_set1_ps(a.scale), best = _mm512_set1_ps(-INFINITY);
+          for (int64_t j = 0; j < w; j += 16)
+            best = _mm512_mask_max_ps(best, inside(j, 0, real), best, _mm512_mul_ps(_mm512_load_ps(row + j), scale));
+          float now = std::max(top[i], _mm512_reduce_max_ps(best)), shrink = std::exp(top[i] - now);
+          if (shrink != 1.0f && j0) {
+            total[i] *= shrink, weighted[i] *= shrink;
+            if (a.grad)
+              for (int64_t k = 0; k < d; k += 16)
+                _mm512_store_ps(sum + i * d + k, _mm512_mul_ps(_mm512_load_ps(sum + i * d + k), _mm512_set1_ps(shrink)));
+          }
+          top[i] = now;
+          __m512 t = _mm512_setzero_ps(), wt = t, pl = t;
+          for (int64_t j = 0; j < w; j += 16) {
+            __mmask16 in = inside(j, 0, real);
+            __m512 z = _mm512_maskz_mul_ps(in, _mm512_load_ps(row + j), scale);
+            __m512 e = _mm512_maskz_mov_ps(in, exp16(_mm512_sub_ps(z, _mm512_set1_ps(now))));
+            t = _mm512_add_ps(t, e);
+            if (a.entropy) wt = _mm512_fmadd_ps(e, z, wt), pl = _mm512_add_ps(pl, z);
+            store16(p + i * wide + j, e);
+          }
+          total[i] += _mm512_reduce_add_ps(t);
+          if (a.entropy) weighted[i] += _mm512_reduce_add_ps(wt), plain[i] += _mm512_reduce_add_ps(pl);
+          int64_t y = a.targets[m + i] - j0;
+          if (y >= 0 && y < real) at_target[i] = row[y] * a.scale;
+        }
+        if (a.grad)
+          for (int64_t k = 0; k < d; k += 32)
+            for (int64_t i = 0; i < n; i += 32) {
+              load_tiles(sum + i * d + k, d);
+              multiply(p + i * wide, wide, a.along + (k / 32 * (v / 32) + j0 / 32) * 2 * TILE, w / 32);
+              store_tiles(sum + i * d + k, d);
+            }
+      }
+      for (int64_t i = 0; i < n; i++) {
+        float lse = top[i] + std::log(total[i]), inverse = 1.0f / total[i];
+        a.logp[m + i] = at_target[i] - lse;
+        a.correct[m + i] = at_target[i] >= top[i] ? 1.0f : 0.0f;
+        if (a.entropy) a.entropy[m + i] = lse - weighted[i] * inverse, a.mean[m + i] = plain[i] / float(a.size) - lse;
+        if (a.grad) {
+          const bf16 *y = a.head + a.targets[m + i] * d;
+          for (int64_t k = 0; k < d; k += 16) {
+            __m512 x = _mm512_mul_ps(_mm512_load_ps(sum + i * d + k), _mm512_set1_ps(inverse));
+            store16(a.grad + (m + i) * d + k, _mm512_mul_ps(_mm512_set1_ps(a.scale), _mm512_sub_ps(load16(y + k), x)));
+          }
+        }
+      }
+    }
+  }
+}

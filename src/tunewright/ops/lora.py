@@ -1,0 +1,237 @@
+"""Products of frozen linear layers with their low-rank updates: y = x W^T + (x A^T) (s B)^T, forward and backward.
+
+Layers that read the same input (q, k, v; gate and up) are one product. The narrow result u = x A^T is written into the
+columns after x, so that [x, u] [W, s B]^T is one wide product; backward likewise, with du = dy (s B) after dy and
+[dy, du] [[W], [A]]. Rank 0 is a plain frozen layer. Two forms with the same numbers: TileProduct runs the AMX kernels
+on packed bfloat16 weights, TorchProduct runs torch in any dtype. LoRA: Hu et al., arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tunewright.ops.kernels import Kernels
+
+BLOCK = 32
+Epilogue = Literal["store", "add", "swiglu", "swiglu_backward"]
+_EPILOGUES: dict[Epilogue, int] = {"store": 0, "add": 1, "swiglu": 2, "swiglu_backward": 3}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One layer's update s * B A. a: [r, k], b: [n, r], trained in float32. scale: s."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def padded(n: int) -> int:
+    """n rounded up to whole blocks."""
+    return -(-n // BLOCK) * BLOCK
+
+
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """[f, ...] twice -> [2 f, ...]: 16 rows of the gate, 16 of up, in turns (the layout of the SwiGLU kernels)."""
+    f = gate.shape[0]
+    return torch.stack([gate.view(f // 16, 16, *gate.shape[1:]), up.view(f // 16, 16, *up.shape[1:])], 1).reshape(
+        2 * f, *gate.shape[1:]
+    )
+
+
+class Product:
+    """What both forms share: sizes, buffers, and where each layer's rows and ranks lie.
+
+    weights: [n_i, k] of the layers that read the same input, already in their final order of rows. ranks: r_i, 0 for a
+    layer that is not trained. rows: for each layer the rows of the product's output that are its own.
+    """
+
+    def __init__(self, kernels: Kernels, weights: Tensor, ranks: Sequence[int], rows: Sequence[Tensor | slice]) -> None:
+        self.kernels = kernels
+        self.n, self.k = weights.shape
+        self.dtype = weights.dtype
+        self.rows = list(rows)
+        ends = list(accumulate(ranks, initial=0))
+        self.ranks = [slice(a, b) for a, b in pairwise(ends)]
+        self.r = padded(ends[-1])
+
+    def inputs(self, tokens: int) -> Tensor:
+        """An empty [tokens, k + r]: x in the first k columns; forward() fills the others."""
+        return torch.empty(tokens, self.k + self.r, dtype=self.dtype)
+
+    def grads(self, tokens: int) -> Tensor:
+        """An empty [tokens, n + r]: dy in the first n columns; backward() fills the others."""
+        return torch.empty(tokens, self.n + self.r, dtype=self.dtype)
+
+    def set_updates(self, updates: Sequence[LowRank | None]) -> None:
+        """Take over the present values of the trained matrices. None: that layer runs without an update."""
+        a_RK = torch.zeros(self.r, self.k, dtype=self.dtype)
+        b_NR = torch.zeros(self.n, self.r, dtype=self.dtype)
+        for update, rows, ranks in zip(updates, self.rows, self.ranks, strict=True):
+            if update is not None:
+                a_RK[ranks] = update.a.detach().to(self.dtype)
+                b_NR[rows, ranks] = (update.scale * update.b.detach()).to(self.dtype)
+        self._set(a_RK, b_NR)
+
+    def _set(self, a_RK: Tensor, b_NR: Tensor) -> None:
+        raise NotImplementedError
+
+    def _outer(self, p_TR: Tensor, q_TN: Tensor) -> Tensor:
+        """p^T q, [r, n] float32."""
+        raise NotImplementedError
+
+    def gradients(self, x: Tensor, dy: Tensor, updates: Sequence[LowRank | None]) -> list[tuple[Tensor, Tensor] | None]:
+        """(dA, dB) of each trained layer, float32, from the buffers that forward() and backward() filled."""
+        u_TR, du_TR = x[:, self.k : self.k + self.r], dy[:, self.n : self.n + self.r]
+        db_RN = self._outer(u_TR, dy[:, : self.n])
+        da_RK = self._outer(du_TR, x[:, : self.k])
+        return [
+            None if update is None else (da_RK[ranks], update.scale * db_RN[ranks][:, rows].T)
+            for update, rows, ranks in zip(updates, self.rows, self.ranks, strict=True)
+        ]
+
+
+class TileProduct(Product):
+    """On packed bfloat16 tiles. n, k and the numbers of tokens must be multiples of 32."""
+
+    def __init__(self, kernels: Kernels, weights: Tensor, ranks: Sequence[int], rows: Sequence[Tensor | slice]) -> None:
+        super().__init__(kernels, weights, ranks, rows)
+        weights = weights.contiguous()
+        self._down = torch.empty(self.r * self.k, dtype=self.dtype)
+        self._up = torch.empty(self.r * self.n, dtype=self.dtype)
+        self._forward = torch.empty(self.n * (self.k + self.r), dtype=self.dtype)
+        self._backward = torch.empty((self.n + self.r) * self.k, dtype=self.dtype)
+        self._pack(self._forward, weights, True, 0, self.k + self.r)
+        self._pack(self._backward, weights, False, 0, self.n + self.r)
+
+    def _pack(self, to: Tensor, source: Tensor, across: bool, first: int, depth: int) -> None:
+        columns, k = source.shape if across else source.shape[::-1]
+        self.kernels(
+            "pack_tiles",
+            to,
+            source,
+            source.stride(0),
+            columns,
+            k,
+            int(across),
+            first // BLOCK,
+            depth // BLOCK,
+        )
+
+    def _set(self, a_RK: Tensor, b_NR: Tensor) -> None:
+        if self.r:
+            self._pack(self._down, a_RK, True, 0, self.k)
+            self._pack(self._forward, b_NR, True, self.k, self.k + self.r)
+            self._pack(self._up, b_NR, False, 0, self.n)
+            self._pack(self._backward, a_RK, False, self.n, self.n + self.r)
+
+    def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
+        """x from inputs() -> y [tokens, n]. add: plus extra[0]. swiglu: y is gate and up, extra[0] gets h.
+
+        y None: only u is computed.
+        """
+        other, h = (extra[0], None) if epilogue == "add" else (None, extra[0] if extra else None)
+        self._run(x, self.k, self._down, self._forward, self.n, y, epilogue, other, h)
+
+    def backward(self, dy: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
+        """dy from grads() -> dx [tokens, k]. swiglu_backward: extra = (gu, h), dx becomes dgu. dx None: only du."""
+        other, h = extra if extra else (None, None)
+        self._run(dy, self.n, self._up, self._backward, self.k, dx, epilogue, other, h)
+
+    def _run(
+        self,
+        x: Tensor,
+        k: int,
+        narrow: Tensor,
+        wide: Tensor,
+        n: int,
+        y: Tensor | None,
+        epilogue: Epilogue,
+        other: Tensor | None,
+        h: Tensor | None,
+    ) -> None:
+        def ld(t: Tensor | None) -> int:
+            return 0 if t is None else t.stride(0)
+
+        self.kernels(
+            "linear_tiles",
+            x,
+            x.stride(0),
+            x.shape[0],
+            k,
+            self.r,
+            narrow,
+            wide,
+            0 if y is None else n,
+            y,
+            ld(y),
+            _EPILOGUES[epilogue],
+            other,
+            ld(other),
+            h,
+            ld(h),
+        )
+
+    def _outer(self, p_TR: Tensor, q_TN: Tensor) -> Tensor:
+        g_RN = torch.zeros(p_TR.shape[1], q_TN.shape[1])
+        room = torch.empty(p_TR.shape[0] * p_TR.shape[1], dtype=self.dtype)
+        self.kernels(
+            "outer_tiles",
+            p_TR,
+            p_TR.stride(0),
+            q_TN,
+            q_TN.stride(0),
+            g_RN,
+            g_RN.stride(0),
+            p_TR.shape[0],
+            p_TR.shape[1],
+            q_TN.shape[1],
+            room,
+        )
+        return g_RN
+
+
+class TorchProduct(Product):
+    """In torch, any dtype and any processor; the weights are kept as [W, s B] and A."""
+
+    def __init__(self, kernels: Kernels, weights: Tensor, ranks: Sequence[int], rows: Sequence[Tensor | slice]) -> None:
+        super().__init__(kernels, weights, ranks, rows)
+        self._wide_NK = torch.cat([weights, weights.new_zeros(self.n, self.r)], 1)
+        self._a_RK = weights.new_zeros(self.r, self.k)
+
+    def _set(self, a_RK: Tensor, b_NR: Tensor) -> None:
+        self._a_RK = a_RK
+        self._wide_NK[:, self.k :] = b_NR
+
+    def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
+        """As TileProduct.forward."""
+        x[:, self.k :] = x[:, : self.k] @ self._a_RK.T
+        if y is None:
+            return
+        torch.mm(x, self._wide_NK.T, out=y[:, : self.n])
+        if epilogue == "add":
+            y[:, : self.n] += extra[0]
+        elif epilogue == "swiglu":
+            h = extra[0]
+            self.kernels.rows("swiglu", self.dtype, y, y.stride(0), h, h.stride(0), y.shape[0], self.n // 2)
+
+    def backward(self, dy: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
+        """As TileProduct.backward."""
+        dy[:, self.n :] = dy[:, : self.n] @ self._wide_NK[:, self.k :]
+        if dx is None:
+            return
+        to = dx if epilogue == "store" else torch.empty(dx.shape[0], self.k, dtype=self.dtype)
+        to[:, : self.k] = dy[:, : self.n] @ self._wide_NK[:, : self.k] + dy[:, self.n :] @ self._a_RK
+        if epilogue == "swiglu_backward":
+            gu, h = extra
+            sizes = (gu, gu.stride(0), dx, dx.stride(0), h, h.stride(0), dy.shape[0], self.k)
+            self.kernels.rows("swiglu_backward", self.dtype, to, to.stride(0), *sizes)
+
+    def _outer(self, p_TR: Tensor, q_TN: Tensor) -> Tensor:
+        return (p_TR.T @ q_TN).float()

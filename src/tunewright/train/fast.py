@@ -1,0 +1,41 @@
+"""Choosing how the forward and backward are computed: the fast path's kernels, or the model's plain modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tunewright.models.fast_llama import FastLlama, why_not
+from tunewright.ops.kernels import KernelsMissing, load_kernels
+
+FAST, PLAIN = "fast", "plain"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """name: `fast` or `plain`. forward: what a Policy takes as `fast`. why: one sentence for the job's events."""
+
+    name: str
+    forward: FastLlama | None
+    why: str
+
+
+def choose_path(model: nn.Module, dtype: torch.dtype, threads: int, folder: Path, wanted: str) -> Chosen:
+    """The path for `model`. wanted: `auto` takes the fast one where it serves, `plain` never does.
+
+    folder: where compiled kernels are kept. Compiling takes some seconds, once a machine.
+    """
+    if wanted == PLAIN:
+        return Chosen(PLAIN, None, "The plain modules run, as the job asks.")
+    reason = why_not(model, dtype)
+    if reason is not None:
+        return Chosen(PLAIN, None, f"The plain modules run: {reason}.")
+    try:
+        forward = FastLlama(model, dtype, load_kernels(folder, threads))
+    except KernelsMissing as e:
+        return Chosen(PLAIN, None, f"The plain modules run, which is slower: {e}")
+    how = "AMX tiles" if forward.tiles else "torch's products"
+    return Chosen(FAST, forward, f"The fast path runs, on {how}.")

@@ -1,0 +1,234 @@
+"""The fast path says what the plain modules say: loss, gradients, any cut of a step, switched off, all that it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from plain import plain_loss, plain_model, rows_to_groups
+from torch import Tensor, nn
+
+import tiny
+from tunewright.core.example import Example, Group
+from tunewright.models.fast_llama import FastLlama, why_not
+from tunewright.models.loader import load_model
+from tunewright.models.policy import Policy
+from tunewright.objectives.sft import SFT
+from tunewright.ops.kernels import Kernels
+from tunewright.ops.packing import collate, pack
+from tunewright.tuners.base import Tuner
+from tunewright.tuners.full import Full
+from tunewright.tuners.lora import LoRA
+
+# widths that are multiples of a tile; 3 query heads to a key/value head, as SmolLM2
+TILED: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 320,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def groups(tiny_model_dir: Path) -> list[Group]:
+    return rows_to_groups(tiny_model_dir, tiny.sft_rows(7))
+
+
+def lora(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Tuner, nn.Module]:
+    """A LoRA whose B is not zero, so that A has a gradient too."""
+    tuner = LoRA(LoRA.Options(**options))
+    model = tuner.attach(load_model(folder, dtype), 0)
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for k, p in tuner.trainable().items():
+            if "lora_B" in k:
+                p.add_(0.02 * torch.randn(p.shape, generator=g))
+    return tuner, model
+
+
+def step(policy: Policy, groups: list[Group], budget: int = 10**6) -> tuple[float, dict[str, Tensor]]:
+    """(loss, gradients by parameter name) of one optimizer step."""
+    objective = SFT(SFT.Options())
+    batches = pack(groups, budget)
+    weight = sum(objective.weights(b)["loss"] for b in batches)
+    loss = 0.0
+    for batch in batches:
+        part = objective(policy, batch)["loss"].total / weight
+        part.backward()
+        loss += part.item()
+    found = {k: p.grad.clone() for k, p in policy.model.named_parameters() if p.grad is not None}
+    policy.model.zero_grad()
+    return loss, found
+
+
+def assert_relative(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    assert set(got) == set(want) != set()
+    for k in want:
+        assert (got[k] - want[k]).norm() <= tolerance * want[k].norm(), k
+        assert want[k].norm() > 0, k
+
+
+def fast(model: nn.Module, kernels: Kernels, dtype: torch.dtype = torch.float32) -> Policy:
+    assert why_not(model, dtype) is None
+    return Policy(model, None if dtype == torch.float32 else dtype, fast=FastLlama(model, dtype, kernels))
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "up_proj"], "r": 3}], ids=["all", "some"])
+def test_a_step_is_that_of_transformers_and_peft(
+    tiny_model_dir: Path, groups: list[Group], kernels: Kernels, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    tuner, model = lora(tiny_model_dir, **options)
+    tuner.save(tmp_path, str(tiny_model_dir))
+    reference = PeftModel.from_pretrained(plain_model(tiny_model_dir), tmp_path, is_trainable=True)
+    want = plain_loss(reference, groups)
+    want.backward()
+    loss, grads = step(fast(model, kernels), groups)
+    assert loss == pytest.approx(want.item(), abs=1e-5)
+    theirs = {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}
+    assert_relative(grads, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_each_family_served_is_its_plain_self(
+    tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, family: str
+) -> None:
+    """Biases of q, k, v in Qwen2; a window of 3 tokens in Mistral."""
+    folder = tiny.build_family(tmp_path / "model", family, tiny_model_dir)
+    _, model = lora(folder)
+    ids = torch.arange(60) * 7 % 90 + 3
+    rows = [
+        Group((Example(tuple(part.tolist()), (1.0,) * len(part), i),)) for i, part in enumerate(ids.split([9, 30, 21]))
+    ]
+    want, want_grads = step(Policy(model), rows)
+    got, grads = step(fast(model, kernels), rows)
+    assert got == pytest.approx(want, abs=1e-5)
+    assert_relative(grads, want_grads, 1e-4)
+
+
+@pytest.mark.parametrize("choice", ["selective", "full"])
+def test_what_is_computed_again_is_the_same(
+    tiny_model_dir: Path, groups: list[Group], kernels: Kernels, choice: str
+) -> None:
+    _, model = lora(tiny_model_dir)
+    policy = fast(model, kernels)
+    want, want_grads = step(policy, groups)
+    policy.set_checkpointing(choice)
+    got, grads = step(policy, groups)
+    assert got == want
+    assert all(torch.equal(grads[k], want_grads[k]) for k in want_grads)
+
+
+def test_any_cut_of_a_step_is_the_whole_step(tiny_model_dir: Path, groups: list[Group], kernels: Kernels) -> None:
+    _, model = lora(tiny_model_dir)
+    policy = fast(model, kernels)
+    want, want_grads = step(policy, groups)
+    for budget in (1, 100, 200):
+        got, grads = step(policy, groups, budget)
+        assert got == pytest.approx(want, abs=1e-6)
+        assert_relative(grads, want_grads, 1e-5)
+
+
+def test_off_is_the_base_and_on_again_the_adapter(tiny_model_dir: Path, groups: list[Group], kernels: Kernels) -> None:
+    tuner, model = lora(tiny_model_dir)
+    policy, batch = fast(model, kernels), collate(groups)
+    with torch.no_grad():
+        on = policy.hidden(batch)
+        with tuner.off():
+            off = policy.hidden(batch)
+        base = Policy(load_model(tiny_model_dir)).hidden(batch)
+        torch.testing.assert_close(off, base, atol=1e-5, rtol=1e-5)
+        assert torch.equal(policy.hidden(batch), on)
+        assert not torch.allclose(on, off, atol=1e-3)
+
+
+def test_weights_that_an_optimizer_moved_are_read_again(
+    tiny_model_dir: Path, groups: list[Group], kernels: Kernels
+) -> None:
+    tuner, model = lora(tiny_model_dir)
+    policy = fast(model, kernels)
+    optimizer = torch.optim.SGD(tuner.trainable().values(), lr=0.1)
+    objective, batch = SFT(SFT.Options()), collate(groups)
+    for _ in range(3):
+        objective(policy, batch)["loss"].total.div(batch.weights_T.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch.testing.assert_close(policy.hidden(batch), Policy(model).hidden(batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def tiled(tmp_path: Path, kernels: Kernels) -> Path:
+    if not kernels.tiles:
+        pytest.skip("this processor has no AMX tiles")
+    return tiny.build_tiny_model(tmp_path / "tiled", **TILED)
+
+
+def rounded(folder: Path) -> tuple[nn.Module, nn.Module]:
+    """The same LoRA model twice, its base rounded to bfloat16: in bfloat16, and in float32 as the exact reference."""
+    (_, half), (_, exact) = lora(folder, torch.bfloat16), lora(folder)
+    with torch.no_grad():
+        for a, b in zip(exact.parameters(), half.parameters(), strict=True):
+            a.copy_(b)
+    return half, exact
+
+
+def test_on_tiles_the_error_is_that_of_rounding(tiled: Path, groups: list[Group], kernels: Kernels) -> None:
+    """Against float32 with the same rounded weights; the plain bfloat16 modules are no nearer."""
+    half, exact = rounded(tiled)
+    policy = fast(half, kernels, torch.bfloat16)
+    assert policy.fast.tiles and policy.fast.head is not None  # type: ignore[union-attr]
+    want, want_grads = step(Policy(exact), groups)
+    got, grads = step(policy, groups)
+    plain, plain_grads = step(Policy(half, torch.bfloat16), groups)
+
+    def error(found: dict[str, Tensor]) -> float:
+        return sum(float((found[k] - want_grads[k]).square().sum()) for k in want_grads) ** 0.5
+
+    size = sum(float(g.square().sum()) for g in want_grads.values()) ** 0.5
+    assert abs(got - want) <= 0.002 * want
+    assert error(grads) <= 0.03 * size
+    assert error(grads) <= 1.5 * error(plain_grads)
+    assert abs(plain - want) <= 0.01 * want
+
+
+def test_on_tiles_packed_is_alone_and_again_is_the_same(tiled: Path, groups: list[Group], kernels: Kernels) -> None:
+    half, _ = rounded(tiled)
+    policy = fast(half, kernels, torch.bfloat16)
+    with torch.no_grad():
+        packed = policy.hidden(collate(groups)).split([g.n_tokens for g in groups])
+        for rows, group in zip(packed, groups, strict=True):
+            alone = policy.hidden(collate([group]))
+            assert (rows - alone).float().norm() <= 0.01 * alone.float().norm()
+    first, second = step(policy, groups), step(policy, groups)
+    assert first[0] == second[0]
+    assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
+
+
+Change = Callable[[nn.Module], None]
+
+
+def _dropout(model: nn.Module) -> None:
+    for layer in model.modules():
+        if hasattr(layer, "lora_dropout"):
+            layer.lora_dropout["default"] = nn.Dropout(0.1)  # type: ignore[index]
+
+
+def _more(model: nn.Module) -> None:
+    model.get_base_model().model.norm.weight.requires_grad_(True)  # type: ignore[operator,union-attr]
+
+
+@pytest.mark.parametrize(("change", "reason"), [(_dropout, "has dropout"), (_more, "other than LoRA's are trained")])
+def test_what_it_does_not_serve_is_told(tiny_model_dir: Path, change: Change, reason: str) -> None:
+    _, model = lora(tiny_model_dir)
+    change(model)
+    assert reason in (why_not(model, torch.float32) or "")
+
+
+def test_full_tuning_is_not_served(tiny_model_dir: Path) -> None:
+    model = Full(Full.Options()).attach(load_model(tiny_model_dir), 0)
+    assert "are trained" in (why_not(model, torch.float32) or "")

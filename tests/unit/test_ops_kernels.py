@@ -1,0 +1,182 @@
+"""The C++ kernels against torch in float32: each product, attention with its gradients, the vocabulary pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunewright.ops.kernels import Kernels, KernelsMissing, load_kernels
+from tunewright.ops.logprob import TileHead
+from tunewright.ops.lora import LowRank, Product, TileProduct, TorchProduct, interleave
+
+B16 = torch.bfloat16
+
+
+def need_tiles(kernels: Kernels) -> None:
+    if not kernels.tiles:
+        pytest.skip("this processor has no AMX tiles")
+
+
+def near(got: Tensor, want: Tensor, tolerance: float = 4e-3) -> None:
+    """bfloat16 results: relative to the size of the whole."""
+    assert (got.float() - want).norm() <= tolerance * want.norm()
+    assert want.norm() > 0
+
+
+@pytest.fixture
+def random() -> Callable[..., Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=g)
+
+
+def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(KernelsMissing, match=r"no C\+\+ compiler.*apt install"):
+        load_kernels(tmp_path, 1)
+
+
+def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "bin" / "broken-cxx"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\necho no such instruction >&2; exit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(KernelsMissing, match="broken-cxx could not compile the kernels: no such instruction"):
+        load_kernels(tmp_path / "cache", 1)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, B16])
+def test_rmsnorm_and_its_gradient(kernels: Kernels, random: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    x, w, dy = random(37, 96).to(dtype), random(96).to(dtype), random(37, 96).to(dtype)
+    y, rstd, dx = torch.empty_like(x), torch.empty(37), torch.empty_like(x)
+    kernels.rows("rmsnorm", dtype, x, 96, w, 1e-5, y, 96, rstd, 37, 96)
+    kernels.rows("rmsnorm_backward", dtype, dy, 96, x, 96, w, rstd, None, 0, dx, 96, None, 37, 96)
+    leaf = x.float().requires_grad_()
+    want = leaf * (leaf.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w.float()
+    want.backward(dy.float())
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    near(y, want.detach(), tolerance)
+    near(dx, leaf.grad, tolerance)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, B16])
+def test_swiglu_and_its_gradient(kernels: Kernels, random: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    gate, up, dh = (4 * random(5, 48).to(dtype) for _ in range(3))
+    gu = interleave(gate.T.contiguous(), up.T.contiguous()).T.contiguous()
+    h, dgu, again = torch.empty_like(dh), torch.empty_like(gu), torch.empty_like(dh)
+    kernels.rows("swiglu", dtype, gu, 96, h, 48, 5, 48)
+    kernels.rows("swiglu_backward", dtype, dh, 48, gu, 96, dgu, 96, again, 48, 5, 48)
+    g, u = gate.float().requires_grad_(), up.float().requires_grad_()
+    want = F.silu(g) * u
+    want.backward(dh.float())
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    near(h, want.detach(), tolerance)
+    assert torch.equal(again, h)
+    near(dgu, interleave(g.grad.T.contiguous(), u.grad.T.contiguous()).T, tolerance)  # type: ignore[union-attr]
+
+
+def products(kernels: Kernels, kind: type[Product], x: Tensor, dy: Tensor, weights: Tensor, updates: list) -> tuple:
+    """(y, dx, gradients) of two layers with ranks 8 and 16 that read the same x."""
+    product = kind(kernels, weights, [8, 16], [slice(0, 64), slice(64, 160)])
+    product.set_updates(updates)
+    into, back = product.inputs(x.shape[0]), product.grads(x.shape[0])
+    into[:, :128], back[:, :160] = x, dy
+    y, dx = torch.empty(x.shape[0], 160, dtype=x.dtype), torch.empty_like(x)
+    product.forward(into, y)
+    product.backward(back, dx)
+    return y, dx, product.gradients(into, back, updates)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(TileProduct, B16), (TorchProduct, B16), (TorchProduct, torch.float32)])
+def test_a_product_with_two_updates(
+    kernels: Kernels, random: Callable[..., Tensor], kind: type[Product], dtype: torch.dtype
+) -> None:
+    if kind is TileProduct:
+        need_tiles(kernels)
+    x, dy, w = random(96, 128).to(dtype), random(96, 160).to(dtype), random(160, 128).to(dtype)
+    updates = [LowRank(random(8, 128), random(64, 8), 2.0), LowRank(random(16, 128), random(96, 16), 0.5)]
+    y, dx, grads = products(kernels, kind, x, dy, w, updates)
+    leaves = [t.clone().requires_grad_() for u in updates for t in (u.a, u.b)]
+    xf = x.float().requires_grad_()
+    low = [2.0 * xf @ leaves[0].T @ leaves[1].T, 0.5 * xf @ leaves[2].T @ leaves[3].T]
+    want = xf @ w.float().T + torch.cat(low, 1)
+    want.backward(dy.float())
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    near(y, want.detach(), tolerance)
+    near(dx, xf.grad, tolerance)  # type: ignore[arg-type]
+    for got, leaf in zip([t for pair in grads for t in pair], leaves, strict=True):
+        near(got, leaf.grad, tolerance)  # type: ignore[arg-type]
+
+
+def test_an_update_that_is_off_leaves_the_base(kernels: Kernels, random: Callable[..., Tensor]) -> None:
+    x, dy, w = random(32, 128), random(32, 160), random(160, 128)
+    y, dx, grads = products(kernels, TorchProduct, x, dy, w, [None, None])
+    assert grads == [None, None]
+    near(y, x @ w.T, 1e-6)
+    near(dx, dy @ w, 1e-6)
+
+
+def plain_attention(qkv: Tensor, lengths: list[int], heads: int, kv: int, hd: int, window: int) -> Tensor:
+    outs = []
+    for rows in qkv.split(lengths):
+        q, k, v = (
+            part.unflatten(1, (-1, hd)).transpose(0, 1) for part in rows.split([heads * hd, kv * hd, kv * hd], 1)
+        )
+        k, v = k.repeat_interleave(heads // kv, 0), v.repeat_interleave(heads // kv, 0)
+        seen = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
+        if window:
+            seen = seen.triu(1 - window)
+        scores = (q @ k.transpose(1, 2) * hd**-0.5).masked_fill(~seen, -torch.inf)
+        outs.append((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize(("heads", "kv", "hd", "window"), [(9, 3, 64, 0), (4, 4, 32, 40), (2, 1, 128, 0)])
+def test_attention_and_its_gradient(
+    kernels: Kernels, random: Callable[..., Tensor], heads: int, kv: int, hd: int, window: int
+) -> None:
+    need_tiles(kernels)
+    lengths = [1, 33, 64, 129, 300]
+    total, width = sum(lengths), (heads + 2 * kv) * hd
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+    qkv, dout = random(total + 32, width).to(B16), random(total + 32, heads * hd).to(B16)
+    out, grad, lse = torch.zeros_like(dout), torch.zeros_like(qkv), torch.empty(heads, total + 32)
+
+    def parts(t: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        return t, t[:, heads * hd :], t[:, (heads + kv) * hd :], width
+
+    sizes = (starts, len(lengths), heads, kv, hd, hd**-0.5, window, out, heads * hd, lse, total + 32)
+    kernels("attention_tiles", *parts(qkv), *sizes)
+    kernels("attention_backward_tiles", *parts(qkv), *sizes, dout, heads * hd, *parts(grad))
+    leaf = qkv[:total].float().requires_grad_()
+    want = plain_attention(leaf, lengths, heads, kv, hd, window)
+    want.backward(dout[:total].float())
+    near(out[:total], want.detach())
+    assert not out[total:].any() and not grad[total:].any()
+    for name, columns in {"q": slice(0, heads * hd), "kv": slice(heads * hd, None)}.items():
+        assert leaf.grad is not None, name
+        near(grad[:total, columns], leaf.grad[:, columns])
+
+
+def test_the_vocabulary_in_one_pass(kernels: Kernels, random: Callable[..., Tensor]) -> None:
+    """Sizes that are no multiples of a tile; logits far apart, so that the running maximum moves."""
+    need_tiles(kernels)
+    h, weight = random(77, 96).to(B16), (random(1003, 96) * torch.linspace(0.05, 1.5, 1003)[:, None]).to(B16)
+    targets = torch.arange(77) * 13
+    logp, correct, entropy, mean, grad = TileHead(kernels, weight, 0.7).stats(h, targets, True, True)
+    leaf = h.float().requires_grad_()
+    want = (0.7 * leaf @ weight.float().T).log_softmax(-1)
+    chosen = want.gather(1, targets[:, None])[:, 0]
+    chosen.sum().backward()
+    torch.testing.assert_close(logp, chosen.detach(), atol=1e-4, rtol=1e-5)
+    assert torch.equal(correct, (want.argmax(-1) == targets).float())
+    torch.testing.assert_close(entropy, -(want.exp() * want).sum(-1).detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mean, want.mean(-1).detach(), atol=1e-4, rtol=1e-5)
+    near(grad, leaf.grad)  # type: ignore[arg-type]
