@@ -1,0 +1,52 @@
+"""The scripts of recipes/ do what they say, as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tiny
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def run(name: str, folder: Path, *args: str | Path) -> str:
+    env = {**os.environ, "TUNEWRIGHT_HOME": str(folder / "home"), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(RECIPES / name), *map(str, args)]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_our_objective_in_a_lightning_module(
+    tiny_model_dir: Path, tmp_path: Path, sft_file: Callable[..., Path]
+) -> None:
+    pytest.importorskip("lightning")
+    data = sft_file(tmp_path, 24)
+    said = run("lightning_module.py", tmp_path, tiny_model_dir, data, "--epochs", "4", "--out", tmp_path / "adapter")
+    losses = [float(x) for x in re.findall(r"^step \d+: loss ([\d.]+)$", said, re.MULTILINE)]
+    assert len(losses) == 12 and losses[-1] < losses[0] - 0.2
+    assert mean_loss(tiny_model_dir, tmp_path / "adapter") < mean_loss(tiny_model_dir) - 0.1
+
+
+def mean_loss(folder: Path, adapter: Path | None = None) -> float:
+    """transformers' own loss of the rows' texts, with peft's adapter or without."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    losses = []
+    for row in tiny.sft_rows(6):
+        ids = tokenizer.apply_chat_template(row["messages"], return_tensors="pt")["input_ids"]
+        losses.append(model(input_ids=ids, labels=ids).loss.item())
+    return sum(losses) / len(losses)
