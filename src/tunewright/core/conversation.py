@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant", "tool")
-Shape = Literal["chat", "preference", "text"]
+Shape = Literal["chat", "preference", "text", "labelled"]
 
 
 class FunctionCall(BaseModel):
@@ -45,7 +45,7 @@ class Conversation(BaseModel):
     tools: function definitions in OpenAI's schema, offered to the model.
     contexts: retrieved passages, for question answering over documents.
     preferred, rejected: the two answers of a preference row; `messages` is then their shared input.
-    text: the row of a plain-text corpus.
+    text: the row of a plain-text corpus, or what a label belongs to. text_pair: a second text that it is about, too.
     label, reward: what a classifier or a grader says of the row.
     source: where the row came from (1-based line or row number).
     """
@@ -58,13 +58,14 @@ class Conversation(BaseModel):
     preferred: list[Message] | None = None
     rejected: list[Message] | None = None
     text: str | None = None
+    text_pair: str | None = None
     label: str | float | bool | list[str] | None = None
     reward: float | None = None
     source: int = 0
 
     @property
     def shape(self) -> Shape:
-        """Which objectives can use the row: `text`, `preference` or `chat`."""
+        """Which objectives can use the row: `text`, `labelled`, `preference` or `chat`."""
         if self.text is not None:
-            return "text"
+            return "text" if self.label is None else "labelled"
         return "preference" if self.preferred is not None else "chat"

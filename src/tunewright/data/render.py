@@ -7,13 +7,14 @@ inside a trained turn: after the generation prompt, up to and including the end-
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tunewright.core.conversation import Conversation, Message
 from tunewright.core.errors import DataError, Problem, UserError
 from tunewright.core.example import Example, Group
+from tunewright.data.sides import answers, labelled, length, shortened
 from tunewright.data.spans import Span, Turns, Written, plain, write
 from tunewright.data.tokenizer import Tokenizer
 
@@ -73,25 +74,27 @@ def render_rows(
     max_length: int,
     overlong: Overlong = "error",
     report: RenderReport | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Iterator[Group]:
     """Groups of examples, in the order of the rows: one example each, or two (preferred, rejected) for `preference`.
 
-    shape: `chat`, `preference` or `text`; every row must have it.
+    shape: `chat`, `preference`, `text` or `labelled`; every row must have it.
     train_on: `assistant` trains every assistant turn whose weight is not 0, `last` only the last of them.
     max_length: tokens that an example may have. overlong: `error` refuses the file, `truncate` cuts the end off,
     `drop` leaves the example (or pair) out.
+    labels: the names of the classes of `labelled` rows, in order; None: labels are values.
     Raises one DataError at the end, after every row was seen, that names the rows that could not be used.
     """
     report = RenderReport() if report is None else report
     for conversation in conversations:
         report.rows += 1
         try:
-            groups = _render(conversation, tokenizer, shape, train_on, report)
+            groups = _render(conversation, tokenizer, shape, train_on, report, labels)
         except UserError as e:
             report.refuse(e.problems if isinstance(e, DataError) else [Problem(conversation.source, e.message)])
             continue
         for group in groups:
-            fitted = _fit(group, max_length, overlong, report)
+            fitted = _fit(group, max_length, overlong, report, tokenizer)
             if fitted is not None:
                 report.examples += len(fitted.examples)
                 report.tokens += fitted.n_tokens
@@ -101,11 +104,20 @@ def render_rows(
 
 
 def _render(
-    row: Conversation, tokenizer: Tokenizer, shape: str, train_on: TrainOn, report: RenderReport
+    row: Conversation,
+    tokenizer: Tokenizer,
+    shape: str,
+    train_on: TrainOn,
+    report: RenderReport,
+    labels: Sequence[str] | None,
 ) -> list[Group]:
     if row.shape != shape:
         problem = Problem(row.source, f"is a {row.shape} row, but the job needs {shape} rows.")
         raise DataError(str(problem), problems=[problem])
+    if shape == "labelled":
+        return [labelled(row, tokenizer, labels)]
+    if tokenizer.decoder_start_id is not None:
+        return answers(row, tokenizer, _trained(row.messages, train_on), tokenizer.decoder_start_id)
     if row.text is not None:
         return [_text(row.text, row.source, tokenizer, report)]
     if shape == "preference":
@@ -223,22 +235,22 @@ def _shared(examples: list[Example]) -> int:
     return next((t for t in range(n) if any(e.ids[t] != first[t] for e in examples)), n)
 
 
-def _fit(group: Group, max_length: int, overlong: Overlong, report: RenderReport) -> Group | None:
+def _fit(group: Group, max_length: int, overlong: Overlong, report: RenderReport, tokenizer: Tokenizer) -> Group | None:
     """The group if it is short enough; else what the policy makes of it."""
-    longest = max(group.examples, key=lambda e: len(e.ids))
-    if len(longest.ids) > report.longest:
-        report.longest, report.longest_line = len(longest.ids), longest.source
-    if len(longest.ids) > max_length:
+    longest = max(group.examples, key=length)
+    if length(longest) > report.longest:
+        report.longest, report.longest_line = length(longest), longest.source
+    if length(longest) > max_length:
         report.overlong += 1
         if overlong != "truncate":
             report.dropped += overlong == "drop"
             return None
-        cut = tuple(Example(e.ids[:max_length], e.weights[:max_length], e.source) for e in group.examples)
+        cut = tuple(shortened(e, max_length, tokenizer) for e in group.examples)
         group = Group(cut, min(group.prefix, max_length))
-    if not all(any(w > 0 for w in e.weights[1:]) for e in group.examples):
+    if not all(e.label is not None or any(w > 0 for w in e.weights[1:]) for e in group.examples):
         report.empty += 1
         return None
-    report.truncated += len(longest.ids) > max_length
+    report.truncated += length(longest) > max_length
     return group
 
 

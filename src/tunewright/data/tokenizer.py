@@ -33,6 +33,8 @@ class Tokenizer:
     special_tokens: named special tokens, e.g. {"eos_token": "<|im_end|>"}.
     eos_ids: every id that ends generation. eos_id: the tokenizer's own end token, bos_id its begin token, or None.
     special_ids: ids of all control tokens.
+    decoder_start_id: the token with which an encoder-decoder begins its answer; None for every other model.
+    takes_types: whether the model is told which text of a pair a token belongs to (BERT).
     """
 
     def __init__(
@@ -44,7 +46,11 @@ class Tokenizer:
         eos_ids: Iterable[int] = (),
         added: Iterable[tokenizers.AddedToken] = (),
         now: datetime | None = None,
+        decoder_start_id: int | None = None,
+        takes_types: bool = False,
     ) -> None:
+        self.decoder_start_id = decoder_start_id
+        self.takes_types = takes_types
         self._data = data
         self._added = list(added)
         self._now = now
@@ -76,7 +82,7 @@ class Tokenizer:
                 "(AutoTokenizer.from_pretrained(…).save_pretrained(…)) to get one.",
                 param="model",
             )
-        config = _read_object(folder / "tokenizer_config.json")
+        config, model = _read_object(folder / "tokenizer_config.json"), _read_object(folder / "config.json")
         try:
             data = path.read_text(encoding="utf-8")
             templates = {"default": template} if template is not None else _templates(folder, config)
@@ -87,6 +93,8 @@ class Tokenizer:
                 eos_ids=_eos_ids(folder),
                 added=_added_tokens(config),
                 now=now,
+                decoder_start_id=_decoder_start(model),
+                takes_types=(model.get("type_vocab_size") or 0) > 1,
             )
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"The tokenizer of '{folder.name}' cannot be read: {e}.", param="model") from e
@@ -103,6 +111,20 @@ class Tokenizer:
         except TypeError as e:
             raise UserError("The text holds half of a surrogate pair, which is no character.") from e
         return found.ids, found.offsets
+
+    def encode_row(self, text: str, pair: str | None = None) -> tuple[list[int], list[int]]:
+        """([T] ids, [T] which text each token belongs to) of a whole row, as the model's post-processor frames it.
+
+        pair: a second text; a tokenizer that has no frame for two puts it on a line of its own.
+        Raises UserError for text that is not valid Unicode.
+        """
+        framed = pair is not None and "sep_token" in self.special_tokens
+        whole = text if pair is None or framed else f"{text}\n{pair}"
+        try:
+            found = self._with_special.encode(whole, pair if framed else None)
+        except TypeError as e:
+            raise UserError("The text holds half of a surrogate pair, which is no character.") from e
+        return found.ids, found.type_ids
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
@@ -260,6 +282,15 @@ def _added_tokens(config: dict[str, Any]) -> list[tokenizers.AddedToken]:
         for _, row in rows
         if isinstance(row, dict) and isinstance(row.get("content"), str)
     ]
+
+
+def _decoder_start(config: dict[str, Any]) -> int | None:
+    if not config.get("is_encoder_decoder"):
+        return None
+    start = config.get("decoder_start_token_id")
+    if not isinstance(start, int):
+        raise UserError("The model's config.json names no decoder_start_token_id, with which its answers begin.")
+    return start
 
 
 def _eos_ids(folder: Path) -> set[int]:

@@ -26,6 +26,7 @@ SHAPES = {
     "chat": ("fine-tune-chat", "supervised"),
     "preference": ("fine-tune-preference", "dpo"),
     "text": ("text", "pretraining"),
+    "labelled": ("text with labels", "classification"),
 }
 
 
@@ -41,7 +42,8 @@ def check_file(
     """Read the whole file and report what is wrong with it.
 
     format: a name of FORMATS, or `auto` to decide from the first 100 rows.
-    purpose_shapes: the row shapes (`chat`, `preference`, `text`) that the job's objective can use; None allows any.
+    purpose_shapes: the row shapes (`chat`, `preference`, `text`, `labelled`) that the job's objective can use; None
+        allows any.
     min_examples: fewer rows than this are a problem.
     limit: how many problems are kept (all are counted).
     name: the file's name as the user knows it.

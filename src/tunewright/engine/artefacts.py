@@ -24,6 +24,7 @@ from tunewright.data.tokenizer import Tokenizer
 from tunewright.engine import attention, linear
 from tunewright.engine.kv_cache import KVCache
 from tunewright.engine.scheduler import Limits
+from tunewright.models.layouts import PACKED, layout_of
 from tunewright.models.loader import load_model, materialise
 
 _TOKENIZERS = 16
@@ -81,6 +82,13 @@ class Artefacts:
         if not (folder / ARTEFACT).is_file():
             raise ModelNotFound("This model's files are not there any more. List the models again.", param="model")
         record = read_artefact(folder)
+        if record.head != "lm":
+            raise UserError(
+                f"The model '{record.name}' answers with a class or a value of a whole text (head {record.head}); it "
+                "writes no text and cannot be served here. Open its folder with transformers or peft.",
+                code="unsupported_model",
+                param="model",
+            )
         if record.kind == "weights":
             return self._target(folder, None, record.decoding)
         if record.kind != "adapter":
@@ -160,6 +168,13 @@ class Artefacts:
     def _load(self, target: Target) -> Model:
         _verify(target.folder)
         net: Any = load_model(target.folder, self.dtype)
+        if layout_of(net) != PACKED:
+            raise UserError(
+                f"Models of this architecture ({type(net).__name__}) can be trained but not served here yet. Open the "
+                "folder with transformers or another server.",
+                code="unsupported_model",
+                param="model",
+            )
         if target.merged and target.adapter is not None:
             from peft import PeftModel  # seldom needed, and its import would double the engine's start
 

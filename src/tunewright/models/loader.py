@@ -135,13 +135,13 @@ def _without_dropout(config: Any) -> None:
 
 
 def _fill(folder: Path, info: ModelInfo, progress: Progress) -> None:
-    {"package": _from_gguf, "gguf": _from_gguf, "hub": _from_hub}[info.kind](folder, info, progress)
+    bring = _from_hub if info.kind == "hub" else _from_gguf if info.location.endswith(".gguf") else _from_folder
+    bring(folder, info, progress)
     check_folder(folder)
 
 
-def _from_gguf(folder: Path, info: ModelInfo, progress: Progress) -> None:
-    path = Path(info.location)
-    progress("checking the file", 0, 3)
+def _checked(path: Path, info: ModelInfo) -> str:
+    """The file's sha256. Raises UserError if it is not the one in the catalogue."""
     sha256 = sha256_file(path)
     if info.sha256 is not None and sha256 != info.sha256:
         raise UserError(
@@ -151,6 +151,25 @@ def _from_gguf(folder: Path, info: ModelInfo, progress: Progress) -> None:
             code="model_file_changed",
             param="model",
         )
+    return sha256
+
+
+def _from_folder(folder: Path, info: ModelInfo, progress: Progress) -> None:
+    """A package that holds a model folder: the named weights file and what lies beside it."""
+    path = Path(info.location)
+    progress("checking the file", 0, 2)
+    sha256 = _checked(path, info)
+    progress("copying", 1, 2)
+    wanted = (p for pattern in HUB_FILES for p in path.parent.glob(pattern))
+    for source in {path, *(p for p in wanted if p.suffix != ".safetensors")}:
+        shutil.copyfile(source, folder / source.name)
+    _write_record(folder, info, {"sha256": sha256, "file": path.name})
+
+
+def _from_gguf(folder: Path, info: ModelInfo, progress: Progress) -> None:
+    path = Path(info.location)
+    progress("checking the file", 0, 3)
+    sha256 = _checked(path, info)
     progress("dequantising", 1, 3)
     facts = gguf.convert(path, folder)
     progress("saving", 2, 3)

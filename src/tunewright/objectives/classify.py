@@ -48,13 +48,14 @@ class Classify:
         return terms | {name: Term(x, n, coef=0.0) for name, x in zip(self._counts(), columns, strict=False)}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        """Further metrics from the terms' means: `macro_f1`, the mean over classes of 2 hit / (said + true).
+        """Metrics from the terms' means: `accuracy`, and `macro_f1`, the mean over classes of 2 hit / (said + true).
 
         A class that neither occurs nor is said is left out, as in scikit-learn.
         """
-        shares = [tuple(means[f"{kind} {k}"] for kind in _KINDS) for k in range(len(self.labels[:COUNTED]))]
+        found = {"accuracy": means["accuracy"]}
+        shares = [[means[f"{kind} {k}"] for kind in _KINDS] for k in range(len(self.labels))] if self._counts() else []
         scores = [2 * hit / (said + true) for hit, said, true in shares if said + true > 0]
-        return {"macro_f1": sum(scores) / len(scores)} if scores and len(self.labels) <= COUNTED else {}
+        return found | ({"macro_f1": sum(scores) / len(scores)} if scores else {})
 
     def _counts(self) -> list[str]:
         known = len(self.labels) if len(self.labels) <= COUNTED else 0
