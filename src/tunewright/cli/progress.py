@@ -81,11 +81,32 @@ def plan_text(plan: dict[str, Any]) -> list[str]:
     if "trainable_parameters" in known and "parameters" in known:
         share = 100 * known["trainable_parameters"] / known["parameters"]
         lines.append(f"Trains {known['trainable_parameters']:,} of {known['parameters']:,} parameters ({share:.2g} %)")
+    base = known.get("base") or {}
+    if base.get("loss") is not None:
+        score = f", accuracy {base['mean_token_accuracy']:.1%}" if "mean_token_accuracy" in base else ""
+        where = f"{base['rows']} {'training' if base['source'] == 'train' else 'validation'} rows"
+        lines.append(f"Before training: loss {base['loss']:.4f}{score} ({where})")
     cost = [f"about {seconds_text(known['predicted_seconds'])}"] if "predicted_seconds" in known else []
+    cost += (
+        [time.strftime("until %H:%M:%S", time.localtime(known["predicted_finish"]))]
+        if known.get("predicted_finish")
+        else []
+    )
     cost += [f"{bytes_text(known['peak_memory_bytes'])} of memory"] if "peak_memory_bytes" in known else []
     cost += [f"{known['dtype']}"] if "dtype" in known else []
+    cost += [f"checkpointing {known['checkpointing']}"] if known.get("checkpointing", "none") != "none" else []
     cost += [f"{known['threads']} CPU threads"] if "threads" in known else []
     return [*lines, "Predicted: " + ", ".join(cost)] if cost else lines
+
+
+def measured_text(end: dict[str, Any]) -> list[str]:
+    """What the finished job took beside what was predicted, as one line, if both are known."""
+    said = []
+    for name, show in (("seconds", seconds_text), ("peak_memory_bytes", bytes_text)):
+        measured, predicted = end.get(name), end.get(f"predicted_{name}")
+        if measured and predicted:
+            said.append(f"{show(measured)} (predicted {show(predicted)})")
+    return ["Took " + ", ".join(said)] if said else []
 
 
 class _PlainView:

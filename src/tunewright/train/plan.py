@@ -81,7 +81,7 @@ def resolve(
     card: TunerCard,
     *,
     dtype: str,
-    path: str,
+    path: str = "plain",
     threads: int,
     context: int,
     parameters: int,

@@ -41,7 +41,7 @@ def demo(
         Path | None, typer.Option("--json", metavar="FILE", help="Also write scores and all answers to FILE.")
     ] = None,
 ) -> None:
-    """Fine-tune a small model in a few minutes and see what it learned.
+    """Fine-tune a small model in minutes and see what it learned.
 
     Needs no network, no account and no GPU. Ctrl-C loses nothing: run it again and it continues.
     """

@@ -15,7 +15,7 @@ def doctor(
     host: Annotated[str, typer.Option(help="The address to check ports on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65534, help="The API's port; the dashboard's is the next.")] = 8000,
 ) -> None:
-    """Say what works on this machine and what is missing, with the fix.
+    """Say what works on this machine and how to fix what does not.
 
     The exit code is 1 if something is bad.
     """

@@ -33,7 +33,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
 ) -> None:
-    """Say how much memory training takes, by what for, and which settings fit.
+    """Say what training a model needs, and what fits.
 
     Everything is counted from the model's config on meta tensors; nothing is downloaded or loaded.
     """

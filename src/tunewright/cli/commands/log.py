@@ -21,7 +21,7 @@ def log(
     follow: Annotated[bool, typer.Option(help="Go on until the job's worker ends.")] = False,
     home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
 ) -> None:
-    """Copy the curves of a running or finished job to TensorBoard, Weights & Biases or MLflow.
+    """Copy a job's curves to TensorBoard, Weights & Biases or MLflow.
 
     Steps that were done again after a crash count once. Called again, it adds what is new and doubles nothing.
     """

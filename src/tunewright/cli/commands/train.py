@@ -41,7 +41,7 @@ def train(
         raise typer.BadParameter("a resumed job keeps its spec; start a new job to change it", param_hint="--set")
     end = run_foreground(place, run, console)
     if end.data.get("status") == "succeeded":
-        _done(run, console)
+        _done(run, end.data, console)
         return
     raise typer.Exit(exit_code(end.data))
 
@@ -160,8 +160,12 @@ def check_data(path: Path, what: str, spec: JobSpec, console: Console) -> None:
     raise_for(report, what=what)
 
 
-def _done(run: Run, console: Console) -> None:
+def _done(run: Run, end: dict[str, Any], console: Console) -> None:
+    from tunewright.cli.progress import measured_text
+
     name = run.job().name
+    for line in measured_text(end):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"Done. The model is {name}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Its files: {run.result}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Talk to it: tunewright chat {name}", markup=False, highlight=False, soft_wrap=True)
