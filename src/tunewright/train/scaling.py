@@ -33,7 +33,8 @@ def unscale(parameters: Iterable[nn.Parameter], state: State) -> bool:
     if state.loss_scale > SMALLEST and not torch.isfinite(norm):
         state.loss_scale, state.well_scaled = state.loss_scale / 2, 0
         return False
-    torch._foreach_mul_(grads, 1 / state.loss_scale)
+    for grad in grads:
+        grad.mul_(1 / state.loss_scale)
     return True
 
 

@@ -71,7 +71,8 @@ class MLflow:
     def _send(self, kind: str, items: Sequence[Any]) -> None:
         size = AT_ONCE[kind]
         for at in range(0, len(items), size):
-            self.client.log_batch(self.id, **{kind: items[at : at + size]})
+            some: dict[str, Any] = {kind: items[at : at + size]}
+            self.client.log_batch(self.id, **some)
 
 
 def _same(a: tuple[int, float], b: tuple[int, float]) -> bool:

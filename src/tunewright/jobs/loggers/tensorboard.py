@@ -32,12 +32,9 @@ class TensorBoard:
         return 0
 
     def write(self, points: Sequence[Point]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         for p in points:
-            values = [Summary.Value(tag=_tag(k), simple_value=v) for k, v in p.values.items()]
-            self._writer.add_event(Event(step=p.step, wall_time=p.time, summary=Summary(value=values)))
+            values = [{"tag": _tag(k), "simple_value": v} for k, v in p.values.items()]
+            self._add({"step": p.step, "wall_time": p.time, "summary": {"value": values}})
         self._writer.flush()
 
     def close(self, status: str | None) -> None:
@@ -49,19 +46,22 @@ class TensorBoard:
 
     def _text(self, tag: str, text: str) -> None:
         """A text for the TEXT tab, as Markdown code."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.compat.proto.tensor_pb2 import TensorProto
-        from tensorboard.compat.proto.types_pb2 import DT_STRING
         from tensorboard.plugins.text.metadata import create_summary_metadata
 
         markdown = "\n".join(f"    {line}" for line in text.splitlines())
-        value = Summary.Value(
-            tag=tag,
-            metadata=create_summary_metadata(display_name=tag, description=""),
-            tensor=TensorProto(dtype=DT_STRING, string_val=[markdown.encode()]),
-        )
-        self._writer.add_event(Event(wall_time=self.run.job().created_at, summary=Summary(value=[value])))
+        value = {
+            "tag": tag,
+            "metadata": create_summary_metadata(display_name=tag, description=""),
+            "tensor": {"dtype": "DT_STRING", "string_val": [markdown.encode()]},
+        }
+        self._add({"wall_time": self.run.job().created_at, "summary": {"value": [value]}})
+
+    def _add(self, event: dict[str, Any]) -> None:
+        """event: the fields of TensorBoard's Event message."""
+        from tensorboard.compat.proto import event_pb2
+
+        messages: Any = event_pb2  # made when it is imported, so no type checker knows what is in it
+        self._writer.add_event(messages.Event(**event))
 
 
 def _tag(name: str) -> str:

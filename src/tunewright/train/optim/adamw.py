@@ -51,7 +51,7 @@ class AdamW8bit:
 
     @staticmethod
     def build(parameters: dict[str, nn.Parameter], lr: float, options: Any) -> torch.optim.Optimizer:
-        from bitsandbytes.optim import AdamW8bit as Bitsandbytes
+        from bitsandbytes.optim import AdamW8bit as Bitsandbytes  # type: ignore[import-not-found]
 
         return Bitsandbytes(
             decay_groups(parameters, options.weight_decay),

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from tunewright.train.optim.base import Card, Options, decay_groups
 
@@ -39,17 +39,16 @@ class LionOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """c = b1 m + (1 - b1) g; theta = theta - lr (sign(c) + decay theta); m = b2 m + (1 - b2) g."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-            grads = [p.grad for p in params]
-            momenta = [self.state[p]["exp_avg"] for p in params]
-            lr, (beta1, beta2) = group["lr"], group["betas"]
-            updates = torch._foreach_lerp(grads, momenta, beta1)
-            torch._foreach_sign_(updates)
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, updates, alpha=-lr)
-            torch._foreach_lerp_(momenta, grads, 1 - beta2)
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, group["lr"], group["betas"], group["weight_decay"])
+
+    def _update(self, p: Tensor, grad: Tensor, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        state = self.state[p]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(p)
+        momentum = state["exp_avg"]
+        update = torch.lerp(grad, momentum, betas[0]).sign_()
+        p.mul_(1 - lr * weight_decay)
+        p.add_(update, alpha=-lr)
+        momentum.lerp_(grad, 1 - betas[1])
