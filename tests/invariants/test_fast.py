@@ -1,4 +1,4 @@
-"""The fast path says what the plain modules say: loss, gradients, any cut of a step, switched off, all that it keeps."""
+"""The fast path says what the plain modules say: loss, gradients, any cut of a step, off and on, all that it keeps."""
 
 from __future__ import annotations
 

@@ -24,7 +24,6 @@ from tunewright.ops.lora import BLOCK, LowRank, Product, TileProduct, TorchProdu
 from tunewright.ops.types import Batch
 
 MODELS = ("llama", "mistral", "qwen2")
-_SPARE = BLOCK  # rows after the last token: a block of a tile may begin at any token
 
 
 def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
@@ -118,6 +117,21 @@ class Packed:
         return self.tokens_T.shape[0]
 
 
+class Room:
+    """One piece of memory for many matrices of equally many rows: asking for each of them would cost more than it."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self.rows = rows
+        self.flat = torch.empty(rows * columns, dtype=dtype)
+        self.at = 0
+
+    def take(self, columns: int) -> Tensor:
+        """[rows, columns], not initialised."""
+        size = self.rows * columns
+        self.at += size
+        return self.flat[self.at - size : self.at].view(self.rows, columns)
+
+
 class Linear:
     """One or more layers of a block that read the same input, as one product."""
 
@@ -133,7 +147,7 @@ class Linear:
             rows = [torch.nonzero((order >= s) & (order < s + n))[:, 0] for s, n in zip(starts, sizes, strict=True)]
         whole = interleave(*weights) if mix else torch.cat(weights)
         biases = [layer.bias for layer in plain]
-        self.bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
+        self.bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])  # type: ignore[operator]
         ranks = [layer.r[layer.active_adapters[0]] if isinstance(layer, LoraLayer) else 0 for layer in layers]
         self.product = kind(kernels, whole, ranks, rows)
 
@@ -178,18 +192,20 @@ class Layer:
         return (self.qkv, self.o, self.gate_up, self.down)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kept:
-    """What the backward of a layer needs of its forward. Only x is kept when the layer is computed again."""
+    """What the backward of a layer needs of its forward; only x is kept when the layer is computed again.
+
+    small: [2 + heads, T] float32, 1/rms of both norms and the attention's log-sum-exp. graph: attention without tiles.
+    """
 
     x: Tensor
-    rstd1: Tensor | None = None
+    small: Tensor | None = None
     xn: Tensor | None = None
     qkv: Tensor | None = None
     attended: Tensor | None = None
-    lse: Any = None
+    graph: tuple[Tensor, Tensor] | None = None
     mid: Tensor | None = None
-    rstd2: Tensor | None = None
     xn2: Tensor | None = None
     gu: Tensor | None = None
 
@@ -238,7 +254,7 @@ class FastLlama:
 
     def _pack(self, batch: Batch) -> Packed:
         n = batch.n_tokens
-        total = padded(n) + _SPARE
+        total = padded(n)
         tokens = torch.zeros(total, dtype=torch.int64)
         tokens[:n] = batch.tokens_T
         positions = torch.zeros(1, total, dtype=torch.int64)
@@ -253,68 +269,69 @@ class FastLlama:
         """(hidden [T, D], what each layer keeps, the last layer's output, 1/rms of it)."""
         x = self.embedding[b.tokens_T].to(self.dtype)
         x[b.n :] = 0
+        h = torch.empty(b.total, max(layer.down.product.wide_in for layer in self.layers), dtype=self.dtype)
         lowest = self.lowest() if keep else len(self.layers)
         kept: list[Kept] = []
         for i, layer in enumerate(self.layers):
-            x, k = self._layer(layer, x, b)
+            x, k = self._layer(layer, x, b, h)
             if i >= lowest:
                 again = {"none": False, "selective": i % 2 == 1, "full": True}[self.checkpointing]
                 kept.append(Kept(k.x) if again else k)
-        out, rstd = self._rmsnorm(x, self.norm, torch.empty_like(x))
-        return out, kept, x, rstd
+        rstd = torch.empty(b.total)
+        return self._rmsnorm(x, self.norm, torch.empty_like(x), rstd), kept, x, rstd
 
     def lowest(self) -> int:
         """The lowest layer with something trained."""
         trained = [i for i, layer in enumerate(self.layers) if any(linear.trained for linear in layer.linears())]
         return min(trained, default=len(self.layers))
 
-    def _layer(self, w: Layer, x: Tensor, b: Packed) -> tuple[Tensor, Kept]:
-        t, d, s = b.total, x.shape[1], self.shape
-        xn, rstd1 = self._rmsnorm(x, w.norm1, w.qkv.product.inputs(t))
-        qkv = torch.empty(t, s.v.stop, dtype=self.dtype)
+    def _layer(self, w: Layer, x: Tensor, b: Packed, h: Tensor) -> tuple[Tensor, Kept]:
+        """(the layer's output, all that its backward needs). h: memory for the input of down."""
+        qkv_in, o_in, gu_in, d = w.qkv.product.wide_in, w.o.product.wide_in, w.gate_up.product.wide_in, x.shape[1]
+        gu_out = w.gate_up.product.n + BLOCK  # without the spare columns rows would share few sets of the cache
+        room = Room(b.total, qkv_in + self.shape.v.stop + o_in + d + gu_in + gu_out, self.dtype)
+        small = torch.empty(2 + self.shape.heads, b.total)
+        xn = self._rmsnorm(x, w.norm1, room.take(qkv_in), small[0])
+        qkv = room.take(self.shape.v.stop)
         w.qkv.product.forward(xn, qkv)
         if w.qkv.bias is not None:
             qkv += w.qkv.bias
         self._rope(qkv, b, 1.0)
-        attended = w.o.product.inputs(t)
-        lse = self._attention(qkv, attended, b)
-        mid = torch.empty(t, d, dtype=self.dtype)
+        attended = room.take(o_in)
+        graph = self._attention(qkv, attended, small[2:], b)
+        mid = room.take(d)
         w.o.product.forward(attended, mid, "add", x)
-        xn2, rstd2 = self._rmsnorm(mid, w.norm2, w.gate_up.product.inputs(t))
-        gu = torch.empty(
-            t, w.gate_up.product.n + BLOCK, dtype=self.dtype
-        )  # a stride of 2,048 bytes would share cache sets
-        h = w.down.product.inputs(t)
+        xn2 = self._rmsnorm(mid, w.norm2, room.take(gu_in), small[1])
+        gu = room.take(gu_out)
+        h = h[:, : w.down.product.wide_in]
         w.gate_up.product.forward(xn2, gu, "swiglu", h)
-        out = torch.empty(t, d, dtype=self.dtype)
+        out = torch.empty(b.total, d, dtype=self.dtype)
         w.down.product.forward(h, out, "add", mid)
-        return out, Kept(x, rstd1, xn, qkv, attended, lse, mid, rstd2, xn2, gu)
+        return out, Kept(x, small, xn, qkv, attended, graph, mid, xn2, gu)
 
-    def _rmsnorm(self, x: Tensor, weight: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
-        rstd = torch.empty(x.shape[0])
+    def _rmsnorm(self, x: Tensor, weight: Tensor, to: Tensor, rstd: Tensor) -> Tensor:
         sizes = (rstd, x.shape[0], x.shape[1])
         self.kernels.rows("rmsnorm", self.dtype, x, x.stride(0), weight, self.shape.eps, to, to.stride(0), *sizes)
-        return to, rstd
+        return to
 
     def _rope(self, qkv: Tensor, b: Packed, sign: float) -> None:
         s = self.shape
         self.kernels.rows("rope", self.dtype, qkv, qkv.stride(0), b.cosine, b.sine, sign, b.total, s.heads + s.kv, s.hd)
 
-    def _attention(self, qkv: Tensor, out: Tensor, b: Packed) -> Any:
-        """Fill `out`; returns what the backward needs besides: log-sum-exp [heads, T], or torch's graph."""
+    def _attention(self, qkv: Tensor, out: Tensor, lse: Tensor, b: Packed) -> tuple[Tensor, Tensor] | None:
+        """Fill `out`, and lse [heads, T] on tiles; without tiles returns torch's graph (leaf, output)."""
         s = self.shape
         width = s.heads * s.hd
         out[b.n :, :width] = 0
         if not self.tiles:
             with torch.enable_grad():
-                leaf = qkv[: b.n].detach().requires_grad_()
+                leaf = qkv[: b.n].detach().clone().requires_grad_()
                 q, k, v = (leaf[:, c].view(1, b.n, -1, s.hd).transpose(1, 2) for c in (s.q, s.k, s.v))
                 o = segment_attention(q, k, v, b.starts.tolist(), window=s.window or None)[0].transpose(0, 1)
             out[: b.n, :width] = o.detach().reshape(b.n, width)
             return leaf, o
-        lse = torch.empty(s.heads, b.total)
         self.kernels("attention_tiles", *self._attention_sizes(qkv, out, lse, b))
-        return lse
+        return None
 
     def _attention_sizes(self, qkv: Tensor, out: Tensor, lse: Tensor, b: Packed) -> tuple[Any, ...]:
         s = self.shape
@@ -327,41 +344,52 @@ class FastLlama:
         """Gradients of the parameters, layer by layer from the first one. `kept` is emptied on the way."""
         lowest = len(self.layers) - len(kept)
         found: list[list[Tensor]] = []
-        dx = self.layers[-1].down.product.grads(b.total)
+        d, widest = last.shape[1], max(layer.down.product.wide_out for layer in self.layers)
+        turns = [torch.empty(b.total, widest, dtype=self.dtype) for _ in range(2)]
+        h = torch.empty(b.total, max(layer.down.product.wide_in for layer in self.layers), dtype=self.dtype)
+        scratch = Room(b.total, max(_scratch(layer, d) for layer in self.layers), self.dtype)
+        dx = turns[0][:, : self.layers[-1].down.product.wide_out]
         self._rmsnorm_backward(grad, last, self.norm, rstd, None, dx)
         for i in range(len(self.layers) - 1, lowest - 1, -1):
             layer, k = self.layers[i], kept.pop()
             if k.gu is None:
-                _, k = self._layer(layer, k.x, b)
-            to = None if i == lowest else self.layers[i - 1].down.product.grads(b.total)
-            found.append(self._layer_backward(layer, k, b, dx, to))
-            dx = to
+                _, k = self._layer(layer, k.x, b, h)
+            turns.reverse()
+            to = None if i == lowest else turns[0][:, : self.layers[i - 1].down.product.wide_out]
+            scratch.at = 0
+            found.append(self._layer_backward(layer, k, b, dx, to, h[:, : layer.down.product.wide_in], scratch))
+            if to is not None:
+                dx = to
         return [g for grads in reversed(found) for g in grads]
 
-    def _layer_backward(self, w: Layer, k: Kept, b: Packed, dx: Tensor, to: Tensor | None) -> list[Tensor]:
-        """dx: gradient of the layer's output, in a grads() buffer of `down`. to: where its input's goes, or None."""
-        t = b.total
-        dgu, h = w.gate_up.product.grads(t), w.down.product.inputs(t)
+    def _layer_backward(
+        self, w: Layer, k: Kept, b: Packed, dx: Tensor, to: Tensor | None, h: Tensor, scratch: Room
+    ) -> list[Tensor]:
+        """dx: gradient of the layer's output, wide_out columns of `down`. to: where its input's goes, or None."""
+        assert k.small is not None and k.xn is not None and k.mid is not None and k.xn2 is not None
+        assert k.attended is not None and k.gu is not None
+        rstd1, rstd2, lse = k.small[0], k.small[1], k.small[2:]
+        dgu = scratch.take(w.gate_up.product.wide_out)
         w.down.product.backward(dx, dgu, "swiglu_backward", k.gu, h)
         if w.down.trained:
             w.down.product.forward(h, None)
         g_down = w.down.gradients(h, dx)
-        dn = torch.empty(t, k.x.shape[1], dtype=self.dtype)
+        dn = scratch.take(k.x.shape[1])
         w.gate_up.product.backward(dgu, dn)
         g_gate_up = w.gate_up.gradients(k.xn2, dgu)
-        dmid = w.o.product.grads(t)
-        self._rmsnorm_backward(dn, k.mid, w.norm2, k.rstd2, dx, dmid)
-        dout = torch.empty(t, w.o.product.k, dtype=self.dtype)
+        dmid = scratch.take(w.o.product.wide_out)
+        self._rmsnorm_backward(dn, k.mid, w.norm2, rstd2, dx, dmid)
+        dout = scratch.take(w.o.product.k)
         w.o.product.backward(dmid, dout)
         g_o = w.o.gradients(k.attended, dmid)
-        dqkv = w.qkv.product.grads(t)
-        self._attention_backward(k, dout, dqkv, b)
+        dqkv = scratch.take(w.qkv.product.wide_out)
+        self._attention_backward(k, lse, dout, dqkv, b)
         self._rope(dqkv, b, -1.0)
         if to is None:
             w.qkv.product.backward(dqkv, None)
         else:
             w.qkv.product.backward(dqkv, dn)
-            self._rmsnorm_backward(dn, k.x, w.norm1, k.rstd1, dmid, to)
+            self._rmsnorm_backward(dn, k.x, w.norm1, rstd1, dmid, to)
         g_qkv = w.qkv.gradients(k.xn, dqkv)
         return [*g_qkv, *g_o, *g_gate_up, *g_down]
 
@@ -372,17 +400,23 @@ class FastLlama:
         first = (dy, dy.stride(0), x, x.stride(0), weight, rstd, residual, ld, to, to.stride(0))
         self.kernels.rows("rmsnorm_backward", self.dtype, *first, None, x.shape[0], x.shape[1])
 
-    def _attention_backward(self, k: Kept, dout: Tensor, dqkv: Tensor, b: Packed) -> None:
+    def _attention_backward(self, k: Kept, lse: Tensor, dout: Tensor, dqkv: Tensor, b: Packed) -> None:
         s = self.shape
         dqkv[b.n :, : s.v.stop] = 0
         if not self.tiles:
-            leaf, out = k.lse
+            assert k.graph is not None
+            leaf, out = k.graph
             (found,) = torch.autograd.grad(out, leaf, dout[: b.n].view(b.n, s.heads, s.hd))
             dqkv[: b.n, : s.v.stop] = found
             return
-        sizes = self._attention_sizes(k.qkv, k.attended, k.lse, b)  # type: ignore[arg-type]
+        sizes = self._attention_sizes(k.qkv, k.attended, lse, b)  # type: ignore[arg-type]
         to = (dqkv, dqkv[:, s.k], dqkv[:, s.v], dqkv.stride(0))
         self.kernels("attention_backward_tiles", *sizes, dout, dout.stride(0), *to)
+
+
+def _scratch(w: Layer, d: int) -> int:
+    """Columns that one layer's backward takes of its scratch memory."""
+    return w.gate_up.product.wide_out + d + w.o.product.wide_out + w.o.product.k + w.qkv.product.wide_out
 
 
 class _Hidden(torch.autograd.Function):

@@ -61,13 +61,15 @@ class Product:
         self.ranks = [slice(a, b) for a, b in pairwise(ends)]
         self.r = padded(ends[-1])
 
-    def inputs(self, tokens: int) -> Tensor:
-        """An empty [tokens, k + r]: x in the first k columns; forward() fills the others."""
-        return torch.empty(tokens, self.k + self.r, dtype=self.dtype)
+    @property
+    def wide_in(self) -> int:
+        """Columns of the buffer for x: k, and r that forward() fills."""
+        return self.k + self.r
 
-    def grads(self, tokens: int) -> Tensor:
-        """An empty [tokens, n + r]: dy in the first n columns; backward() fills the others."""
-        return torch.empty(tokens, self.n + self.r, dtype=self.dtype)
+    @property
+    def wide_out(self) -> int:
+        """Columns of the buffer for dy: n, and r that backward() fills."""
+        return self.n + self.r
 
     def set_updates(self, updates: Sequence[LowRank | None]) -> None:
         """Take over the present values of the trained matrices. None: that layer runs without an update."""
@@ -79,6 +81,20 @@ class Product:
                 b_NR[rows, ranks] = (update.scale * update.b.detach()).to(self.dtype)
         self._set(a_RK, b_NR)
 
+    def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
+        """x [tokens, wide_in] -> y [tokens, n]. add: plus extra[0]. swiglu: y is gate and up, extra[0] gets h.
+
+        y None: only u is computed.
+        """
+        raise NotImplementedError
+
+    def backward(self, dy: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
+        """dy [tokens, wide_out] -> dx [tokens, k]. swiglu_backward: extra is gu and where h goes, dx becomes dgu.
+
+        dx None: only du is computed.
+        """
+        raise NotImplementedError
+
     def _set(self, a_RK: Tensor, b_NR: Tensor) -> None:
         raise NotImplementedError
 
@@ -88,9 +104,8 @@ class Product:
 
     def gradients(self, x: Tensor, dy: Tensor, updates: Sequence[LowRank | None]) -> list[tuple[Tensor, Tensor] | None]:
         """(dA, dB) of each trained layer, float32, from the buffers that forward() and backward() filled."""
-        u_TR, du_TR = x[:, self.k : self.k + self.r], dy[:, self.n : self.n + self.r]
-        db_RN = self._outer(u_TR, dy[:, : self.n])
-        da_RK = self._outer(du_TR, x[:, : self.k])
+        db_RN = self._outer(x[:, self.k :], dy[:, : self.n])
+        da_RK = self._outer(dy[:, self.n :], x[:, : self.k])
         return [
             None if update is None else (da_RK[ranks], update.scale * db_RN[ranks][:, rows].T)
             for update, rows, ranks in zip(updates, self.rows, self.ranks, strict=True)
@@ -132,15 +147,10 @@ class TileProduct(Product):
             self._pack(self._backward, a_RK, False, self.n, self.n + self.r)
 
     def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        """x from inputs() -> y [tokens, n]. add: plus extra[0]. swiglu: y is gate and up, extra[0] gets h.
-
-        y None: only u is computed.
-        """
         other, h = (extra[0], None) if epilogue == "add" else (None, extra[0] if extra else None)
         self._run(x, self.k, self._down, self._forward, self.n, y, epilogue, other, h)
 
     def backward(self, dy: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        """dy from grads() -> dx [tokens, k]. swiglu_backward: extra = (gu, h), dx becomes dgu. dx None: only du."""
         other, h = extra if extra else (None, None)
         self._run(dy, self.n, self._up, self._backward, self.k, dx, epilogue, other, h)
 
@@ -210,7 +220,6 @@ class TorchProduct(Product):
         self._wide_NK[:, self.k :] = b_NR
 
     def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        """As TileProduct.forward."""
         x[:, self.k :] = x[:, : self.k] @ self._a_RK.T
         if y is None:
             return
@@ -222,7 +231,6 @@ class TorchProduct(Product):
             self.kernels.rows("swiglu", self.dtype, y, y.stride(0), h, h.stride(0), y.shape[0], self.n // 2)
 
     def backward(self, dy: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        """As TileProduct.backward."""
         dy[:, self.n :] = dy[:, : self.n] @ self._wide_NK[:, self.k :]
         if dx is None:
             return

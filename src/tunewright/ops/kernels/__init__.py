@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).parent
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = (
+    *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
+    *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
+)
 COMPILERS = ("g++", "clang++", "c++")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 

@@ -40,7 +40,7 @@ struct Room {  // a thread's own memory, 64-byte aligned parts
   }
 };
 
-static const int64_t QUERIES = 128;
+static const int64_t QUERIES = 64;
 
 // n rows of x (hd wide) to `to`, zero rows up to `padded`.
 static inline void copy_rows(bf16 *to, const bf16 *x, int64_t ld, int64_t n, int64_t padded, int64_t hd) {
@@ -83,9 +83,16 @@ static inline void seen(const Attention &a, int64_t q, int64_t &low, int64_t &hi
   high = q + 1;
 }
 static inline __mmask16 inside(int64_t j, int64_t low, int64_t high) {  // lanes of j..j+15 within [low, high)
+  if (j >= low && j + 16 <= high) return 0xffff;
   int64_t a = std::min<int64_t>(16, std::max<int64_t>(0, low - j));
   int64_t b = std::min<int64_t>(16, std::max<int64_t>(0, high - j));
   return b > a ? __mmask16(((1u << b) - 1u) & ~((1u << a) - 1u)) : __mmask16(0);
+}
+
+// Zeros where a row of probabilities has none: [first, from) and [upto, end).
+static inline void clear(bf16 *p, int64_t first, int64_t from, int64_t upto, int64_t end) {
+  if (from > first) memset(p + first, 0, 2 * (from - first));
+  if (end > upto) memset(p + upto, 0, 2 * (end - upto));
 }
 
 static void attend(const Attention &a, int threads) {
@@ -121,12 +128,14 @@ static void attend(const Attention &a, int threads) {
             seen(a, std::min(q0 + i, length - 1), low, high);
             const float *row = s + i * padded;
             bf16 *to = p + i * padded;
+            int64_t from = low / 16 * 16, upto = (high + 15) / 16 * 16;
+            clear(to, first, from, upto, end);
             __m512 best = _mm512_set1_ps(-INFINITY);
-            for (int64_t j = first; j < end; j += 16)
+            for (int64_t j = from; j < upto; j += 16)
               best = _mm512_mask_max_ps(best, inside(j, low, high), best, _mm512_load_ps(row + j));
             float top = _mm512_reduce_max_ps(best) * a.scale;
             __m512 sum = _mm512_setzero_ps();
-            for (int64_t j = first; j < end; j += 16) {
+            for (int64_t j = from; j < upto; j += 16) {
               __m512 e = exp16(_mm512_fmsub_ps(_mm512_load_ps(row + j), _mm512_set1_ps(a.scale), _mm512_set1_ps(top)));
               e = _mm512_maskz_mov_ps(inside(j, low, high), e);
               sum = _mm512_add_ps(sum, e);
@@ -207,11 +216,21 @@ static void attend_backward(const Attention &a, const AttentionGrad &b, int thre
                 dot = _mm512_fmadd_ps(load16(a.out + t * a.ldo + h * hd + d), load16(go + (i + r) * hd + d), dot);
               delta[r] = _mm512_reduce_add_ps(dot);
             }
+            // of both rows; a padding row has no keys, and its partner's bounds hold
+            int64_t from = std::min(low[0], high[1] > low[1] ? low[1] : low[0]) / 16 * 16;
+            int64_t upto = (std::max(high[0], high[1]) + 15) / 16 * 16;
             for (int64_t j = first; j < end; j += 16) {
+              if (j < from || j >= upto) {  // nobody sees anything here
+                int64_t tile = ((j / 32 * (nb / 32) + i / 32) * 2 + j / 16 % 2) * TILE + i % 32 / 2 * 32;
+                _mm512_store_si512(pp + tile, _mm512_setzero_si512());
+                _mm512_store_si512(dsp + tile, _mm512_setzero_si512());
+                for (int64_t r = 0; r < 2; r++) memset(ds + (i + r) * padded + j, 0, 32);
+                continue;
+              }
               __m512 pr[2], dr[2];
               for (int64_t r = 0; r < 2; r++) {
-                const float *from = s + (i + r) * padded + j;
-                __m512 e = exp16(_mm512_fmsub_ps(_mm512_load_ps(from), _mm512_set1_ps(a.scale), _mm512_set1_ps(lse[r])));
+                const float *score = s + (i + r) * padded + j;
+                __m512 e = exp16(_mm512_fmsub_ps(_mm512_load_ps(score), _mm512_set1_ps(a.scale), _mm512_set1_ps(lse[r])));
                 pr[r] = _mm512_maskz_mov_ps(inside(j, low[r], high[r]), e);
                 __m512 x = _mm512_sub_ps(_mm512_load_ps(dp + (i + r) * padded + j), _mm512_set1_ps(delta[r]));
                 dr[r] = _mm512_mul_ps(_mm512_mul_ps(pr[r], x), _mm512_set1_ps(a.scale));
