@@ -14,7 +14,7 @@ from typing import Any
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CHECKPOINTING = ("none", "selective", "full")
 # float32-equivalent bytes of state for each trained parameter; Adafactor's rows and columns are next to nothing
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1, "lion": 4.0, "muon": 4.0, "sgd": 0.0}
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1, "lion": 4.0, "muon": 4.0, "sgd": 4.0}
 NF4_BYTES = 0.516  # 4 bits, and a doubly quantised scale for 64 of them (Dettmers et al. 2023, arXiv 2305.14314)
 HEAD_CHUNK = 256
 PROCESS = 0.45e9  # Python, torch and transformers, without any model
