@@ -37,7 +37,6 @@ from tunewright.tuners.base import parameter_bytes
 
 Build = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 MARGIN = 0.95  # of the memory that is there
-GROWTH = 1.03  # fragments that the allocator collects over many micro-batches of different sizes
 PROBED = 1 << 24  # elements of a parameter that stand for the rest of it when the optimizer is timed
 SAVE_PROBE = 64 << 20
 MOST_STEPS, LEAST_SECONDS, SHARE = 20, 2.0, 0.03  # of the time for measuring steps
@@ -83,7 +82,7 @@ def preflight(parts: Parts, build: Build, peak: meter.Peak) -> Plan:
     work = Work(memory.flops(shape, kind, getattr(parts.tuner.options, "r", 16)))
     base, forward = measure_base(parts, work)
     seconds, clip = measure_steps(parts, work)
-    predicted_peak = max(peak.so_far(), int((meter.peak() + state) * GROWTH), held)
+    predicted_peak = max(peak.so_far(), meter.peak() + state, held)
     drop_gradients(parts)
     epoch = work.of(parts.groups) * seconds
     steps = math.ceil(parts.plan.n_rows / parts.plan.batch_size)
