@@ -8,7 +8,8 @@ implementation it does not know. Causal for decoders, both ways for encoders.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tunewright.core.errors import UserError
+from tunewright.ops.padding import buckets, places, real
 from tunewright.ops.types import Batch
 
 NAME = "tunewright"
 # On a CPU the backward in bfloat16 is 5 times (50 tokens) to 2 times (150) slower than in float32; equal at about 300.
 SHORT = 256
+TOGETHER = 128  # segments up to this length are computed with all others, where a call for each would cost more
 
 
 def segment_attention(
@@ -43,6 +46,8 @@ def segment_attention(
     prefixes: from `prefixes_of`; what a segment sees before its own tokens. Returns [1, H, T, K].
     """
     lengths = [b - a for a, b in pairwise(cu_seqlens)]
+    if prefixes is None and window is None and q_BHTK.device.type == "cpu" and max(lengths) <= TOGETHER < sum(lengths):
+        return _together(q_BHTK, k_BHTK, v_BHTK, tuple(lengths), scale, causal)
     # split, not slices: the gradient of a slice is a zero-padded tensor of the whole row
     parts = list(zip(*(x.split(lengths, dim=2) for x in (q_BHTK, k_BHTK, v_BHTK)), strict=True))
     outs = []
@@ -53,6 +58,50 @@ def segment_attention(
             k, v = torch.cat([parent_k[:, :, :n], k], dim=2), torch.cat([parent_v[:, :, :n], v], dim=2)
         outs.append(_one_segment(q, k, v, scale, window, causal))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+def _together(
+    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, lengths: tuple[int, ...], scale: float | None, causal: bool
+) -> Tensor:
+    """The same for many short segments: matrix products over all of them, padded to similar lengths. [1, H, T, K]."""
+    dtype, groups = q_BHTK.dtype, q_BHTK.shape[1] // k_BHTK.shape[1]
+    q, k, v = (x[0].transpose(0, 1).float() for x in (q_BHTK, k_BHTK, v_BHTK))  # [T, heads, K]
+    outs = []
+    sets, back_T = _sets(lengths, causal)
+    for at_N, place_N, rows, blocked in sets:
+        q_SHLK, k_SHLK, v_SHLK = (
+            x.new_zeros(blocked.shape[-1] * rows, *x.shape[1:])
+            .index_copy(0, place_N, x.index_select(0, at_N))
+            .view(rows, blocked.shape[-1], *x.shape[1:])
+            .transpose(1, 2)
+            for x in (q, k, v)
+        )
+        if groups > 1:
+            k_SHLK, v_SHLK = k_SHLK.repeat_interleave(groups, 1), v_SHLK.repeat_interleave(groups, 1)
+        scores = (q_SHLK * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k_SHLK.transpose(-1, -2)
+        out = scores.masked_fill_(blocked, -torch.inf).softmax(-1) @ v_SHLK
+        outs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, place_N))
+    return torch.cat(outs).index_select(0, back_T).to(dtype).transpose(0, 1)[None]
+
+
+@lru_cache(maxsize=2)  # every layer asks for the same
+def _sets(lengths: tuple[int, ...], causal: bool) -> tuple[list[tuple[Tensor, Tensor, int, Tensor]], Tensor]:
+    """Segments in sets of similar length, and where in the sets' tokens each token of the pack is.
+
+    A set: [N] places of its tokens in the pack, [N] their places in S rows of L, S, and [S, 1, L, L] or [S, 1, 1, L]
+    True where a query (row) may not see a key (column).
+    """
+    ends = [0, *accumulate(lengths)]
+    sets = []
+    for rows in buckets([(n,) for n in lengths], waste=0.3):
+        own = [lengths[i] for i in rows]
+        row_N, column_N = places(own, torch.device("cpu"))
+        at_N = torch.cat([torch.arange(ends[i], ends[i + 1]) for i in rows])
+        blocked = (real(own, torch.device("cpu")) == 0)[:, None, None]
+        if causal:
+            blocked = blocked | torch.ones(max(own), max(own), dtype=torch.bool).triu(1)
+        sets.append((at_N, row_N * max(own) + column_N, len(rows), blocked))
+    return sets, torch.cat([s[0] for s in sets]).argsort()
 
 
 def prefixes_of(batch: Batch) -> list[tuple[int, int]] | None:
