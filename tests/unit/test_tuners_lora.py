@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
 from tunewright.core.errors import CheckpointError, SpecError
 from tunewright.models.loader import load_model
+from tunewright.ops.noise import KeyedDropout
 from tunewright.tuners.lora import LoRA, merge_adapter, saved_shape
 
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -53,7 +55,7 @@ def test_the_nearest_target_is_offered(tiny_model_dir: Path) -> None:
         attached(tiny_model_dir, target_modules=["q_porj"])
 
 
-@pytest.mark.parametrize("options", [{"r": 0}, {"r": 1.5}, {"alpha": 0}, {"target_modules": "some"}, {"dropout": 0.1}])
+@pytest.mark.parametrize("options", [{"r": 0}, {"r": 1.5}, {"alpha": 0}, {"target_modules": "some"}, {"dropout": 1.0}])
 def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         LoRA.Options(**options)
@@ -97,3 +99,18 @@ def test_an_adapter_without_safetensors_is_never_unpickled(tiny_model_dir: Path,
         attached(tiny_model_dir)[0].load(tmp_path)
     with pytest.raises(CheckpointError, match="is not a LoRA adapter"):
         saved_shape(tmp_path / "nowhere")
+
+
+def test_dropout_is_ours_in_every_layer_and_peft_reads_its_share(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The weights start the same as without it, and the file says what peft calls lora_dropout."""
+    plain, _ = attached(tiny_model_dir)
+    tuner, model = attached(tiny_model_dir, dropout=0.25)
+    places = {m.place for m in model.modules() if isinstance(m, KeyedDropout)}
+    assert len(places) == len(tuner.trainable()) / 2  # each layer draws its own
+    assert not any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
+    assert all(torch.equal(p, plain.trainable()[k]) for k, p in tuner.trainable().items())
+    tuner.save(tmp_path, str(tiny_model_dir))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.25
+    opened = PeftModel.from_pretrained(load_model(tiny_model_dir), str(tmp_path))  # type: ignore[arg-type]
+    assert {m.p for m in opened.modules() if isinstance(m, nn.Dropout)} == {0.25}
+    plain.load(tmp_path)  # another dropout is no other adapter
