@@ -49,9 +49,9 @@ def rows_of_length(length: int, n: int, folder: Path, work: Path) -> Path:
 def sized_row(number: int, words: int) -> str:
     """About 1.3 tokens a word."""
     rng = random.Random(f"length/{number}")
-    text = meeting(rng, max(8, words))[0].split()
-    cut = max(8, round(words * 0.75))
-    return row(" ".join(text[:cut]), " ".join(text[cut : max(cut + 4, words)]))
+    text = meeting(rng, max(8, words))[0].split()[: max(8, words)]
+    cut = round(len(text) * 0.75)
+    return row(" ".join(text[:cut]), " ".join(text[cut:]))
 
 
 def lengths(place: Place, folder: Path, seconds: float) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from tunewright.core.spec import check_parts, parse_spec
 from tunewright.jobs.describe import load_describe
 from tunewright.jobs.launchers.local import start_worker, stop
 from tunewright.jobs.prepare import create_run
+from tunewright.train.plan import order
 
 POLL_S = 0.25
 GPU_POLL_S = 2.0
@@ -112,6 +113,8 @@ def run_rival(rival: Rival, task: Task, limit_s: float) -> Outcome:
     assert rival.program is not None
     out = Path(task.out)
     out.mkdir(parents=True)
+    with open(task.data, "rb") as lines:
+        task = replace(task, order=epoch_order(sum(1 for _ in lines), task.seed))
     (out / "task.json").write_text(json.dumps(asdict(task)))
     command = [trl_python() if rival.trl else sys.executable, str(PROGRAMS / rival.program), str(out / "task.json")]
     env = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "LD_PRELOAD", "PYTHONPATH")}
@@ -136,6 +139,11 @@ def run_rival(rival: Rival, task: Task, limit_s: float) -> Outcome:
     began, steps = read_steps(out / "steps.jsonl") if (out / "steps.jsonl").exists() else (started, [])
     gpu = max(watch.gpu, facts.get("gpu_peak_bytes", 0))
     return Outcome(started, began, ended, steps, watch.peak, watch.tree, gpu, facts, out / "trained")
+
+
+def epoch_order(n: int, seed: int) -> list[int]:
+    """The numbers of n rows in the order of our first epoch."""
+    return [int(i) for i in order(seed, 0, n)]
 
 
 def follow(process: subprocess.Popen[bytes], look: Callable[[], None], limit_s: float) -> None:
@@ -248,7 +256,7 @@ def run_one(rival: Rival, task: Task, model: str, home: Home, limit_s: float = 3
     """Run a rival of the table."""
     if rival.program is None:
         return run_ours(task, model, home, limit_s)
-    return run_rival(rival, replace(task, options={**task.options}), limit_s)
+    return run_rival(rival, task, limit_s)
 
 
 def temporary_home(real: Home, folder: Path) -> Home:

@@ -14,8 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.gates import Tokens
-from benchmarks.process import temporary_home
-from benchmarks.rivals.shared import Row, Task, order, token_hash
+from benchmarks.process import epoch_order, temporary_home
+from benchmarks.rivals.shared import Row, Task, token_hash
 from benchmarks.table import DEFAULT, RIVALS
 from tunewright.core.example import Group
 from tunewright.core.home import Home, find_home
@@ -162,15 +162,15 @@ def prepared(args: argparse.Namespace) -> Iterator[Settings]:
 
 def gate_rows(n: int, wanted: int, seed: int = Task.seed) -> list[int]:
     """Which of n rows, in which order, make a file whose first epoch is the first `wanted` rows of the whole file's."""
-    first = order(seed, 0, n)[:wanted]
+    first = epoch_order(n, seed)[:wanted]
     rows = [0] * wanted
-    for place, row in zip(order(seed, 0, wanted), first, strict=True):
+    for place, row in zip(epoch_order(wanted, seed), first, strict=True):
         rows[place] = row
     return rows
 
 
 def step_tokens(rows: Sequence[Row], batch: int, seed: int = Task.seed) -> Tokens:
-    ordered = [rows[i] for i in order(seed, 0, len(rows))]
+    ordered = [rows[i] for i in epoch_order(len(rows), seed)]
     groups = [ordered[k : k + batch] for k in range(0, len(rows), batch)]
     counts = [(sum(len(r.ids) for r in g), sum(r.supervised for r in g)) for g in groups]
     return Tokens(token_hash(list(rows)), counts)

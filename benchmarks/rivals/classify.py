@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import StepLog, Task, finish, order, settle, synchronize
+from shared import StepLog, Task, finish, settle, synchronize
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -47,7 +47,7 @@ class Log(TrainerCallback):
 def read(task: Task, tokenizer: Any, labels: dict[str, int]) -> list[dict[str, Any]]:
     """One epoch in our order, as tokens."""
     rows = [json.loads(line) for line in Path(task.data).read_text(encoding="utf-8").splitlines()]
-    ordered = [rows[i] for i in order(task.seed, 0, len(rows))]
+    ordered = [rows[i] for i in task.order]
     return [{**tokenizer(r["text"], truncation=True), "labels": labels[r["label"]]} for r in ordered]
 
 

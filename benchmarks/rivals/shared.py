@@ -1,14 +1,13 @@
-"""What every rival's program shares: its task, the rows as tokens, the order of the rows, the log of its steps.
+"""What every rival's program shares: its task, the rows as tokens, the log of its steps.
 
-Runs in the rival's own environment, so nothing of tunewright is imported: the tokens, the loss mask and the order are
-worked out here a second time, and the gates compare them with ours.
+Runs in the rival's own environment, so nothing of tunewright is imported: the tokens and the loss mask are worked out
+here a second time, and the gates compare them with ours.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ class Task:
     """What one process has to do.
 
     model: a folder. data: prompt/completion rows. out: the folder for steps.jsonl and done.json.
+    order: the rows' numbers as our first epoch takes them; the rivals' further epochs repeat it.
     steps: stop after so many; None: stop when `enough` says so. warm: steps before the measured window.
     seconds: length of the window; with min_steps steps in it, a quarter of that is enough.
     limit_s: a run of so many seconds from its first step ends too, whatever else it was to do.
@@ -35,6 +35,7 @@ class Task:
     model: str
     data: str
     out: str
+    order: list[int] = field(default_factory=list)
     tuner: str = "lora"
     r: int = 16
     alpha: int = 32
@@ -111,19 +112,11 @@ def token_hash(rows: list[Row]) -> str:
     return digest.hexdigest()[:12]
 
 
-def order(seed: int, epoch: int, n: int) -> list[int]:
-    """Row numbers in the order of an epoch (from 0)."""
-    rows = list(range(n))
-    random.Random(f"order/{seed}/{epoch}").shuffle(rows)
-    return rows
-
-
 def batches(task: Task, rows: list[Any]) -> Iterator[list[Any]]:
     """The rows of each step, epoch after epoch."""
-    for epoch in range(task.epochs):
-        numbers = order(task.seed, epoch, len(rows))
-        for k in range(0, len(numbers), task.batch):
-            yield [rows[i] for i in numbers[k : k + task.batch]]
+    for _ in range(task.epochs):
+        for k in range(0, len(rows), task.batch):
+            yield [rows[i] for i in task.order[k : k + task.batch]]
 
 
 class StepLog:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from shared import Row, StepLog, Task, finish, order, read_rows, settle, synchronize, token_hash
+from shared import Row, StepLog, Task, finish, read_rows, settle, synchronize, token_hash
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -56,7 +56,7 @@ class Log(TrainerCallback):
 
 def dataset(task: Task, rows: list[Row]) -> Dataset:
     """One epoch in our order, with labels of -100 where nothing is trained."""
-    ordered = [rows[i] for i in order(task.seed, 0, len(rows))]
+    ordered = [rows[i] for i in task.order]
     labels = [[t if m else -100 for t, m in zip(r.ids, r.mask, strict=True)] for r in ordered]
     return Dataset.from_dict({"input_ids": [r.ids for r in ordered], "labels": labels})
 
