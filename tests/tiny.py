@@ -169,6 +169,39 @@ def build_family(folder: Path, family: str, tokenizer: Path) -> Path:
     return folder
 
 
+def build_reader(folder: Path, family: str) -> Path:
+    """A tiny `bert` or `t5` with a tokenizer that frames texts as theirs do, and no chat template."""
+    import torch
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+
+    kind, changes, _ = FAMILIES[family]
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = None
+    begin, end = ((t, tokenizer.convert_tokens_to_ids(t)) for t in SPECIALS[1:])
+    pair = {"pair": f"{begin[0]} $A {end[0]} $B:1 {end[0]}:1"} if family == "bert" else {}
+    single = f"{begin[0]} $A {end[0]}" if family == "bert" else f"$A {end[0]}"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[begin, end], **pair)
+    tokenizer.sep_token = end[0] if family == "bert" else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **{**SMALL, **changes, "vocab_size": len(tokenizer)})
+        opener = AutoModel if family == "bert" else AutoModelForSeq2SeqLM
+        opener.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def label_rows(n: int) -> list[dict[str, Any]]:
+    """n texts, each labelled with the first colour that it names; some have a second text."""
+    rows = []
+    for i in range(n):
+        colour = COLOURS[i % 3]
+        text = f"Number {i}: {THINGS[i % len(THINGS)]} is {colour}" + ", they say" * (i % 4)
+        rows.append({"text": text, "label": colour} | ({"text_pair": "Is it so?"} if i % 5 == 4 else {}))
+    return rows
+
+
 def install_tiny_model(home_root: Path | str, name: str = "tiny", built: Path | None = None) -> Path:
     """Make the tiny model a catalogue model called `name` of the data folder. built: a ready folder to copy."""
     folder = Path(home_root) / "models" / name

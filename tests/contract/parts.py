@@ -6,12 +6,19 @@ import random
 from typing import Any
 
 from tunewright.core.example import Example, Group
+from tunewright.models.heads import Head
 
 
 def instance(table: Any, name: str) -> Any:
     """The row's part with its default options."""
     part = table.load(name)
     return part(part.Options())
+
+
+def head_for(card: Any) -> Head | None:
+    """The model's head that the objective trains."""
+    labels = {"classify": ("no", "yes"), "regress": ("value",)}
+    return None if card.head == "lm" else Head(card.head, labels[card.head])
 
 
 def groups_for(card: Any, n: int = 6, vocab: int = 470) -> list[Group]:
@@ -25,6 +32,10 @@ def groups_for(card: Any, n: int = 6, vocab: int = 470) -> list[Group]:
         for _ in range(size):
             answer = [rng.randrange(vocab) for _ in range(rng.randint(1, 7))]
             weights = [0.0] * len(prompt) + [rng.choice([1.0, 1.0, 0.5]) for _ in answer]
-            examples.append(Example(tuple(prompt + answer), tuple(weights), source=i + 1))
+            if card.head == "lm":
+                examples.append(Example(tuple(prompt + answer), tuple(weights), source=i + 1))
+            else:
+                ids = tuple(prompt + answer)
+                examples.append(Example(ids, (0.0,) * len(ids), source=i + 1, label=float(i % 2)))
         groups.append(Group(tuple(examples), prefix=len(prompt)))
     return groups
