@@ -13,7 +13,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tunewright.models.layouts import PACKED, causal_lm, segments_of
+from tunewright.core.errors import UserError
+from tunewright.models.layouts import PACKED, causal_lm, noise_keys, segments_of
+from tunewright.ops.noise import set_keys
 from tunewright.ops.padding import pad, real
 from tunewright.ops.types import Batch
 
@@ -59,12 +61,22 @@ def head_names(model: nn.Module) -> set[str]:
     return names | ({f"{lm.base_model_prefix}.pooler"} if getattr(body, "pooler", None) is not None else set())
 
 
-def scores(model: nn.Module, batch: Batch, layout: str, hidden: Callable[[Batch], Tensor]) -> Tensor:
-    """[S, labels]: what the head says of each segment. hidden: the policy's."""
+def scores(
+    model: nn.Module, batch: Batch, layout: str, hidden: Callable[[Batch], Tensor], embedding_noise: bool = False
+) -> Tensor:
+    """[S, labels]: what the head says of each segment. hidden: the policy's, which adds the embedding noise if any.
+
+    Raises UserError where the noise was asked for and the model's own forward, which has none, must be used.
+    """
     lm: Any = causal_lm(model)
     score = _score_of(lm)
     if score is not None and (layout == PACKED or score is _last_token):
         return score(lm, hidden(batch), batch)
+    if embedding_noise:
+        raise UserError(
+            f"neftune_alpha cannot be used with {type(lm).__name__}: it reads its tokens itself. Set it to 0.",
+            param="neftune_alpha",
+        )
     return _own_forward(lm, batch)
 
 
@@ -100,6 +112,7 @@ def _own_forward(lm: Any, batch: Batch) -> Tensor:
     for rows, at_N, lengths in segments_of(batch):
         types = {} if batch.types_T is None else {"token_type_ids": pad(batch.types_T[at_N], lengths)}
         given = {"input_ids": pad(batch.tokens_T[at_N], lengths), "attention_mask": real(lengths, at_N.device)}
+        set_keys(lm, *noise_keys(batch, rows, at_N, lengths))
         out.append(lm(**given, **types).logits)
         order += rows
     return torch.cat(out)[torch.tensor(order, device=batch.tokens_T.device).argsort()]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunewright.ops import attention
-from tunewright.ops.noise import set_keys
+from tunewright.ops.noise import set_keys, source_keys
 from tunewright.ops.padding import buckets, pad, real, unpad
 from tunewright.ops.types import Batch
 
@@ -73,7 +73,7 @@ def padded(model: nn.Module, batch: Batch, inputs: dict[str, Tensor]) -> Tensor:
         if batch.types_T is not None:
             given["token_type_ids"] = pad(batch.types_T[at_N], lengths)
         given["attention_mask"] = real(lengths, at_N.device)
-        set_keys(model, None if batch.noise_T is None else pad(batch.noise_T[at_N], lengths))
+        set_keys(model, *noise_keys(batch, rows, at_N, lengths))
         hidden.append(unpad(_decode(model, batch, rows, given), lengths))
         order.append(at_N)
     return torch.cat(hidden)[torch.cat(order).argsort()]
@@ -98,6 +98,17 @@ def _decode(model: nn.Module, batch: Batch, rows: list[int], given: dict[str, Te
         read = encoder(input_ids=tokens_BL, attention_mask=mask_BL).last_hidden_state
         extra = {"encoder_hidden_states": read, "encoder_attention_mask": mask_BL}
     return decoder_of(model)(**given, **extra, use_cache=False).last_hidden_state
+
+
+def noise_keys(batch: Batch, rows: list[int], at_N: Tensor, lengths: list[int]) -> tuple[Tensor | None, Tensor | None]:
+    """([B, L], [B, L of the sources]) keys of a padded batch's noise, None where there is none."""
+    if batch.noise_T is None:
+        return None, None
+    key_BL = pad(batch.noise_T[at_N], lengths)
+    if batch.source is None:
+        return key_BL, None
+    places_N = _tokens(batch.source.cu_seqlens, rows)
+    return key_BL, pad(source_keys(batch)[places_N], batch.source.cu_seqlens.diff()[rows].tolist())
 
 
 def _tokens(cu_seqlens: Tensor, rows: list[int]) -> Tensor:

@@ -44,6 +44,14 @@ def token_keys(batch: Batch, seed: int, step: int) -> Tensor:
     return _split(key_S.repeat_interleave(lengths_S, output_size=batch.n_tokens), batch.position_T)
 
 
+def source_keys(batch: Batch) -> Tensor:
+    """[U] int64: the keys of the tokens that an encoder-decoder reads, from their segments' first keys."""
+    assert batch.source is not None and batch.noise_T is not None
+    starts, lengths_S = batch.source.cu_seqlens[:-1].long(), batch.source.cu_seqlens.diff().long()
+    position_U = torch.arange(len(batch.source.tokens_U), device=starts.device) - starts.repeat_interleave(lengths_S)
+    return _split(batch.noise_T[batch.cu_seqlens[:-1].long()].repeat_interleave(lengths_S), position_U)
+
+
 def bits(key: Tensor, place: int, width: int) -> Tensor:
     """[..., width] int16, uniform over its whole range, for keys [...]. place: which of a token's draws this is."""
     columns = torch.arange((width + 3) // 4, device=key.device)
@@ -72,14 +80,17 @@ def dropout(x: Tensor, key: Tensor, place: int, p: float) -> Tensor:
 class KeyedDropout(nn.Module):
     """Dropout on the inputs [B, L, D] of one layer. key: [B, L], the keys of its tokens, set before each forward.
 
+    reads_source: whether its inputs are those of an encoder-decoder's source side.
+
     Without keys, or where no gradient is asked for (validation, a reference pass), it does nothing.
     """
 
-    def __init__(self, p: float, name: str) -> None:
+    def __init__(self, p: float, name: str, reads_source: bool = False) -> None:
         """name: the layer's, so that each layer draws its own."""
         super().__init__()
         self.p = p
         self.name = name
+        self.reads_source = reads_source
         self.place = derive_seed("dropout", name)
         self.key: Tensor | None = None
 
@@ -98,14 +109,14 @@ class KeyedDropout(nn.Module):
         return f"p={self.p}"
 
 
-def set_keys(model: nn.Module, key: Tensor | None) -> None:
-    """Tell every KeyedDropout the keys [B, L] of the tokens that come next; None: no noise.
+def set_keys(model: nn.Module, key: Tensor | None, source_key: Tensor | None = None) -> None:
+    """Tell every KeyedDropout the keys [B, L] of the tokens that come next, on its side; None: no noise.
 
     A pass without gradient is noiseless anyhow and changes nothing: a layer may still have to be computed again.
     """
     if torch.is_grad_enabled():
         for module in dropouts_of(model):
-            module.key = key
+            module.key = source_key if module.reads_source else key
 
 
 def dropouts_of(model: nn.Module) -> list[KeyedDropout]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from tunewright.tuners.targets import lora_config
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+# layers of an encoder-decoder that run on its source: the encoder's, and keys and values of the attention to it
+SOURCE_SIDE = re.compile(r"\.encoder\.|\.EncDecAttention\.[kv]$|\.encoder_attn\.[kv]_proj$")
 
 
 class LoRA(base.Tuner):
@@ -120,9 +123,10 @@ class LoRA(base.Tuner):
 
 def _key_dropout(model: nn.Module, p: float) -> None:
     """Put our dropout in the place of peft's, so that any cut of a step into micro-batches draws the same."""
+    two_sides = bool(getattr(model, "config").is_encoder_decoder)  # noqa: B009 peft forwards it
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            module.lora_dropout["default"] = KeyedDropout(p, name)
+            module.lora_dropout["default"] = KeyedDropout(p, name, two_sides and bool(SOURCE_SIDE.search(name)))
 
 
 def saved_shape(folder: Path) -> dict[str, Any]:
