@@ -209,6 +209,63 @@ def test_on_tiles_packed_is_alone_and_again_is_the_same(tiled: Path, groups: lis
     assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
 
 
+def full(folder: Path) -> nn.Module:
+    return Full(Full.Options()).attach(load_model(folder), 0)
+
+
+def test_full_tuning_is_that_of_transformers(tiny_model_dir: Path, groups: list[Group], kernels: Kernels) -> None:
+    reference = plain_model(tiny_model_dir)
+    want = plain_loss(reference, groups)
+    want.backward()
+    loss, grads = step(fast(full(tiny_model_dir), kernels), groups)
+    assert loss == pytest.approx(want.item(), abs=1e-5)
+    assert_relative(grads, {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_full_tuning_of_each_family_served(tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, family: str) -> None:
+    """Trained biases in Qwen2; heads that are not tied to the embeddings."""
+    model = full(tiny.build_family(tmp_path / "model", family, tiny_model_dir))
+    rows = [Group((Example(tuple(range(3, 3 + n)), (1.0,) * n, n),)) for n in (9, 30, 21)]
+    want, want_grads = step(Policy(model), rows)
+    got, grads = step(fast(model, kernels), rows)
+    assert got == pytest.approx(want, abs=1e-5)
+    assert_relative(grads, want_grads, 1e-4)
+
+
+def test_only_the_upper_layers(tiny_model_dir: Path, groups: list[Group], kernels: Kernels) -> None:
+    """Some weights of one product, one norm; nothing below is run backward."""
+    model = full(tiny_model_dir).requires_grad_(False)
+    upper: Any = model.model.layers[1]  # type: ignore[union-attr,index]
+    for p in (upper.self_attn.k_proj.weight, upper.mlp.up_proj.weight, upper.input_layernorm.weight):
+        p.requires_grad_(True)
+    want, want_grads = step(Policy(model), groups)
+    policy = fast(model, kernels)
+    got, grads = step(policy, groups)
+    assert policy.fast.lowest() == 1  # type: ignore[union-attr]
+    assert got == pytest.approx(want, abs=1e-5)
+    assert_relative(grads, want_grads, 1e-4)
+
+
+def test_full_tuning_on_tiles_follows_float32(tiled: Path, groups: list[Group], kernels: Kernels) -> None:
+    """Ten steps with the same optimizer: the weights are packed anew after each."""
+    losses: dict[str, list[float]] = {}
+    for name, dtype in {"exact": torch.float32, "tiles": torch.bfloat16}.items():
+        model = full(tiled)
+        policy = fast(model, kernels, dtype) if name == "tiles" else Policy(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        losses[name] = []
+        for i in range(10):
+            batch = collate(groups[i % 3 :: 2])
+            loss = SFT(SFT.Options())(policy, batch)["loss"].total / batch.weights_T.sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[name].append(loss.item())
+    assert losses["tiles"] == pytest.approx(losses["exact"], rel=0.02)
+    assert losses["exact"][-1] < 0.9 * losses["exact"][0]
+
+
 Change = Callable[[nn.Module], None]
 
 
@@ -219,16 +276,11 @@ def _dropout(model: nn.Module) -> None:
 
 
 def _more(model: nn.Module) -> None:
-    model.get_base_model().model.norm.weight.requires_grad_(True)  # type: ignore[operator,union-attr]
+    model.prompt = nn.Parameter(torch.zeros(1))  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize(("change", "reason"), [(_dropout, "has dropout"), (_more, "other than LoRA's are trained")])
+@pytest.mark.parametrize(("change", "reason"), [(_dropout, "has dropout"), (_more, "prompt is trained")])
 def test_what_it_does_not_serve_is_told(tiny_model_dir: Path, change: Change, reason: str) -> None:
     _, model = lora(tiny_model_dir)
     change(model)
     assert reason in (why_not(model, torch.float32) or "")
-
-
-def test_full_tuning_is_not_served(tiny_model_dir: Path) -> None:
-    model = Full(Full.Options()).attach(load_model(tiny_model_dir), 0)
-    assert "are trained" in (why_not(model, torch.float32) or "")

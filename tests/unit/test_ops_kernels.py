@@ -170,7 +170,7 @@ def test_the_vocabulary_in_one_pass(kernels: Kernels, random: Callable[..., Tens
     need_tiles(kernels)
     h, weight = random(77, 96).to(B16), (random(1003, 96) * torch.linspace(0.05, 1.5, 1003)[:, None]).to(B16)
     targets = torch.arange(77) * 13
-    logp, correct, entropy, mean, grad = TileHead(kernels, weight, 0.7).stats(h, targets, True, True)
+    logp, correct, entropy, mean, _, grad = TileHead(kernels, weight, 0.7).stats(h, targets, True, True)
     leaf = h.float().requires_grad_()
     want = (0.7 * leaf @ weight.float().T).log_softmax(-1)
     chosen = want.gather(1, targets[:, None])[:, 0]
@@ -180,3 +180,17 @@ def test_the_vocabulary_in_one_pass(kernels: Kernels, random: Callable[..., Tens
     torch.testing.assert_close(entropy, -(want.exp() * want).sum(-1).detach(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(mean, want.mean(-1).detach(), atol=1e-4, rtol=1e-5)
     near(grad, leaf.grad)  # type: ignore[arg-type]
+
+
+def test_the_vocabulary_when_the_head_is_trained(kernels: Kernels, random: Callable[..., Tensor]) -> None:
+    need_tiles(kernels)
+    h, weight = random(77, 96).to(B16), random(1003, 96).to(B16)
+    targets, factor = torch.arange(77) * 13, torch.linspace(-1, 2, 77)
+    head = TileHead(kernels, weight, 0.7)
+    lse = head.stats(h, targets, False, False)[4]
+    dh, dw = head.gradients(h, targets, lse, factor)
+    hf, wf = h.float().requires_grad_(), weight.float().requires_grad_()
+    want = (0.7 * hf @ wf.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    (want * factor).sum().backward()
+    near(dh, hf.grad)  # type: ignore[arg-type]
+    near(dw, wf.grad)  # type: ignore[arg-type]

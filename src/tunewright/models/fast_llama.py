@@ -1,7 +1,7 @@
 """The decoder stack of Llama-shaped models as one function over its weights, forward and backward by hand, on a CPU.
 
-Frozen weights are packed once and get no gradient; q, k, v and gate, up are one product each; the backward ends at the
-lowest trained layer and forms no gradient of the embeddings. What it computes is what the plain modules compute.
+Frozen weights are packed once and get no gradient, trained ones are packed anew after each step; q, k, v and gate, up
+are one product each; the backward ends at the lowest trained layer. It computes what the plain modules compute.
 `why_not` says which models and tuners it does not serve; those run the plain modules.
 """
 
@@ -50,9 +50,9 @@ def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
             reason = _unusual(module)
             if reason:
                 return f"{name} has {reason}"
-    if any(p.requires_grad for n, p in model.named_parameters() if "lora_" not in n):
-        return "weights other than LoRA's are trained"
-    return None
+    known = ("lora_", "_proj.weight", "_proj.bias", "norm.weight", "embed_tokens.weight", "lm_head.weight")
+    odd = [n for n, p in model.named_parameters() if p.requires_grad and not any(k in n for k in known)]
+    return f"{odd[0]} is trained" if odd else None
 
 
 def _unusual(layer: LoraLayer) -> str | None:
@@ -135,38 +135,80 @@ class Room:
 class Linear:
     """One or more layers of a block that read the same input, as one product."""
 
-    def __init__(self, kind: type[Product], kernels: Kernels, layers: Sequence[nn.Module], mix: bool = False) -> None:
-        self.layers = layers
-        plain = [layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in layers]
-        weights: list[Tensor] = [layer.weight.detach() for layer in plain]  # type: ignore[union-attr]
-        sizes = [w.shape[0] for w in weights]
+    def __init__(
+        self,
+        kind: type[Product],
+        kernels: Kernels,
+        dtype: torch.dtype,
+        layers: Sequence[nn.Module],
+        mix: bool = False,
+    ) -> None:
+        self.layers, self.mix, self.dtype = layers, mix, dtype
+        self.plain: list[Any] = [x.get_base_layer() if isinstance(x, LoraLayer) else x for x in layers]
+        sizes = [layer.weight.shape[0] for layer in self.plain]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         rows: list[Tensor | slice] = [slice(a, a + n) for a, n in zip(starts, sizes, strict=True)]
         if mix:
             order = interleave(*(torch.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)))
             rows = [torch.nonzero((order >= s) & (order < s + n))[:, 0] for s, n in zip(starts, sizes, strict=True)]
-        whole = interleave(*weights) if mix else torch.cat(weights)
-        biases = [layer.bias for layer in plain]
-        self.bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])  # type: ignore[operator]
-        ranks = [layer.r[layer.active_adapters[0]] if isinstance(layer, LoraLayer) else 0 for layer in layers]
-        self.product = kind(kernels, whole, ranks, rows)
+        self.rows = rows
+        ranks = [layer.r[layer.active_adapters[0]] if isinstance(layer, LoraLayer) else 0 for layer in layers]  # type: ignore[operator]
+        self.product = kind(kernels, self._weights(), ranks, rows)
+        self.whole = [p for layer in self.plain for p in (layer.weight, layer.bias) if _is_trained(p)]
+        self.low_rank = any(isinstance(layer, LoraLayer) for layer in layers)
+        self.bias = self._bias()
+
+    def _weights(self) -> Tensor:
+        weights = [layer.weight.detach().to(self.dtype) for layer in self.plain]
+        return interleave(*weights) if self.mix else torch.cat(weights)
+
+    def _bias(self) -> Tensor | None:
+        if self.plain[0].bias is None:
+            return None
+        return torch.cat([layer.bias.detach().to(self.dtype) for layer in self.plain])
 
     @property
     def trained(self) -> bool:
-        return any(isinstance(layer, LoraLayer) for layer in self.layers)
+        return self.low_rank or bool(self.whole)
 
     def updates(self) -> list[LowRank | None]:
-        """The trained matrices that are on at present."""
+        """The low-rank matrices that are on at present."""
         return [_low_rank(layer) for layer in self.layers]
 
+    def state(self) -> tuple[Any, ...]:
+        """Differs after anything trained here has changed."""
+        low = tuple(None if u is None else (id(u.a), u.a._version, u.b._version) for u in self.updates())
+        return low, tuple(p._version for p in self.whole)
+
+    def refresh(self) -> None:
+        """Take over the present values of what is trained."""
+        if self.whole:
+            self.product.set_weights(self._weights())
+            self.bias = self._bias()
+        if self.low_rank:
+            self.product.set_updates(self.updates())
+
     def parameters(self) -> list[nn.Parameter]:
-        """a and b of each trained layer, in the order of updates()."""
-        return [p for u in self.updates() if u is not None for p in (u.a, u.b)]  # type: ignore[misc]
+        """What is trained, in the order of gradients()."""
+        return [p for u in self.updates() if u is not None for p in (u.a, u.b)] + self.whole  # type: ignore[misc]
 
     def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
-        """Of parameters()."""
-        found = self.product.gradients(x, dy, self.updates()) if self.trained else []
-        return [g for pair in found if pair is not None for g in pair]
+        """Of parameters(), float32."""
+        low = self.product.gradients(x, dy, self.updates()) if self.low_rank else []
+        found = [g for pair in low if pair is not None for g in pair]
+        if not self.whole:
+            return found
+        weights = self.product.weight_gradient(x, dy)
+        for layer, rows in zip(self.plain, self.rows, strict=True):
+            if _is_trained(layer.weight):
+                found.append(weights[rows])
+            if _is_trained(layer.bias):
+                found.append(dy[:, : self.product.n][:, rows].float().sum(0))
+        return found
+
+
+def _is_trained(p: Tensor | None) -> bool:
+    return p is not None and p.requires_grad
 
 
 def _low_rank(layer: nn.Module) -> LowRank | None:
@@ -176,20 +218,49 @@ def _low_rank(layer: nn.Module) -> LowRank | None:
     return LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])  # type: ignore[arg-type]
 
 
+class Norm:
+    """The weight of an RMSNorm, in the dtype of the computation."""
+
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+        self.parameter, self.dtype = module.weight, dtype
+        self.trained = self.parameter.requires_grad
+        self.refresh()
+
+    def refresh(self) -> None:
+        self.weight = self.parameter.detach().to(self.dtype)
+
+
 class Layer:
     """The weights of one decoder layer."""
 
     def __init__(self, kind: type[Product], kernels: Kernels, layer: Any, dtype: torch.dtype) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.qkv = Linear(kind, kernels, [attention.q_proj, attention.k_proj, attention.v_proj])
-        self.o = Linear(kind, kernels, [attention.o_proj])
-        self.gate_up = Linear(kind, kernels, [mlp.gate_proj, mlp.up_proj], mix=True)
-        self.down = Linear(kind, kernels, [mlp.down_proj])
-        self.norm1 = layer.input_layernorm.weight.detach().to(dtype)
-        self.norm2 = layer.post_attention_layernorm.weight.detach().to(dtype)
+        self.qkv = Linear(kind, kernels, dtype, [attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o = Linear(kind, kernels, dtype, [attention.o_proj])
+        self.gate_up = Linear(kind, kernels, dtype, [mlp.gate_proj, mlp.up_proj], mix=True)
+        self.down = Linear(kind, kernels, dtype, [mlp.down_proj])
+        self.norm1 = Norm(layer.input_layernorm, dtype)
+        self.norm2 = Norm(layer.post_attention_layernorm, dtype)
 
+    @property
     def linears(self) -> tuple[Linear, ...]:
         return (self.qkv, self.o, self.gate_up, self.down)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return (self.norm1, self.norm2)
+
+    @property
+    def trained(self) -> bool:
+        return any(part.trained for part in (*self.linears, *self.norms))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, in the order of the gradients."""
+        return [p for linear in self.linears for p in linear.parameters()] + _parameters(self.norms)
+
+
+def _parameters(norms: Sequence[Norm]) -> list[nn.Parameter]:
+    return [norm.parameter for norm in norms if norm.trained]
 
 
 @dataclass(frozen=True)
@@ -225,31 +296,35 @@ class FastLlama:
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         hd = _head_dim(config)
         self.shape = Shape(config.num_attention_heads, config.num_key_value_heads, hd, window or 0, config.rms_norm_eps)
-        self.embedding: Tensor = decoder.embed_tokens.weight
+        self.embedding: nn.Parameter = decoder.embed_tokens.weight
+        self.padding: int | None = decoder.embed_tokens.padding_idx
         self.rotary = decoder.rotary_emb
-        self.norm = decoder.norm.weight.detach().to(dtype)
+        self.norm = Norm(decoder.norm, dtype)
         self.layers = [Layer(kind, kernels, layer, dtype) for layer in decoder.layers]
         head = head_of(model)
-        plain = self.tiles and head.is_plain_and_frozen and head.bias is None
-        self.head = TileHead(kernels, head.weight.detach().to(dtype), head.scale) if plain else None
+        plain = self.tiles and head.softcap is None and head.bias is None
+        self.head = TileHead(kernels, head.weight, head.scale) if plain else None
         self.checkpointing = "none"
         self._seen: tuple[Any, ...] = ()
 
     def __call__(self, batch: Batch) -> Tensor:
         """[T, D] after the final norm, with gradients to the trained matrices if gradients are on."""
-        self._take_over_updates()
-        parameters = [p for layer in self.layers for linear in layer.linears() for p in linear.parameters()]
+        self._refresh()
+        parameters = [p for layer in self.layers for p in layer.parameters()] + _parameters([self.norm])
+        parameters += [self.embedding] if self.embedding.requires_grad else []
         keep = torch.is_grad_enabled() and bool(parameters)
         return _Hidden.apply(self, self._pack(batch), keep, *parameters)
 
-    def _take_over_updates(self) -> None:
-        """Read the trained matrices if an optimizer, a load or a switch changed them."""
-        linears = [linear for layer in self.layers for linear in layer.linears() if linear.trained]
-        updates = [linear.updates() for linear in linears]
-        now = tuple(None if u is None else (id(u.a), u.a._version, u.b._version) for us in updates for u in us)
+    def _refresh(self) -> None:
+        """Take over what an optimizer, a load or a switch changed since the last call."""
+        linears = [linear for layer in self.layers for linear in layer.linears if linear.trained]
+        norms = [n for n in (*(n for layer in self.layers for n in layer.norms), self.norm) if n.trained]
+        heads = [self.head] if self.head is not None and self.head.weight.requires_grad else []
+        versions = tuple(p._version for p in (*_parameters(norms), *(h.weight for h in heads)))
+        now = (*(linear.state() for linear in linears), versions)
         if now != self._seen:
-            for linear, update in zip(linears, updates, strict=True):
-                linear.product.set_updates(update)
+            for part in (*linears, *norms, *heads):
+                part.refresh()
             self._seen = now
 
     def _pack(self, batch: Batch) -> Packed:
@@ -278,12 +353,13 @@ class FastLlama:
                 again = {"none": False, "selective": i % 2 == 1, "full": True}[self.checkpointing]
                 kept.append(Kept(k.x) if again else k)
         rstd = torch.empty(b.total)
-        return self._rmsnorm(x, self.norm, torch.empty_like(x), rstd), kept, x, rstd
+        return self._rmsnorm(x, self.norm.weight, torch.empty_like(x), rstd), kept, x, rstd
 
     def lowest(self) -> int:
-        """The lowest layer with something trained."""
-        trained = [i for i, layer in enumerate(self.layers) if any(linear.trained for linear in layer.linears())]
-        return min(trained, default=len(self.layers))
+        """The lowest layer whose backward must run."""
+        if self.embedding.requires_grad:
+            return 0
+        return min((i for i, layer in enumerate(self.layers) if layer.trained), default=len(self.layers))
 
     def _layer(self, w: Layer, x: Tensor, b: Packed, h: Tensor) -> tuple[Tensor, Kept]:
         """(the layer's output, all that its backward needs). h: memory for the input of down."""
@@ -291,7 +367,7 @@ class FastLlama:
         gu_out = w.gate_up.product.n + BLOCK  # without the spare columns rows would share few sets of the cache
         room = Room(b.total, qkv_in + self.shape.v.stop + o_in + d + gu_in + gu_out, self.dtype)
         small = torch.empty(2 + self.shape.heads, b.total)
-        xn = self._rmsnorm(x, w.norm1, room.take(qkv_in), small[0])
+        xn = self._rmsnorm(x, w.norm1.weight, room.take(qkv_in), small[0])
         qkv = room.take(self.shape.v.stop)
         w.qkv.product.forward(xn, qkv)
         if w.qkv.bias is not None:
@@ -301,7 +377,7 @@ class FastLlama:
         graph = self._attention(qkv, attended, small[2:], b)
         mid = room.take(d)
         w.o.product.forward(attended, mid, "add", x)
-        xn2 = self._rmsnorm(mid, w.norm2, room.take(gu_in), small[1])
+        xn2 = self._rmsnorm(mid, w.norm2.weight, room.take(gu_in), small[1])
         gu = room.take(gu_out)
         h = h[:, : w.down.product.wide_in]
         w.gate_up.product.forward(xn2, gu, "swiglu", h)
@@ -341,7 +417,7 @@ class FastLlama:
     # ---- backward
 
     def backward(self, b: Packed, kept: list[Kept], last: Tensor, rstd: Tensor, grad: Tensor) -> list[Tensor]:
-        """Gradients of the parameters, layer by layer from the first one. `kept` is emptied on the way."""
+        """Gradients of what __call__ passes to autograd, in its order. `kept` is emptied on the way."""
         lowest = len(self.layers) - len(kept)
         found: list[list[Tensor]] = []
         d, widest = last.shape[1], max(layer.down.product.wide_out for layer in self.layers)
@@ -349,18 +425,26 @@ class FastLlama:
         h = torch.empty(b.total, max(layer.down.product.wide_in for layer in self.layers), dtype=self.dtype)
         scratch = Room(b.total, max(_scratch(layer, d) for layer in self.layers), self.dtype)
         dx = turns[0][:, : self.layers[-1].down.product.wide_out]
-        self._rmsnorm_backward(grad, last, self.norm, rstd, None, dx)
+        g_norm = self._rmsnorm_backward(grad, last, self.norm, rstd, None, dx)
         for i in range(len(self.layers) - 1, lowest - 1, -1):
             layer, k = self.layers[i], kept.pop()
             if k.gu is None:
                 _, k = self._layer(layer, k.x, b, h)
             turns.reverse()
-            to = None if i == lowest else turns[0][:, : self.layers[i - 1].down.product.wide_out]
+            below = self.layers[i - 1].down.product.wide_out if i > lowest else d
+            to = turns[0][:, :below] if i > lowest or self.embedding.requires_grad or layer.norm1.trained else None
             scratch.at = 0
             found.append(self._layer_backward(layer, k, b, dx, to, h[:, : layer.down.product.wide_in], scratch))
             if to is not None:
                 dx = to
-        return [g for grads in reversed(found) for g in grads]
+        g_embedding = [self._embedding_gradient(b, dx[: b.n, :d])] if self.embedding.requires_grad else []
+        return [*(g for grads in reversed(found) for g in grads), *g_norm, *g_embedding]
+
+    def _embedding_gradient(self, b: Packed, dx_TD: Tensor) -> Tensor:
+        grad_VD = torch.zeros(self.embedding.shape).index_add_(0, b.tokens_T[: b.n], dx_TD.float())
+        if self.padding is not None:  # as nn.Embedding: the padding token's row is not trained from its inputs
+            grad_VD[self.padding] = 0
+        return grad_VD
 
     def _layer_backward(
         self, w: Layer, k: Kept, b: Packed, dx: Tensor, to: Tensor | None, h: Tensor, scratch: Room
@@ -371,34 +455,38 @@ class FastLlama:
         rstd1, rstd2, lse = k.small[0], k.small[1], k.small[2:]
         dgu = scratch.take(w.gate_up.product.wide_out)
         w.down.product.backward(dx, dgu, "swiglu_backward", k.gu, h)
-        if w.down.trained:
+        if w.down.low_rank:
             w.down.product.forward(h, None)
         g_down = w.down.gradients(h, dx)
         dn = scratch.take(k.x.shape[1])
         w.gate_up.product.backward(dgu, dn)
         g_gate_up = w.gate_up.gradients(k.xn2, dgu)
         dmid = scratch.take(w.o.product.wide_out)
-        self._rmsnorm_backward(dn, k.mid, w.norm2, rstd2, dx, dmid)
+        g_norm2 = self._rmsnorm_backward(dn, k.mid, w.norm2, rstd2, dx, dmid)
         dout = scratch.take(w.o.product.k)
         w.o.product.backward(dmid, dout)
         g_o = w.o.gradients(k.attended, dmid)
         dqkv = scratch.take(w.qkv.product.wide_out)
         self._attention_backward(k, lse, dout, dqkv, b)
         self._rope(dqkv, b, -1.0)
+        g_norm1: list[Tensor] = []
         if to is None:
             w.qkv.product.backward(dqkv, None)
         else:
             w.qkv.product.backward(dqkv, dn)
-            self._rmsnorm_backward(dn, k.x, w.norm1, rstd1, dmid, to)
+            g_norm1 = self._rmsnorm_backward(dn, k.x, w.norm1, rstd1, dmid, to)
         g_qkv = w.qkv.gradients(k.xn, dqkv)
-        return [*g_qkv, *g_o, *g_gate_up, *g_down]
+        return [*g_qkv, *g_o, *g_gate_up, *g_down, *g_norm1, *g_norm2]
 
     def _rmsnorm_backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor | None, residual: Tensor | None, to: Tensor
-    ) -> None:
+        self, dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor | None, to: Tensor
+    ) -> list[Tensor]:
+        """Fill `to`; returns the gradient of the norm's weight if it is trained."""
         ld = 0 if residual is None else residual.stride(0)
-        first = (dy, dy.stride(0), x, x.stride(0), weight, rstd, residual, ld, to, to.stride(0))
-        self.kernels.rows("rmsnorm_backward", self.dtype, *first, None, x.shape[0], x.shape[1])
+        dw = torch.zeros(self.kernels.threads, x.shape[1]) if norm.trained else None
+        first = (dy, dy.stride(0), x, x.stride(0), norm.weight, rstd, residual, ld, to, to.stride(0))
+        self.kernels.rows("rmsnorm_backward", self.dtype, *first, dw, x.shape[0], x.shape[1])
+        return [] if dw is None else [dw.sum(0)]
 
     def _attention_backward(self, k: Kept, lse: Tensor, dout: Tensor, dqkv: Tensor, b: Packed) -> None:
         s = self.shape

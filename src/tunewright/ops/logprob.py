@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,52 +48,94 @@ class Head:
 
 
 class TileHead:
-    """A frozen, plain LM head packed for the AMX kernels: log-probs and their gradient in one pass over the vocabulary.
+    """A plain LM head packed for the AMX kernels: log-probs in one pass over the vocabulary, never [N, V].
 
-    weight: [V, D] bfloat16, D a multiple of 32. scale: a factor on the logits.
+    weight: [V, D], D a multiple of 32; its bfloat16 values count. scale: a factor on the logits. A trained weight is
+    packed anew by refresh().
     """
 
     def __init__(self, kernels: Kernels, weight: Tensor, scale: float) -> None:
-        self.kernels, self.scale = kernels, scale
-        self.weight = weight.detach().contiguous()
+        self.kernels, self.weight, self.scale = kernels, weight, scale
         self.size, self.d = weight.shape
-        rows = -(-self.size // 32) * 32
-        whole = torch.cat([self.weight, self.weight.new_zeros(rows - self.size, self.d)])
-        self._across, self._along = torch.empty_like(whole), torch.empty_like(whole)
-        kernels("pack_tiles", self._across, whole, self.d, rows, self.d, 1, 0, self.d // 32)
-        kernels("pack_tiles", self._along, whole, self.d, self.d, rows, 0, 0, rows // 32)
+        self.rows = -(-self.size // 32) * 32
+        self._across, self._along = (torch.empty(self.rows, self.d, dtype=torch.bfloat16) for _ in range(2))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over the weight's present values."""
+        self._plain = self.weight.detach().to(torch.bfloat16).contiguous()
+        whole = torch.cat([self._plain, self._plain.new_zeros(self.rows - self.size, self.d)])
+        self.kernels("pack_tiles", self._across, whole, self.d, self.rows, self.d, 1, 0, self.d // 32)
+        self.kernels("pack_tiles", self._along, whole, self.d, self.d, self.rows, 0, 0, self.rows // 32)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        return self._across, self._along, self._plain, self.size
 
     def stats(self, h_ND: Tensor, targets_N: Tensor, with_grad: bool, rest: bool) -> tuple[Tensor, ...]:
-        """(logp, correct, entropy, mean_logp: [N] float32, d logp / d h: [N, D]). rest: whether entropy and mean_logp
-        are wanted; what is not wanted is empty."""
+        """(logp, correct, entropy, mean_logp, log-sum-exp: [N] float32, d logp / d h: [N, D]).
+
+        rest: whether entropy and mean_logp are wanted; what is not wanted is empty.
+        """
         n = h_ND.shape[0]
-        rows = -(-n // 32) * 32
-        h, targets = h_ND.new_zeros(rows, self.d), targets_N.new_zeros(rows)
-        h[:n], targets[:n] = h_ND.detach(), targets_N
-        stats = [torch.empty(rows if i < 2 or rest else 0) for i in range(4)]
+        h, targets = _padded(h_ND.detach()), _padded(targets_N)
+        rows = h.shape[0]
+        stats = [torch.empty(rows if i not in (2, 3) or rest else 0) for i in range(5)]
         grad = torch.empty(rows if with_grad else 0, self.d, dtype=h.dtype)
-        sizes = (self._across, self._along, self.weight, self.size, targets, self.scale)
-        to = (*stats[:2], *(stats[2:] if rest else (None, None)), grad if with_grad else None)
-        self.kernels("vocabulary_tiles", h, rows, self.d, *sizes, *to)
+        to = (*stats[:2], *(stats[2:4] if rest else (None, None)), stats[4], grad if with_grad else None)
+        self.kernels("vocabulary_tiles", h, rows, self.d, *self._parts(), targets, self.scale, *to)
         return *(s[:n] for s in stats), grad[:n]
+
+    def gradients(self, h_ND: Tensor, targets_N: Tensor, lse_N: Tensor, factor_N: Tensor) -> tuple[Tensor, Tensor]:
+        """(dh [N, D], dweight [V, D] float32) of sum(factor * logp)."""
+        n = h_ND.shape[0]
+        h, targets, lse, factor = map(_padded, (h_ND, targets_N, lse_N, factor_N.float()))
+        rows = h.shape[0]
+        along, dw = torch.empty_like(h), torch.zeros(self.rows, self.d)
+        self.kernels("pack_tiles", along, h, self.d, self.d, rows, 0, 0, rows // 32)
+        dh = torch.zeros(self.kernels.threads, rows, self.d)
+        given = (*self._parts(), targets, self.scale, lse, factor, along)
+        self.kernels("vocabulary_backward_tiles", h, rows, self.d, *given, dh, dw)
+        return dh.sum(0)[:n].to(h_ND.dtype), dw[: self.size]
+
+
+def _padded(x: Tensor) -> Tensor:
+    """x with rows of zeros up to a multiple of 32, contiguous."""
+    missing = -x.shape[0] % 32
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.contiguous()
 
 
 class _TileLogp(torch.autograd.Function):
-    """logp and correct through a TileHead; the gradient was formed in the forward."""
+    """logp and correct through a TileHead that is frozen: the gradient is formed in the forward."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, h_ND: Tensor, tiles: TileHead, targets_N: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        logp, correct, _, _, grad_ND = tiles.stats(h_ND, targets_N, True, False)
-        ctx.mark_non_differentiable(correct)  # type: ignore[attr-defined]
-        ctx.save_for_backward(grad_ND)  # type: ignore[attr-defined]
+    def forward(ctx: Any, h_ND: Tensor, tiles: TileHead, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        logp, correct, _, _, _, grad_ND = tiles.stats(h_ND, targets_N, True, False)
+        ctx.mark_non_differentiable(correct)
+        ctx.save_for_backward(grad_ND)
         return logp, correct
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad_ND,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad_ND,) = ctx.saved_tensors
         return grads[0][:, None].to(grad_ND.dtype) * grad_ND, None, None
+
+
+class _TrainedTileLogp(torch.autograd.Function):
+    """logp and correct through a TileHead whose weight is trained: the logits are computed again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, tiles: TileHead, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        logp, correct, _, _, lse, _ = tiles.stats(h_ND, targets_N, False, False)
+        ctx.mark_non_differentiable(correct)
+        ctx.save_for_backward(h_ND, targets_N, lse)
+        ctx.tiles = tiles
+        return logp, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        h_ND, targets_N, lse_N = ctx.saved_tensors
+        dh, dw = ctx.tiles.gradients(h_ND, targets_N, lse_N, grads[0])
+        return dh, dw, None, None
 
 
 def token_stats(
@@ -114,13 +157,9 @@ def token_stats(
         raise ValueError(f"no such token statistic: {', '.join(sorted(unknown))}; there are: {', '.join(STATS)}")
     names = sorted(want)
     with_grad = torch.is_grad_enabled() and h_ND.requires_grad
-    if tiles is not None and h_ND.dtype == tiles.weight.dtype and h_ND.shape[0]:
-        if not with_grad:
-            found = zip(STATS, tiles.stats(h_ND, targets_N, False, not want <= {"logp", "correct"}), strict=False)
-            return {name: values for name, values in found if name in want}
-        if want <= {"logp", "correct"}:
-            found = zip(STATS, _TileLogp.apply(h_ND, tiles, targets_N), strict=False)
-            return {name: values for name, values in found if name in want}
+    if tiles is not None and h_ND.shape[0] and (not with_grad or want <= {"logp", "correct"}):
+        found = _through_tiles(h_ND, tiles, targets_N, with_grad, not want <= {"logp", "correct"})
+        return {name: values for name, values in zip(STATS, found, strict=False) if name in want}
     if want <= {"logp", "correct"} and head.is_plain_and_frozen and with_grad:
         logp_N, correct_N = _FrozenHeadLogp.apply(h_ND, head, targets_N, chunk)
         return {name: {"logp": logp_N, "correct": correct_N}[name] for name in names}
@@ -129,6 +168,15 @@ def token_stats(
         return _chunk_stats(head.logits(h), targets, names)
 
     return dict(zip(names, _in_chunks(part, (h_ND, targets_N), len(names), chunk), strict=True))
+
+
+def _through_tiles(h_ND: Tensor, tiles: TileHead, targets_N: Tensor, with_grad: bool, rest: bool) -> tuple[Tensor, ...]:
+    """The statistics in the order of STATS, as far as they are wanted."""
+    if not with_grad:
+        return tiles.stats(h_ND, targets_N, False, rest)
+    if tiles.weight.requires_grad:
+        return _TrainedTileLogp.apply(h_ND, tiles.weight, tiles, targets_N)  # type: ignore[no-any-return]
+    return _TileLogp.apply(h_ND, tiles, targets_N)  # type: ignore[no-any-return]
 
 
 def divergence(

@@ -95,6 +95,14 @@ class Product:
         """
         raise NotImplementedError
 
+    def set_weights(self, weights: Tensor) -> None:
+        """Take over the present values [n, k] of weights that are trained themselves."""
+        raise NotImplementedError
+
+    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        """[n, k] float32, from the buffers that forward() and backward() filled."""
+        return self._outer(dy[:, : self.n], x[:, : self.k])
+
     def _set(self, a_RK: Tensor, b_NR: Tensor) -> None:
         raise NotImplementedError
 
@@ -117,11 +125,13 @@ class TileProduct(Product):
 
     def __init__(self, kernels: Kernels, weights: Tensor, ranks: Sequence[int], rows: Sequence[Tensor | slice]) -> None:
         super().__init__(kernels, weights, ranks, rows)
-        weights = weights.contiguous()
         self._down = torch.empty(self.r * self.k, dtype=self.dtype)
         self._up = torch.empty(self.r * self.n, dtype=self.dtype)
         self._forward = torch.empty(self.n * (self.k + self.r), dtype=self.dtype)
         self._backward = torch.empty((self.n + self.r) * self.k, dtype=self.dtype)
+        self.set_weights(weights)
+
+    def set_weights(self, weights: Tensor) -> None:
         self._pack(self._forward, weights, True, 0, self.k + self.r)
         self._pack(self._backward, weights, False, 0, self.n + self.r)
 
@@ -190,20 +200,10 @@ class TileProduct(Product):
 
     def _outer(self, p_TR: Tensor, q_TN: Tensor) -> Tensor:
         g_RN = torch.zeros(p_TR.shape[1], q_TN.shape[1])
-        room = torch.empty(p_TR.shape[0] * p_TR.shape[1], dtype=self.dtype)
-        self.kernels(
-            "outer_tiles",
-            p_TR,
-            p_TR.stride(0),
-            q_TN,
-            q_TN.stride(0),
-            g_RN,
-            g_RN.stride(0),
-            p_TR.shape[0],
-            p_TR.shape[1],
-            q_TN.shape[1],
-            room,
-        )
+        tokens, r, n = p_TR.shape[0], p_TR.shape[1], q_TN.shape[1]
+        room = torch.empty(tokens * (r + n), dtype=self.dtype)
+        p, q = (p_TR, p_TR.stride(0)), (q_TN, q_TN.stride(0))
+        self.kernels("outer_tiles", *p, *q, g_RN, n, tokens, r, n, room, room[tokens * r :])
         return g_RN
 
 
@@ -214,6 +214,9 @@ class TorchProduct(Product):
         super().__init__(kernels, weights, ranks, rows)
         self._wide_NK = torch.cat([weights, weights.new_zeros(self.n, self.r)], 1)
         self._a_RK = weights.new_zeros(self.r, self.k)
+
+    def set_weights(self, weights: Tensor) -> None:
+        self._wide_NK[:, : self.k] = weights
 
     def _set(self, a_RK: Tensor, b_NR: Tensor) -> None:
         self._a_RK = a_RK

@@ -50,8 +50,8 @@ extern "C" void linear_tiles(P x, I ldx, I rows, I k, I r, P down, P wide, I n, 
            ldother, (bf16 *)h, ldh};
   linear(l, int(threads));
 }
-extern "C" void outer_tiles(P p, I ldp, P q, I ldq, P g, I ldg, I rows, I r, I n, P turned, I threads) {
-  outer((bf16 *)p, ldp, (bf16 *)q, ldq, (float *)g, ldg, rows, r, n, (bf16 *)turned, int(threads));
+extern "C" void outer_tiles(P p, I ldp, P q, I ldq, P g, I ldg, I rows, I r, I n, P turned, P along, I threads) {
+  outer((bf16 *)p, ldp, (bf16 *)q, ldq, (float *)g, ldg, rows, r, n, (bf16 *)turned, (bf16 *)along, int(threads));
 }
 extern "C" void attention_tiles(P q, P k, P v, I ld, P starts, I segments, I heads, I kv, I hd, double scale, I window,
                                 P out, I ldo, P lse, I rows, I threads) {
@@ -68,9 +68,15 @@ extern "C" void attention_backward_tiles(P q, P k, P v, I ld, P starts, I segmen
   attend_backward(a, b, int(threads));
 }
 extern "C" void vocabulary_tiles(P h, I rows, I d, P across, P along, P head, I size, P targets, double scale, P logp,
-                                 P correct, P entropy, P mean, P grad, I threads) {
+                                 P correct, P entropy, P mean, P lse, P grad, I threads) {
   Vocabulary a{(bf16 *)h, rows, d, (bf16 *)across, (bf16 *)along, (bf16 *)head, size, (int64_t *)targets, float(scale),
-               (float *)logp, (float *)correct, (float *)entropy, (float *)mean, (bf16 *)grad};
+               (float *)logp, (float *)correct, (float *)entropy, (float *)mean, (float *)lse, (bf16 *)grad};
   vocabulary(a, int(threads));
+}
+extern "C" void vocabulary_backward_tiles(P h, I rows, I d, P across, P along, P head, I size, P targets, double scale,
+                                          P lse, P factor, P h_along, P dh, P dw, I threads) {
+  Vocabulary a{(bf16 *)h, rows, d, (bf16 *)across, (bf16 *)along, (bf16 *)head, size, (int64_t *)targets, float(scale),
+               nullptr, nullptr, nullptr, nullptr, (float *)lse, nullptr};
+  vocabulary_backward(a, {(float *)factor, (bf16 *)h_along, (float *)dh, (float *)dw}, int(threads));
 }
 #endif

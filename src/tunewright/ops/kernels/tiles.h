@@ -310,35 +310,44 @@ static void linear(const Linear &l, int threads) {
   }
 }
 
-// g[r, n] (float, stride ldg) += p[rows, r]^T * q[rows, n]
+// g[r, n] (float, stride ldg) += p[rows, r]^T * q[rows, n]. turned, along: memory for r * rows and n * rows.
+// Blocks of 128 rows of g stay with their operand in the L2 cache while the other operand streams by.
 static void outer(const bf16 *p, int64_t ldp, const bf16 *q, int64_t ldq, float *g, int64_t ldg, int64_t rows,
-                  int64_t r, int64_t n, bf16 *turned, int threads) {
-  int64_t blocks = rows / 32;
+                  int64_t r, int64_t n, bf16 *turned, bf16 *along, int threads) {
+  const int64_t blocks = rows / 32, high = 128, parts = (r + high - 1) / high, panels = n / 32;
+  auto pack_panel = [=](int64_t j) {
+    for (int64_t b = 0; b < blocks; b++) {
+      const bf16 *from = q + 32 * b * ldq + 32 * j;
+      for (int64_t k = 0; k < 32; k++) __builtin_prefetch(from + k * ldq + 32);  // the next panel's
+      tile_along(along + 2 * (j * blocks + b) * TILE, from, ldq);
+      tile_along(along + (2 * (j * blocks + b) + 1) * TILE, from + 16, ldq);
+    }
+  };
 #pragma omp parallel num_threads(threads)
   {
     Tiles on;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < r / 16; i++)
-      for (int64_t b = 0; b < blocks; b++) tile_turned(turned + (i * blocks + b) * TILE, p + 32 * b * ldp + 16 * i, ldp);
-    const int64_t most = 32;  // k blocks at a time: 1,024 rows of 32 columns are 64 KB
-    std::vector<bf16> room((2 * most + 1) * TILE);
-    bf16 *panel = (bf16 *)(((uintptr_t)room.data() + 63) & ~uintptr_t(63));
-#pragma omp for schedule(static)
-    for (int64_t j = 0; j < n / 32; j++)
-      for (int64_t b0 = 0; b0 < blocks; b0 += most) {
-        int64_t some = std::min(most, blocks - b0);
-        for (int64_t b = 0; b < some; b++) {
-          const bf16 *from = q + 32 * (b0 + b) * ldq + 32 * j;
-          for (int64_t i = 0; i < 32; i++) __builtin_prefetch(from + i * ldq + 32);  // the next panel's
-          tile_along(panel + 2 * b * TILE, from, ldq);
-          tile_along(panel + (2 * b + 1) * TILE, from + 16, ldq);
-        }
-        for (int64_t i = 0; i < r; i += 32) {
-          float *c = g + i * ldg + 32 * j;
-          load_tiles(c, ldg);
-          multiply_packed(turned + (i / 16 * blocks + b0) * TILE, blocks * TILE, panel, 2 * TILE, some);
-          store_tiles(c, ldg);
-        }
+      for (int64_t b = 0; b < blocks; b++) {
+        const bf16 *from = p + 32 * b * ldp + 16 * i;
+        for (int64_t k = 0; k < 32; k++) __builtin_prefetch(from + k * ldp + 32);
+        tile_turned(turned + (i * blocks + b) * TILE, from, ldp);
       }
+    if (parts > 1) {
+#pragma omp for schedule(static) nowait
+      for (int64_t j = 0; j < panels; j++) pack_panel(j);
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < parts * panels; task++) {
+      int64_t i0 = task / panels * high, j = task % panels;
+      if (parts == 1) pack_panel(j);  // used once, while it is in the cache
+      for (int64_t i = i0; i < std::min(i0 + high, r); i += 32) {
+        float *c = g + i * ldg + 32 * j;
+        load_tiles(c, ldg);
+        multiply_packed(turned + i / 16 * blocks * TILE, blocks * TILE, along + 2 * j * blocks * TILE, 2 * TILE, blocks);
+        store_tiles(c, ldg);
+      }
+    }
   }
 }

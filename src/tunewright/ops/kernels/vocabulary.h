@@ -11,7 +11,8 @@ struct Vocabulary {
   int64_t size;                // tokens in the vocabulary
   const int64_t *targets;
   float scale;
-  float *logp, *correct, *entropy, *mean;  // [rows]
+  float *logp, *correct, *entropy, *mean;  // [rows]; the last two may be null
+  float *lse;                              // [rows] log of the sum of all exp(logit)
   bf16 *grad;                              // [rows, d] d logp / d h, null when not wanted
 };
 
@@ -76,6 +77,7 @@ static void vocabulary(const Vocabulary &a, int threads) {
       for (int64_t i = 0; i < n; i++) {
         float lse = top[i] + std::log(total[i]), inverse = 1.0f / total[i];
         a.logp[m + i] = at_target[i] - lse;
+        a.lse[m + i] = lse;
         a.correct[m + i] = at_target[i] >= top[i] ? 1.0f : 0.0f;
         if (a.entropy) a.entropy[m + i] = lse - weighted[i] * inverse, a.mean[m + i] = plain[i] / float(a.size) - lse;
         if (a.grad) {
@@ -85,6 +87,65 @@ static void vocabulary(const Vocabulary &a, int threads) {
             store16(a.grad + (m + i) * d + k, _mm512_mul_ps(_mm512_set1_ps(a.scale), _mm512_sub_ps(load16(y + k), x)));
           }
         }
+      }
+    }
+  }
+}
+
+struct VocabularyGrad {
+  const float *factor;    // [rows] incoming gradient of each row's logp
+  const bf16 *h_along;    // h packed with k = rows
+  float *dh, *dw;         // [threads, rows, d] and [v, d], zeroed
+};
+
+// For a head that is trained: G = factor * (onehot - softmax), dh = scale * G W, dw = scale * G^T h. Each thread has its
+// own tokens of the vocabulary, so its own rows of dw.
+static void vocabulary_backward(const Vocabulary &a, const VocabularyGrad &b, int threads) {
+  const int64_t step = 128, wide = 512, v = (a.size + 31) / 32 * 32, d = a.d, blocks = a.rows / 32;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int part = 0; part < threads; part++) {
+    Tiles on;
+    Room room;
+    room.open(4 * step * wide + 4 * step * wide + 8192);
+    float *s = room.take<float>(step * wide), *dh = b.dh + part * a.rows * d;
+    bf16 *g = room.take<bf16>(step * wide), *turned = room.take<bf16>(step * wide);
+    int64_t chunks = (v + wide - 1) / wide;
+    for (int64_t j0 = chunks * part / threads * wide; j0 < std::min(v, chunks * (part + 1) / threads * wide); j0 += wide) {
+      int64_t w = std::min(wide, v - j0), real = std::min(w, a.size - j0);
+      for (int64_t m = 0; m < a.rows; m += step) {
+        int64_t n = std::min(step, a.rows - m);
+        for (int64_t j = 0; j < w; j += 32)
+          for (int64_t i = 0; i < n; i += 32) {
+            zero_tiles();
+            multiply(a.h + (m + i) * d, d, a.across + (j0 + j) / 32 * (d / 32) * 2 * TILE, d / 32);
+            store_tiles(s + i * wide + j, wide);
+          }
+        for (int64_t i = 0; i < n; i++) {
+          int64_t y = a.targets[m + i] - j0;
+          float f = b.factor[m + i] * a.scale;
+          for (int64_t j = 0; j < w; j += 16) {
+            __m512 z = _mm512_fmsub_ps(_mm512_load_ps(s + i * wide + j), _mm512_set1_ps(a.scale), _mm512_set1_ps(a.lse[m + i]));
+            __m512 x = _mm512_mul_ps(exp16(z), _mm512_set1_ps(-f));
+            if (y >= j && y < j + 16) x = _mm512_mask_add_ps(x, __mmask16(1u << (y - j)), x, _mm512_set1_ps(f));
+            store16(g + i * wide + j, _mm512_maskz_mov_ps(inside(j, 0, real), x));
+          }
+        }
+        for (int64_t k = 0; k < d; k += 32)
+          for (int64_t i = 0; i < n; i += 32) {
+            load_tiles(dh + (m + i) * d + k, d);
+            multiply(g + i * wide, wide, a.along + (k / 32 * (v / 32) + j0 / 32) * 2 * TILE, w / 32);
+            store_tiles(dh + (m + i) * d + k, d);
+          }
+        for (int64_t j = 0; j < w; j += 16)
+          for (int64_t i = 0; i < n; i += 32) tile_turned(turned + (j / 16 * (n / 32) + i / 32) * TILE, g + i * wide + j, wide);
+        for (int64_t j = 0; j < w; j += 32)
+          for (int64_t k = 0; k < d; k += 32) {
+            float *c = b.dw + (j0 + j) * d + k;
+            load_tiles(c, d);
+            multiply_packed(turned + j / 16 * (n / 32) * TILE, n / 32 * TILE,
+                            b.h_along + (k / 32 * blocks + m / 32) * 2 * TILE, 2 * TILE, n / 32);
+            store_tiles(c, d);
+          }
       }
     }
   }
