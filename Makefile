@@ -45,8 +45,8 @@ $(VENV)/.dev: $(VENV)/.runtime requirements/dev.txt
 sdks: $(VENV)/.dev ## packages that tests need outside their environment (openai's versions, bitsandbytes), into .sdks/
 	@$(BIN)/python tests/api/install_sdks.py
 
-test: dev sdks ## the default tests (about a minute)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: dev ## the default tests (about a minute)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: dev sdks ## the slow tests: real model, kill -9, browser (about ten minutes; the browser ones need chromium)
 	$(BIN)/python -m pytest -m slow

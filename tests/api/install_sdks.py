@@ -15,7 +15,6 @@ from pathlib import Path
 
 VERSIONS = ("3.54.0", "2.54.0", "1.109.1")
 # the newest one is what the default tests use; the others run in the slow tests
-NEWEST = VERSIONS[0]
 OTHERS = ("bitsandbytes-0.50.2",)
 
 

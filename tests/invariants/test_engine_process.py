@@ -174,6 +174,7 @@ def test_no_secret_of_ours_reaches_the_process(process: EngineProcess, home: Hom
     assert child.token not in process.log_file.read_text()
 
 
+@pytest.mark.slow
 def test_killed_it_starts_again(process: EngineProcess) -> None:
     """SIGKILL in the middle of an answer: that answer ends with a clear error, the next request is served."""
 

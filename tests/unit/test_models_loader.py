@@ -103,6 +103,7 @@ def test_a_package_file_with_another_hash_is_refused(home: Home, tmp_path: Path,
     assert not (home.models / "fake").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_make_a_model_once(tiny_model_dir: Path, home: Home, tmp_path: Path) -> None:
     path = write_gguf(tiny_model_dir, tmp_path / "twice.gguf")
     code = (

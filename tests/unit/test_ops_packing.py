@@ -28,16 +28,18 @@ def test_collate_lays_segments_end_to_end() -> None:
     assert (batch.n_tokens, batch.n_segments, batch.n_groups) == (6, 3, 2)
 
 
-def test_pack_is_first_fit_in_order() -> None:
-    groups = [group(n, start=100 * n) for n in (6, 5, 4, 3, 2)]
+def test_pack_is_best_fit_from_the_largest_down() -> None:
+    """First fit would put the 3 beside the 6; the order of the groups does not matter to the sizes."""
+    groups = [group(n, start=100 * n) for n in (2, 5, 3, 6, 4)]
     batches = pack(groups, 10)
     assert [torch.diff(b.cu_seqlens).tolist() for b in batches] == [[6, 4], [5, 3, 2]]
+    assert [torch.diff(b.cu_seqlens).tolist() for b in pack([group(n) for n in (6, 7, 3)], 10)] == [[7, 3], [6]]
     assert [b.tokens_T.tolist() for b in pack(groups, 10)] == [b.tokens_T.tolist() for b in batches]
 
 
 def test_a_group_is_never_split_and_a_large_one_stands_alone() -> None:
     batches = pack([group(4, 4), group(9, 9), group(2)], 10)
-    assert [torch.diff(b.cu_seqlens).tolist() for b in batches] == [[4, 4, 2], [9, 9]]
+    assert [torch.diff(b.cu_seqlens).tolist() for b in batches] == [[9, 9], [4, 4, 2]]
 
 
 @pytest.mark.parametrize("groups", [[], [Group((Example((), ()),))]])
