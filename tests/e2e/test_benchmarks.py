@@ -1,4 +1,4 @@
-"""`python -m benchmarks.sft` as a user runs it, with the tiny model: the gates pass, the JSON says what was measured."""
+"""`python -m benchmarks.sft` as a user runs it, with the tiny model: gates pass, the JSON says what was measured."""
 
 from __future__ import annotations
 
