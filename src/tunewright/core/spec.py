@@ -93,7 +93,9 @@ class JobSpec(BaseModel):
     max_memory: what the job may hold, e.g. `4GB` (of the GPU if there is one); None is what is free.
     eval_every: steps between validation batches; eval_rows: rows of such a batch.
     early_stopping: epochs without improvement of early_stop_metric before stopping; None never stops.
-    early_stop_metric, metric, head, decoding: filled in by the task where empty.
+    early_stop_metric, metric, decoding: filled in by the task where empty.
+    head: what the model answers with: `lm` (tokens), `classify` (the class of a whole text) or `regress` (a value); the
+        last two learn from rows with `text` and `label`, and the objective follows. Empty is `lm`.
     result: which checkpoint becomes the model: the last, or the best by early_stop_metric (`auto`: best if
         early_stopping is set, else last).
     save_every_seconds, save_every_steps: how often a recovery checkpoint is written; epoch ends always are.
