@@ -50,6 +50,7 @@ def run_checks(home: Home, host: str = "127.0.0.1", port: int = 8000) -> Iterato
     yield memory()
     yield packages()
     yield torch()
+    yield compiler()
     yield sqlite()
     yield demo_model()
     yield data_folder(home)
@@ -75,6 +76,17 @@ def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Check:
     if has:
         return Check("cpu", "ok", f"{cores} cores, bfloat16 in hardware ({', '.join(has)})")
     return Check("cpu", "note", f"{cores} cores, no bfloat16 in hardware", "Nothing to do; training uses float32.")
+
+
+def compiler(names: tuple[str, ...] = ("g++", "clang++", "c++")) -> Check:
+    """Whether the fast path's kernels can be compiled; without them training runs the plain modules."""
+    found = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *names))), None)
+    if found is None:
+        fix = (
+            "Install one (Debian and Ubuntu: apt install g++); until then training on the CPU is several times slower."
+        )
+        return Check("c++ compiler", "note", "none found", fix)
+    return Check("c++ compiler", "ok", f"{found}, for the kernels of training on the CPU")
 
 
 def memory() -> Check:
