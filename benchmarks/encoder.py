@@ -26,7 +26,7 @@ from benchmarks.make_data import TOPICS, capital, fill
 from benchmarks.ours import Place, own_parser, placed
 from benchmarks.process import Outcome, RivalFailed, run_ours, run_rival
 from benchmarks.rivals.shared import Task
-from benchmarks.settings import save, say
+from benchmarks.settings import save, say, stop_like_ctrl_c
 from benchmarks.table import TUNED, Rival
 
 MODEL = "all-minilm-l6-v2"
@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--seconds", type=float, default=60.0, help="length of a measured window (%(default)s)")
     p.add_argument("--min-steps", type=int, default=20, help="this many steps end a window early (%(default)s)")
     args = p.parse_args(argv)
+    stop_like_ctrl_c()
     begun = time.monotonic()
     with placed(args) as place:
         about = machine(place.threads)

@@ -25,7 +25,7 @@ import yaml
 from benchmarks.figures import figures, machine
 from benchmarks.process import job_spec, run_one
 from benchmarks.rivals.shared import Task
-from benchmarks.settings import Settings, prepared, save, say, sft_parser
+from benchmarks.settings import Settings, prepared, save, say, sft_parser, stop_like_ctrl_c
 from benchmarks.table import RIVALS, options_for
 
 CALIBRATION_S = 20.0
@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.set_defaults(only="ours,trl_default,trl_best", seconds=120.0)
     p.add_argument("--limit", type=float, default=12.0, help="minutes for each rival (%(default)s)")
     args = p.parse_args(argv)
+    stop_like_ctrl_c()
     about = machine(args.threads)
     rows: list[dict[str, Any]] = []
     with prepared(args) as s:

@@ -20,7 +20,7 @@ from benchmarks.figures import figures, machine
 from benchmarks.make_data import meeting
 from benchmarks.ours import Place, own_parser, placed
 from benchmarks.process import Outcome
-from benchmarks.settings import save, say, tokenise
+from benchmarks.settings import save, say, stop_like_ctrl_c, tokenise
 from tunewright.models.catalogue import resolve
 
 LENGTHS = (128, 256, 512, 1024, 2048)
@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--size", type=int, default=SIZES[1], help="rows of the large file (%(default)s)")
     p.add_argument("--only", default="lengths,rows,memory", help="parts to measure (%(default)s)")
     args = p.parse_args(argv)
+    stop_like_ctrl_c()
     with placed(args) as place:
         folder = resolve(args.model, place.home).folder
         assert folder is not None

@@ -18,7 +18,7 @@ from benchmarks.figures import machine
 from benchmarks.make_data import DATA
 from benchmarks.ours import Place, own_parser, placed
 from benchmarks.process import RivalFailed
-from benchmarks.settings import save, say
+from benchmarks.settings import save, say, stop_like_ctrl_c
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None, jobs: Sequence[Job] = JOBS) -> int:
     p = own_parser(__doc__)
     p.add_argument("--scale", type=float, default=1.0, help="factor on the rows of each job (%(default)s)")
     args = p.parse_args(argv)
+    stop_like_ctrl_c()
     rows: list[dict[str, Any]] = []
     with placed(args) as place:
         about = machine(place.threads)

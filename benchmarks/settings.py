@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -200,6 +201,15 @@ def save(result: dict[str, object], where: str | None) -> None:
         print(text)
     elif where:
         Path(where).write_text(text + "\n")
+
+
+def stop_like_ctrl_c() -> None:
+    """SIGTERM ends a benchmark as Ctrl-C does: the process it measures is ended too, and what was measured is kept."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def say(text: str) -> None:

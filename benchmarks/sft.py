@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.figures import figures, flops_per_token, machine, median_of, peak_flops, ratios
 from benchmarks.gates import Gate, exact_gate, parity_gates
 from benchmarks.process import Outcome, RivalFailed, run_one, run_rival
-from benchmarks.settings import EXACT_ROWS, Settings, prepared, save, say, sft_parser
+from benchmarks.settings import EXACT_ROWS, Settings, prepared, save, say, sft_parser, stop_like_ctrl_c
 from benchmarks.table import RIVALS, TUNED, Rival, options_for
 
 STARTUP_S = 30.0
@@ -155,6 +155,7 @@ def cell(value: float | None, digits: int) -> str:
 
 def compare(args: argparse.Namespace) -> int:
     """The whole comparison; returns the exit code: 0, 1 when a gate failed, 130 after Ctrl-C."""
+    stop_like_ctrl_c()
     begun = time.monotonic()
     about = machine(args.threads)
     if about["load_1m"] > 0.3:
