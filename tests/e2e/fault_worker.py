@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from tunewright.core import durable, events
-from tunewright.train import checkpoint, loop, run, worker
+from tunewright.train import checkpoint, loop, rows, run, worker
 
 
 def count_calls(fault, counts):
@@ -58,7 +58,7 @@ def count_calls(fault, counts):
         setattr(os, name, counted(getattr(os, name), "save", "save"))
     checkpoint.save_file = counted(checkpoint.save_file, "save", "save")
     checkpoint.commit_folder = inside(durable.commit_folder, "save")
-    run.commit_folder = inside(durable.commit_folder, "save")
+    run.commit_folder = rows.commit_folder = inside(durable.commit_folder, "save")
     loop.pack = counted(counted(loop.pack, "pack"), "validate", "validate")
     loop.validate = inside(loop.validate, "validate")
 

@@ -10,7 +10,7 @@ from faults import Machine, story
 from tunewright.core.errors import OutOfMemory
 
 pytestmark = pytest.mark.slow
-LARGE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 4096}
+LARGE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 4096}
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +21,12 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     folder = tiny.build_tiny_model(tmp_path_factory.mktemp("model") / "large", **LARGE)
     made = Machine(tmp_path_factory.mktemp("preflight"), folder)
     rows = [{"messages": [{"role": "user", "content": "count " * 60}, {"role": "assistant", "content": "on " * 60}]}]
-    made.train = tiny.write_rows(made.train, rows * 48)
+    made.train = tiny.write_rows(made.train, rows * 12)
     yield made
     made.close()
 
 
-JOB = {"n_epochs": 1, "batch_size": 16, "micro_batch_tokens": 2048, "save_every_steps": 100, "path": "plain"}
+JOB = {"n_epochs": 1, "batch_size": 6, "micro_batch_tokens": 2048, "save_every_steps": 100, "path": "plain"}
 
 
 def test_predicted_and_measured_are_close_and_the_base_is_known(machine: Machine) -> None:
@@ -44,14 +44,14 @@ def test_what_does_not_fit_is_refitted_and_gives_the_same(machine: Machine) -> N
     free = machine.new_run(**JOB)
     machine.finish(free)
     plan = free.plan() or {}
-    needed = plan["peak_memory_bytes"]
-    tight = machine.new_run(**JOB, max_memory=str(int(needed - 100e6)))
+    needed = int(plan["peak_memory_bytes"] * 0.8)
+    tight = machine.new_run(**JOB, max_memory=str(needed))
     machine.finish(tight)
     smaller, end = tight.plan() or {}, tight.end()
     assert end is not None
     assert (smaller["micro_batch_tokens"], smaller["checkpointing"]) != (2048, "none")
     assert smaller["available_memory_bytes"] < needed
-    assert end.data["peak_memory_bytes"] < needed - 100e6
+    assert end.data["peak_memory_bytes"] < needed
     assert any(e.message.startswith("To fit into") for e in tight.events())
     for a, b in zip(story(free)[0], story(tight)[0], strict=True):
         assert a[1] == pytest.approx(b[1], abs=1e-3)

@@ -22,6 +22,7 @@ from tunewright.train.loop import Parts, accumulate
 from tunewright.tuners.base import parameter_bytes
 
 SMALLEST = 128
+CAUTION = 1.15  # on what a small micro-batch says of a large one
 # what a step costs against the fastest setting: recomputing layers, and less efficient products of few rows
 RECOMPUTING = {"none": 1.0, "selective": 1.17, "full": 1.34}
 FEW_ROWS = ((2048, 1.0), (1024, 1.04), (512, 1.1), (256, 1.25), (0, 1.5))
@@ -44,10 +45,10 @@ class Room:
         return p["activations"] + p["head"]
 
 
-def fit(parts: Parts, room: Room, peak: meter.Peak) -> tuple[Parts, int]:
-    """The parts with the fastest setting that fits, and the bytes of its peak, the optimizer's state included.
+def fitting(parts: Parts, room: Room, peak: meter.Peak) -> Iterator[Parts]:
+    """The parts with each setting whose heaviest micro-batch fits, the fastest first.
 
-    Raises OutOfMemory with the numbers and the nearest change that fits.
+    Raises OutOfMemory with the numbers and the nearest change that fits when there is no further one.
     """
     ratio = 0.0  # measured against counted, unknown at first
     dtype = parts.plan.dtype
@@ -64,7 +65,7 @@ def fit(parts: Parts, room: Room, peak: meter.Peak) -> tuple[Parts, int]:
             continue
         used = run_heaviest(tried, heavy, peak)
         if used is not None and used + room.state <= room.limit:
-            return tried, used + room.state
+            yield tried
         ratio = max(ratio, ((used or room.limit) - room.fixed + room.state) / counted)
     raise OutOfMemory(refusal(parts, room, least, max(ratio, 0.1)))
 
@@ -137,7 +138,8 @@ def _calibrate(parts: Parts, room: Room, peak: meter.Peak, tokens: int) -> float
     counted = room.activations(_tokens(short), parts.plan.checkpointing, parts.plan.dtype)
     if used is None:
         return 4.0
-    return max(0.5, (used - (room.fixed - room.state - parameter_bytes(parts.tuner.trainable()))) / counted)
+    before = room.fixed - room.state - parameter_bytes(parts.tuner.trainable())
+    return CAUTION * max(0.5, (used - before) / counted)
 
 
 def _short(groups: Sequence[Group]) -> list[Group]:

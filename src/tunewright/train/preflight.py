@@ -13,7 +13,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tunewright.models import memory
 from tunewright.models.layouts import causal_lm
 from tunewright.models.shape import shape_of
 from tunewright.train import meter
-from tunewright.train.fit import Room, drop_gradients, fit
+from tunewright.train.fit import Room, drop_gradients, fitting
 from tunewright.train.loop import EVALUATED_AT_ONCE, Parts, accumulate, add, means_of
 from tunewright.train.plan import Plan, step_rows
 from tunewright.tuners.base import parameter_bytes
@@ -40,7 +40,7 @@ MARGIN = 0.95  # of the memory that is there
 PROBED = 1 << 24  # elements of a parameter that stand for the rest of it when the optimizer is timed
 SAVE_PROBE = 64 << 20
 MOST_STEPS, LEAST_SECONDS, SHARE = 20, 2.0, 0.03  # of the time for measuring steps
-BASE_SHARE = 0.05  # of the whole work, for the base model's loss
+BASE_SHARE = 0.02  # of the whole work, for the base model's loss
 _COUNTED = {"adapter": "lora", "weights": "full"}
 
 
@@ -78,22 +78,20 @@ def preflight(parts: Parts, build: Build, peak: meter.Peak) -> Plan:
     held = meter.resident() + parameter_bytes(trainable) + state
     shape = shape_of(causal_lm(parts.policy.model))
     kind = _COUNTED.get(parts.tuner.card.artefact, "lora")
-    parts, _ = fit(parts, Room(limit, shape, kind, state, held), peak)
     work = Work(memory.flops(shape, kind, getattr(parts.tuner.options, "r", 16)))
-    base, forward = measure_base(parts, work)
-    seconds, clip = measure_steps(parts, work)
-    predicted_peak = max(peak.so_far(), meter.peak() + state, held)
-    drop_gradients(parts)
-    epoch = work.of(parts.groups) * seconds
+    fitted = fitting(parts, Room(limit, shape, kind, state, held), peak)
+    found = next(m for m in (measure(p, work) for p in fitted) if max(m.peak + state, held) <= limit)
+    parts = found.parts
+    epoch = work.of(parts.groups) * found.seconds
     steps = math.ceil(parts.plan.n_rows / parts.plan.batch_size)
-    total = parts.plan.n_epochs * (epoch + steps * (clip + update)) + validation(parts, work) * forward
+    total = parts.plan.n_epochs * (epoch + steps * (found.clip + update)) + validation(parts, work) * found.forward
     total += saves(parts, total) * save_seconds(parts, parameter_bytes(trainable) + state)
     return replace(
         parts.plan,
-        base=base,
+        base=found.base,
         available_memory_bytes=limit,
-        peak_memory_bytes=predicted_peak,
-        seconds_per_step=epoch / steps + clip + update,
+        peak_memory_bytes=max(found.peak + state, held, peak.so_far()),
+        seconds_per_step=epoch / steps + found.clip + update,
         predicted_seconds=total,
         predicted_finish=time.time() + total,
     )
@@ -112,6 +110,27 @@ class Work:
 
     def each(self, groups: Sequence[Group]) -> np.ndarray:
         return sizes(groups) @ self._factors
+
+
+@dataclass(frozen=True)
+class Measured:
+    """base: see Plan. forward, seconds: of a pass without, and with, gradients for each unit of work. clip: seconds.
+    peak: bytes held at most, without the optimizer's state."""
+
+    parts: Parts
+    base: dict[str, Any]
+    forward: float
+    seconds: float
+    clip: float
+    peak: int
+
+
+def measure(parts: Parts, work: Work) -> Measured:
+    """The base model's loss and a few steps at the setting of `parts`."""
+    base, forward = measure_base(parts, work)
+    seconds, clip = measure_steps(parts, work)
+    drop_gradients(parts)
+    return Measured(parts, base, forward, seconds, clip, meter.peak())
 
 
 def measure_base(parts: Parts, work: Work) -> tuple[dict[str, Any], float]:
@@ -143,7 +162,8 @@ def measure_base(parts: Parts, work: Work) -> tuple[dict[str, Any], float]:
 def measure_steps(parts: Parts, work: Work) -> tuple[float, float]:
     """(seconds of forward and backward a unit of work, seconds of clipping): medians over the first steps of the job.
 
-    At least three steps, and up to SHARE of the predicted time or LEAST_SECONDS. The first is left out: it warms up.
+    At least two steps, and up to SHARE of the predicted time or LEAST_SECONDS. Of three and more the first is left out:
+    it warms up.
     """
     rates: list[float] = []
     clips: list[float] = []
@@ -158,7 +178,7 @@ def measure_steps(parts: Parts, work: Work) -> tuple[float, float]:
         clips.append(time.monotonic() - done)
         rates.append((done - begun) / work.of(groups))
         whole = rates[-1] * work.of(parts.groups) * parts.plan.n_epochs
-        if len(rates) >= 3 and time.monotonic() - started > max(LEAST_SECONDS, SHARE * whole):
+        if len(rates) >= 2 and time.monotonic() - started > max(LEAST_SECONDS, SHARE * whole):
             break
     counted = slice(1, None) if len(rates) > 2 else slice(None)
     return statistics.median(rates[counted]), statistics.median(clips[counted])

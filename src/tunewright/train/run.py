@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -19,18 +19,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from tunewright.core.conversation import Conversation
 from tunewright.core.durable import check_folder, commit_folder, disk_full_is_clear, sweep, write_json
-from tunewright.core.errors import CheckpointError, Diverged, RollBack, SpecError
+from tunewright.core.errors import Diverged, RollBack, SpecError
 from tunewright.core.events import EventWriter
 from tunewright.core.example import Group
 from tunewright.core.home import Home
 from tunewright.core.run import ARTEFACT, BASE_IS_START, Artefact, JobFile, Run, read_artefact
 from tunewright.core.spec import JobSpec, check_parts
-from tunewright.data.render import RenderReport, render_rows
-from tunewright.data.rendered import StoredGroups, write_groups
 from tunewright.data.tokenizer import TOKENIZER_FILES, Tokenizer
-from tunewright.data.validate import check_file, raise_for, read_conversations
 from tunewright.models.heads import Head
 from tunewright.models.layouts import PADDED, causal_lm
 from tunewright.models.loader import load_model, materialise
@@ -42,11 +38,12 @@ from tunewright.train import meter
 from tunewright.train.checkpoint import State, list_checkpoints, load_newest
 from tunewright.train.describe import describe
 from tunewright.train.fast import choose_path
-from tunewright.train.labels import job_head, job_labels
+from tunewright.train.labels import job_head
 from tunewright.train.loop import Parts, announce_checkpoint, train
 from tunewright.train.optim import OPTIMIZERS, SCHEDULES
 from tunewright.train.plan import Plan, rate_factor, resolve
 from tunewright.train.preflight import Build, preflight, room_to_load
+from tunewright.train.rows import load_groups
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
 from tunewright.tuners.lora import merge_adapter
@@ -165,6 +162,8 @@ def run_once(
     if events.attempt == 1 and not rolled_back:
         events.write("message", "Fine-tuning job started")
     state = train(parts, state)
+    parts.optimizer.zero_grad(set_to_none=True)
+    meter.release()  # else reading the result back would come on top of the memory that training used
     finish(parts, state)
     return {
         "status": "succeeded",
@@ -208,94 +207,6 @@ def context_length(folder: Path) -> int:
     positions = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
     # RoBERTa and its kin count positions from after the padding token's
     return positions - config.pad_token_id - 1 if config.model_type in COUNT_FROM_PADDING else positions
-
-
-def load_groups(
-    run: Run,
-    job: JobFile,
-    spec: JobSpec,
-    tokenizer: Tokenizer,
-    objective: Any,
-    limit: int,
-    role: str,
-    events: EventWriter,
-) -> StoredGroups:
-    """The rows of a data file as token ids, checked and rendered into rendered/ once. Raises DataError."""
-    folder = run.folder / "rendered" / role
-    wanted = {"options": render_options(job, spec, limit), "tunewright": version("tunewright")}
-    try:
-        done = check_folder(folder)
-    except CheckpointError:
-        done = {}
-    if any(done.get(k) != v for k, v in wanted.items()):
-        render(run, job, spec, tokenizer, objective, limit, role, events, wanted)
-        done = check_folder(folder)
-    for note in done["notes"]:
-        events.write("message", note, {}, "warn")
-    return StoredGroups(folder)
-
-
-def render_options(job: JobFile, spec: JobSpec, limit: int) -> dict[str, Any]:
-    """What decides how rows are rendered, besides the files in the run folder, which never change."""
-    return {
-        "base": job.base,
-        "train_on": spec.train_on,
-        "head": spec.head,
-        "format": spec.format,
-        "objective": spec.objective.model_dump(),
-        "overlong": spec.overlong,
-        "limit": limit,
-    }
-
-
-def render(
-    run: Run,
-    job: JobFile,
-    spec: JobSpec,
-    tokenizer: Tokenizer,
-    objective: Any,
-    limit: int,
-    role: str,
-    events: EventWriter,
-    info: dict[str, Any],
-) -> None:
-    """Check a data file, then commit rendered/<role>, in memory that does not grow with the file. Raises DataError."""
-    path = run.folder / str(job.train if role == "train" else job.validation)
-    what = {"train": "training", "validation": "validation"}[role]
-    name = job.sources.get(role, {}).get("name", path.name)
-    minimum = spec.min_examples if role == "train" else 1
-    shapes = objective.card.shapes
-    report = check_file(path, format=spec.format, purpose_shapes=shapes, min_examples=minimum, name=name)
-    raise_for(report, what=what)
-    events.write("message", f"The {what} file {name} has {report.n_rows} rows. {report.reason}")
-    rendered, notes = RenderReport(), []
-    groups = render_rows(
-        with_progress(read_conversations(path, report.format, name), report.n_rows, what, events),
-        tokenizer,
-        report=rendered,
-        shape=report.shape,
-        train_on=spec.train_on,
-        max_length=limit,
-        overlong=spec.overlong,
-        labels=job_labels(run, job, spec, path, report.format, name),
-    )
-
-    def fill(folder: Path) -> None:
-        write_groups(folder, groups)
-        notes.extend(f"{what.capitalize()} file: {note}" for note in rendered.notes)
-
-    commit_folder(run.folder / "rendered" / role, fill, {**info, "notes": notes})
-
-
-def with_progress(rows: Iterator[Conversation], total: int, what: str, events: EventWriter) -> Iterator[Conversation]:
-    """Pass rows on, with a `phase` event for each twentieth of them."""
-    every = max(1, total // 20)
-    for i, item in enumerate(rows):
-        if i % every == 0:
-            events.write(
-                "phase", f"Rendering the {what} file", {"name": f"rendering {what}", "done": i, "total": total}
-            )
-        yield item
 
 
 def attach(start: Start, tuner: Tuner, spec: JobSpec, dtype: torch.dtype, head: Head | None) -> nn.Module:

@@ -1,0 +1,111 @@
+"""From a data file to groups on disk: checked, rendered to token ids, committed once to the run folder.
+
+Nothing here grows with the file. A later attempt finds the folder and reads from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tunewright.core.conversation import Conversation
+from tunewright.core.durable import check_folder, commit_folder
+from tunewright.core.errors import CheckpointError
+from tunewright.core.events import EventWriter
+from tunewright.core.run import JobFile, Run
+from tunewright.core.spec import JobSpec
+from tunewright.data.render import RenderReport, render_rows
+from tunewright.data.rendered import StoredGroups, write_groups
+from tunewright.data.tokenizer import Tokenizer
+from tunewright.data.validate import check_file, raise_for, read_conversations
+from tunewright.train.labels import job_labels
+
+
+def load_groups(
+    run: Run,
+    job: JobFile,
+    spec: JobSpec,
+    tokenizer: Tokenizer,
+    objective: Any,
+    limit: int,
+    role: str,
+    events: EventWriter,
+) -> StoredGroups:
+    """The rows of a data file as token ids, checked and rendered into rendered/ once. Raises DataError."""
+    folder = run.folder / "rendered" / role
+    wanted = {"options": render_options(job, spec, limit), "tunewright": version("tunewright")}
+    try:
+        done = check_folder(folder)
+    except CheckpointError:
+        done = {}
+    if any(done.get(k) != v for k, v in wanted.items()):
+        render(run, job, spec, tokenizer, objective, limit, role, events, wanted)
+        done = check_folder(folder)
+    for note in done["notes"]:
+        events.write("message", note, {}, "warn")
+    return StoredGroups(folder)
+
+
+def render_options(job: JobFile, spec: JobSpec, limit: int) -> dict[str, Any]:
+    """What decides how rows are rendered, besides the files in the run folder, which never change."""
+    return {
+        "base": job.base,
+        "train_on": spec.train_on,
+        "head": spec.head,
+        "format": spec.format,
+        "objective": spec.objective.model_dump(),
+        "overlong": spec.overlong,
+        "limit": limit,
+    }
+
+
+def render(
+    run: Run,
+    job: JobFile,
+    spec: JobSpec,
+    tokenizer: Tokenizer,
+    objective: Any,
+    limit: int,
+    role: str,
+    events: EventWriter,
+    info: dict[str, Any],
+) -> None:
+    """Check a data file, then commit rendered/<role>, in memory that does not grow with the file. Raises DataError."""
+    path = run.folder / str(job.train if role == "train" else job.validation)
+    what = {"train": "training", "validation": "validation"}[role]
+    name = job.sources.get(role, {}).get("name", path.name)
+    minimum = spec.min_examples if role == "train" else 1
+    shapes = objective.card.shapes
+    report = check_file(path, format=spec.format, purpose_shapes=shapes, min_examples=minimum, name=name)
+    raise_for(report, what=what)
+    events.write("message", f"The {what} file {name} has {report.n_rows} rows. {report.reason}")
+    rendered, notes = RenderReport(), []
+    groups = render_rows(
+        with_progress(read_conversations(path, report.format, name), report.n_rows, what, events),
+        tokenizer,
+        report=rendered,
+        shape=report.shape,
+        train_on=spec.train_on,
+        max_length=limit,
+        overlong=spec.overlong,
+        labels=job_labels(run, job, spec, path, report.format, name),
+    )
+
+    def fill(folder: Path) -> None:
+        write_groups(folder, groups)
+        notes.extend(f"{what.capitalize()} file: {note}" for note in rendered.notes)
+
+    commit_folder(run.folder / "rendered" / role, fill, {**info, "notes": notes})
+
+
+def with_progress(rows: Iterator[Conversation], total: int, what: str, events: EventWriter) -> Iterator[Conversation]:
+    """Pass rows on, with a `phase` event for each twentieth of them."""
+    every = max(1, total // 20)
+    for i, item in enumerate(rows):
+        if i % every == 0:
+            events.write(
+                "phase", f"Rendering the {what} file", {"name": f"rendering {what}", "done": i, "total": total}
+            )
+        yield item
