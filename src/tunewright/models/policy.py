@@ -77,7 +77,8 @@ class Policy:
     def scores(self, batch: Batch) -> Tensor:
         """[S, labels] float32: what the model's head says of each segment (models with a head for whole rows)."""
         with self._cast():
-            return heads.scores(self.model, batch, self.layout, self.hidden).float()
+            noisy = self.embedding_noise is not None
+            return heads.scores(self.model, batch, self.layout, self.hidden, noisy).float()
 
     def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]:
         """{name: [T] float32}, 0 where weights_T is 0: only supervised tokens reach the LM head.
