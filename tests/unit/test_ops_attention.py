@@ -21,12 +21,12 @@ def qkv(heads: int = 4, kv_heads: int = 2, n: int = 13, dim: int = 8) -> tuple[T
     return make(heads), make(kv_heads), make(kv_heads)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, cu: list[int], window: int | None = None) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, cu: list[int], window: int | None = None, causal: bool = True) -> Tensor:
     """Softmax over scores with -inf wherever a token may not look."""
     n, repeat = q.shape[2], q.shape[1] // k.shape[1]
     segment = torch.bucketize(torch.arange(n), torch.tensor(cu[1:]), right=True)
     i, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
-    allowed = (segment[:, None] == segment[None, :]) & (j <= i)
+    allowed = (segment[:, None] == segment[None, :]) & ((j <= i) | (not causal))
     if window is not None:
         allowed &= i - j < window
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
@@ -47,6 +47,25 @@ def test_equals_masked_softmax_with_gradients(cu: list[int], window: int | None,
     want_grads = torch.autograd.grad((want * upstream).sum(), (q, k, v))
     for a, b in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("together", [0, 8])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_short_segments_together_and_both_ways(
+    together: int, causal: bool, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call a segment, or matrix products over sets of segments of similar length: 5, 1, 7, 7, 2 and 3 tokens."""
+    monkeypatch.setattr(attention, "TOGETHER", together)
+    cu, upstream = [0, 5, 6, 13, 20, 22, 25], torch.randn(1, 4, 25, 8, dtype=torch.float32)
+    inputs = tuple(x.detach().float().requires_grad_() for x in qkv(kv_heads=kv_heads, n=25))
+    got = attention.segment_attention(*inputs, cu, causal=causal)
+    want = reference(*inputs, cu, causal=causal)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+    got_grads = torch.autograd.grad((got * upstream).sum(), inputs)
+    want_grads = torch.autograd.grad((want * upstream).sum(), inputs)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
