@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import tiny
+from tunewright.core.errors import UserError
 from tunewright.core.example import Example, Group
 from tunewright.models.heads import Head
 from tunewright.models.loader import load_model
@@ -19,7 +21,7 @@ from tunewright.models.policy import Policy
 from tunewright.models.recompute import set_checkpointing
 from tunewright.objectives.classify import Classify
 from tunewright.objectives.sft import SFT
-from tunewright.ops.noise import token_keys
+from tunewright.ops.noise import embedding_noise, token_keys
 from tunewright.ops.packing import collate, pack
 from tunewright.ops.padding import pad, real
 from tunewright.tuners.base import Tuner
@@ -193,6 +195,30 @@ def test_with_dropout_any_cut_of_a_step_is_the_whole_step(family: str, built: An
     assert whole != pytest.approx(still, rel=1e-4)
     assert our_loss(family, model, groups, 1, noise_step=1) == pytest.approx(whole, rel=1e-6, abs=1e-6)
     assert_relative(take_gradients(model), gradients, 1e-5)
+
+
+@pytest.mark.slow
+def test_embedding_noise_is_the_same_for_any_cut_or_refused(family: str, built: Any) -> None:
+    """RoBERTa's head is run by the model's own forward, which reads tokens."""
+    model = load(family, built(family))
+    width = model.get_input_embeddings().weight.shape[-1]  # type: ignore[operator]
+    policy = Policy(model, embedding_noise=partial(embedding_noise, width=width, alpha=5.0))
+
+    def outputs(budget: int, noise_step: int | None) -> Tensor:
+        batches = pack(groups_of(family), budget)
+        if noise_step is not None:
+            batches = [replace(b, noise_T=token_keys(b, 0, noise_step)) for b in batches]
+        found = [policy.scores(b) if is_head(family) else policy.token_stats(b, {"logp"})["logp"] for b in batches]
+        return torch.cat(found).detach()
+
+    if family == "roberta":
+        with pytest.raises(UserError, match="neftune_alpha cannot be used with RobertaForSequenceClassification"):
+            outputs(10**6, 1)
+        return
+    whole = outputs(10**6, 1)
+    torch.testing.assert_close(outputs(1, 1), whole, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(outputs(10**6, None), whole, atol=1e-3)
+    assert not torch.allclose(outputs(10**6, 2), whole, atol=1e-3)
 
 
 def test_saved_and_loaded_is_the_original(family: str, built: Any, tmp_path: Path) -> None:
