@@ -50,7 +50,7 @@ def _check(labels: tuple[str, ...] | list[str], name: str) -> None:
     if len(labels) < 2:
         only = next(iter(labels), "")
         raise DataError(
-            f"Every row of {name} has the label '{only}', so there is nothing to tell apart. Add rows of another class.",
+            f"Every row of {name} has the label '{only}': there is nothing to tell apart. Add rows of another class.",
             param="training_file",
         )
     if len(labels) > MAX_CLASSES:
