@@ -66,7 +66,7 @@ TROUBLES: dict[str, tuple[dict[str, Any], list[Epoch], dict[str, Any]]] = {
     "unusual_rate": ({"learning_rate": 0.1}, [], {}),
     "unusual_epochs": ({"n_epochs": 20}, [], {}),
 }
-FINE = epochs((2.0, 2.1), (1.6, 1.8), (1.5, 1.7))
+FINE = epochs((2.0, 2.1), (1.6, 1.8), (1.5, 1.75))
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -81,6 +81,8 @@ def test_each_trouble_is_named_with_its_fix_and_nothing_else_is(name: str) -> No
 def test_a_job_that_goes_well_gets_no_advice() -> None:
     assert advise(PLAN, History(1e-3, FINE)) == {}
     assert advise(PLAN, History(1e-3)) == {}
+    by_heart = epochs((2.0, None), (1.0, None), (0.5, None))
+    assert advise(PLAN, History(1e-3, by_heart)) == {}
 
 
 def test_few_steps_and_a_tiny_rate_are_unusual_too() -> None:
