@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from safetensors.torch import load_file, save_file
 from test_models_catalogue import install_package
 from transformers import AutoTokenizer
 
+import tiny
 from tunewright.core import durable
 from tunewright.core.errors import UserError
 from tunewright.core.home import Home
+from tunewright.models.catalogue import CATALOGUE
+from tunewright.models.heads import Head
 from tunewright.models.loader import load_model, materialise
 
 
@@ -104,6 +108,41 @@ def test_a_package_file_with_another_hash_is_refused(home: Home, tmp_path: Path,
 
 
 @pytest.mark.slow
+def test_a_package_may_hold_a_model_folder(tiny_model_dir: Path, home: Home, tmp_path: Path, monkeypatch) -> None:
+    install_package(monkeypatch, tmp_path / "site")
+    folder = tmp_path / "site" / "fake_model" / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "code.py").write_text("raise RuntimeError('copied')")
+    weights = folder / "model.safetensors"
+    row = replace(CATALOGUE["fake"], file="fake_model/model/model.safetensors", sha256=durable.sha256_file(weights))
+    monkeypatch.setitem(CATALOGUE, "fake", row)
+    made = materialise("fake", home)
+    assert made == home.models / "fake"
+    assert {p.name for p in made.iterdir()} == {p.name for p in tiny_model_dir.iterdir()} | {
+        "source.json",
+        "MANIFEST.json",
+    }
+    assert (made / "model.safetensors").read_bytes() == weights.read_bytes()
+    load_model(made)
+
+
+def test_a_new_head_comes_from_its_seed_and_an_old_one_from_the_file(tiny_model_dir: Path, tmp_path: Path) -> None:
+    a, b, c = (load_model(tiny_model_dir, head=Head("classify", ("x", "y"), seed)) for seed in (1, 1, 2))
+    assert torch.equal(a.score.weight, b.score.weight) and not torch.equal(a.score.weight, c.score.weight)
+    a.save_pretrained(tmp_path / "m")
+    shutil.copy(tiny_model_dir / "tokenizer.json", tmp_path / "m")
+    assert torch.equal(load_model(tmp_path / "m", head=Head("classify", ("x", "y"), 3)).score.weight, a.score.weight)
+    with pytest.raises(UserError, match=r"do not fit .* score.weight"):
+        load_model(tmp_path / "m", head=Head("classify", ("x", "y", "z")))
+
+
+def test_the_architectures_dropout_is_off(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Else a step would depend on how it is cut: in training mode, twice the same."""
+    model = load_model(tiny.build_family(tmp_path / "gpt2", "gpt2", tiny_model_dir)).train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
 def test_two_processes_make_a_model_once(tiny_model_dir: Path, home: Home, tmp_path: Path) -> None:
     path = write_gguf(tiny_model_dir, tmp_path / "twice.gguf")
     code = (

@@ -85,7 +85,8 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, head: Head | No
     model, report = _open(folder, dtype, head)
     new = () if head is None else tuple(f"{name}." for name in head_names(model))
     missing = (k for k in map(str, report["missing_keys"]) if not (new and k.startswith(new)))
-    wrong = sorted([*missing, *(str(k) for k in report["mismatched_keys"])])
+    other = (f"{name} of {list(has)}, not {list(said)}" for name, has, said in report["mismatched_keys"])
+    wrong = sorted([*missing, *other])
     if wrong:
         raise UserError(
             f"The weights of '{folder.name}' do not fit its config.json: {len(wrong)} tensors are missing or have "

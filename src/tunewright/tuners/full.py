@@ -87,7 +87,7 @@ def _read_converted(model: Any, folder: Path) -> dict[str, torch.Tensor]:
         opened, report = type(model).from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
+    missing = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
     if missing:
         raise CheckpointError(
             f"The weights of '{folder.name}' do not fit the model: {len(missing)} tensors differ, first {missing[0]}."
