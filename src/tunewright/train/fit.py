@@ -89,9 +89,9 @@ def settings(parts: Parts) -> list[tuple[int, str]]:
 def heaviest(groups: Sequence[Group], tokens: int, batch_size: int) -> list[Group]:
     """The fullest micro-batch that a step could have: the longest groups, filled up with the longest that still fit."""
     lengths = sizes(groups)[:, TOKENS]
-    chosen, room = [], tokens
+    chosen, room, shortest = [], tokens, int(lengths.min())
     for i in np.argsort(-lengths, kind="stable"):
-        if len(chosen) == batch_size or (chosen and room < 1):
+        if len(chosen) == batch_size or (chosen and room < shortest):
             break
         if not chosen or lengths[i] <= room:
             chosen.append(int(i))
