@@ -143,6 +143,7 @@ def test_the_architectures_dropout_is_off(tmp_path: Path, tiny_model_dir: Path) 
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_two_processes_make_a_model_once(tiny_model_dir: Path, home: Home, tmp_path: Path) -> None:
     path = write_gguf(tiny_model_dir, tmp_path / "twice.gguf")
     code = (

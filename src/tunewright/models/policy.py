@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,17 @@ from tunewright.models import heads
 from tunewright.models.layouts import LAYOUTS, causal_lm, layout_of
 from tunewright.models.recompute import set_checkpointing
 from tunewright.ops import logprob
-from tunewright.ops.logprob import Head
+from tunewright.ops.logprob import Head, TileHead
 from tunewright.ops.types import Batch
+
+
+class Fast(Protocol):
+    """Computes what Policy.hidden returns, sooner. head: the LM head packed for its kernels, if it is."""
+
+    checkpointing: str
+    head: TileHead | None
+
+    def __call__(self, batch: Batch) -> Tensor: ...
 
 
 class Policy:
@@ -34,7 +43,7 @@ class Policy:
         model: nn.Module,
         autocast: torch.dtype | None = None,
         *,
-        fast: Callable[[Batch], Tensor] | None = None,
+        fast: Fast | None = None,
         embedding_noise: Callable[[Batch], Tensor] | None = None,
     ) -> None:
         self.model = model
@@ -49,9 +58,10 @@ class Policy:
                 module.cast_input_dtype_enabled = autocast is None  # type: ignore[assignment]
 
     def set_checkpointing(self, choice: str) -> None:
-        """Which layers are computed again in the backward: `none`, `selective` or `full`. A `fast` looks at
-        `checkpointing` itself."""
+        """Which layers are computed again in the backward: `none`, `selective` or `full`."""
         self.checkpointing = choice
+        if self.fast is not None:
+            self.fast.checkpointing = choice
         set_checkpointing(self.model, choice)
 
     @property
@@ -88,7 +98,8 @@ class Policy:
         rows = batch.weights_T.nonzero()[:, 0]
         h_ND = self.hidden(batch)[rows]
         with self._cast():
-            stats = logprob.token_stats(h_ND, head_of(self.model), batch.targets_T[rows], want)
+            tiles = None if self.fast is None else self.fast.head
+            stats = logprob.token_stats(h_ND, head_of(self.model), batch.targets_T[rows], want, tiles=tiles)
         return {name: _spread(values, rows, batch.n_tokens) for name, values in stats.items()}
 
     def divergence(self, batch: Batch, teacher: Policy, kind: str) -> Tensor:
