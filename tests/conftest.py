@@ -48,11 +48,11 @@ def sft_file() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The C++ kernels of this machine, on two threads."""
+def kernels(pytestconfig: pytest.Config) -> Any:
+    """The C++ kernels of this machine, on two threads, compiled once and kept in pytest's cache."""
     from tunewright.ops.kernels import KernelsMissing, load_kernels
 
     try:
-        return load_kernels(tmp_path_factory.mktemp("kernels"), 2)
+        return load_kernels(pytestconfig.rootpath / ".pytest_cache" / "kernels", 2)
     except KernelsMissing as e:
         pytest.skip(str(e))

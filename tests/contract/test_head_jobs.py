@@ -76,6 +76,7 @@ def test_a_classifier_learns_and_opens_elsewhere(readers: Home, tuner: str) -> N
     assert loss / 9 == pytest.approx(metrics["full_valid_loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_classifier_is_continued_with_its_classes_and_not_served(readers: Home) -> None:
     made, _ = run(readers, tiny.label_rows(18), model="bert", head="classify", tuner="full", n_epochs=1)
     name = read_artefact(made.result).name
@@ -95,6 +96,7 @@ def test_values(readers: Home) -> None:
     assert AutoModelForSequenceClassification.from_pretrained(made.result).config.num_labels == 1
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_job(readers: Home) -> None:
     rows = [
         {"prompt": r["messages"][1]["content"], "completion": r["messages"][2]["content"]} for r in tiny.sft_rows(24)

@@ -344,6 +344,7 @@ def test_a_failed_step_fails_its_requests_only(engine: Engine, base: Any, adapte
     assert engine.stats()["kv_bytes"] == 0
 
 
+@pytest.mark.slow
 def test_models_and_adapters_make_room(home: Home, adapters: dict[str, Path], tmp_path: Path) -> None:
     """With room for one model and one adapter everything is still answered right, in turn."""
     whole = kit.write_artefact(kit.make_model(tmp_path / "result", seed=5), "weights", None)

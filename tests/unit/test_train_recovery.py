@@ -39,7 +39,12 @@ def limited(room: int, calls: list[int], error: type[Exception] = RuntimeError) 
     return compute
 
 
-@pytest.mark.parametrize("error", [RuntimeError, MemoryError, torch.OutOfMemoryError])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError, pytest.param(MemoryError, marks=SLOW), pytest.param(torch.OutOfMemoryError, marks=SLOW)]
+)
 def test_half_the_micro_batch_until_it_fits(tmp_path: Path, error: type[Exception]) -> None:
     run, plan, events = make(tmp_path)
     calls: list[int] = []
