@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from tunewright.models.policy import Policy
 from tunewright.objectives.sft import SFT
 from tunewright.ops.kernels import Kernels
 from tunewright.ops.packing import collate, pack
+from tunewright.ops.prefix import share_prefixes
+from tunewright.train.fast import choose_path
 from tunewright.tuners.base import Tuner
 from tunewright.tuners.full import Full
 from tunewright.tuners.lora import LoRA
@@ -93,6 +96,15 @@ def test_a_step_is_that_of_transformers_and_peft(
     assert_relative(grads, theirs, 1e-4)
 
 
+def give_biases(model: nn.Module) -> None:
+    """transformers starts biases at zero, where leaving them out would not be seen."""
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.add_(torch.randn(p.shape, generator=g))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 def test_each_family_served_is_its_plain_self(
     tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, family: str
@@ -100,6 +112,7 @@ def test_each_family_served_is_its_plain_self(
     """Biases of q, k, v in Qwen2; a window of 3 tokens in Mistral."""
     folder = tiny.build_family(tmp_path / "model", family, tiny_model_dir)
     _, model = lora(folder)
+    give_biases(model)
     ids = torch.arange(60) * 7 % 90 + 3
     rows = [
         Group((Example(tuple(part.tolist()), (1.0,) * len(part), i),)) for i, part in enumerate(ids.split([9, 30, 21]))
@@ -144,6 +157,42 @@ def test_off_is_the_base_and_on_again_the_adapter(tiny_model_dir: Path, groups: 
         torch.testing.assert_close(off, base, atol=1e-5, rtol=1e-5)
         assert torch.equal(policy.hidden(batch), on)
         assert not torch.allclose(on, off, atol=1e-3)
+
+
+def test_a_pass_of_the_base_before_the_backward(tiny_model_dir: Path, groups: list[Group], kernels: Kernels) -> None:
+    """As for a reference model: the adapter is off in between, and its gradient the same."""
+    tuner, model = lora(tiny_model_dir)
+    policy, batch = fast(model, kernels), collate(groups)
+    policy.hidden(batch).square().sum().backward()
+    want = {k: p.grad.clone() for k, p in tuner.trainable().items() if p.grad is not None}
+    model.zero_grad()
+    loss = policy.hidden(batch).square().sum()
+    with tuner.off(), torch.no_grad():
+        policy.hidden(batch)
+    loss.backward()
+    assert all(torch.equal(p.grad, want[k]) for k, p in tuner.trainable().items())  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_right_is_refused(tiny_model_dir: Path, groups: list[Group], kernels: Kernels) -> None:
+    tuner, model = lora(tiny_model_dir)
+    loss = fast(model, kernels).hidden(collate(groups)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward only"):
+        loss.backward()
+    loss = fast(model, kernels).hidden(collate(groups)).sum()
+    with torch.no_grad():
+        next(iter(tuner.trainable().values())).add_(1)
+    with pytest.raises(RuntimeError, match="changed between"):
+        loss.backward()
+
+
+def test_shared_prompts_run_the_plain_modules(tiny_model_dir: Path, groups: list[Group], kernels: Kernels) -> None:
+    """The kernels know no parents."""
+    _, model = lora(tiny_model_dir)
+    pair = share_prefixes([Group((groups[0].examples[0],) * 2, prefix=5)])
+    assert (pair.parent_S >= 0).any()
+    with torch.no_grad():
+        assert torch.equal(fast(model, kernels).hidden(pair), Policy(model).hidden(pair))
 
 
 def test_weights_that_an_optimizer_moved_are_read_again(
@@ -226,6 +275,7 @@ def test_full_tuning_is_that_of_transformers(tiny_model_dir: Path, groups: list[
 def test_full_tuning_of_each_family_served(tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, family: str) -> None:
     """Trained biases in Qwen2; heads that are not tied to the embeddings."""
     model = full(tiny.build_family(tmp_path / "model", family, tiny_model_dir))
+    give_biases(model)
     rows = [Group((Example(tuple(range(3, 3 + n)), (1.0,) * n, n),)) for n in (9, 30, 21)]
     want, want_grads = step(Policy(model), rows)
     got, grads = step(fast(model, kernels), rows)
@@ -279,8 +329,48 @@ def _more(model: nn.Module) -> None:
     model.prompt = nn.Parameter(torch.zeros(1))  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize(("change", "reason"), [(_dropout, "has dropout"), (_more, "prompt is trained")])
+def _bias(model: nn.Module) -> None:
+    layer = model.get_base_model().model.layers[0].self_attn.o_proj  # type: ignore[operator,union-attr,index]
+    layer.base_layer.bias = nn.Parameter(torch.ones(layer.base_layer.out_features), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(_bias, "have biases"), (_dropout, "has dropout"), (_more, "prompt is trained")]
+)
 def test_what_it_does_not_serve_is_told(tiny_model_dir: Path, change: Change, reason: str) -> None:
     _, model = lora(tiny_model_dir)
     change(model)
     assert reason in (why_not(model, torch.float32) or "")
+
+
+def test_hidden_states_that_the_plain_modules_made_take_the_plain_head(
+    tiled: Path, groups: list[Group], kernels: Kernels
+) -> None:
+    """With embedding noise the modules run, in float32 under autocast: not what the tiles of the head read."""
+    model = full(tiled)
+    policy = fast(model, kernels, torch.bfloat16)
+    want, want_grads = step(policy, groups)
+    quiet = replace(collate(groups), noise_T=torch.zeros(sum(g.n_tokens for g in groups), dtype=torch.int64))
+    policy.embedding_noise = lambda batch: torch.zeros(batch.n_tokens, model.config.hidden_size)  # type: ignore[union-attr]
+    loss = SFT(SFT.Options())(policy, quiet)["loss"].total / quiet.weights_T.sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(want, rel=0.01)
+    got = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    size = sum(float(g.square().sum()) for g in want_grads.values())
+    assert sum(float((got[k] - want_grads[k]).square().sum()) for k in want_grads) <= 0.05**2 * size
+
+
+@pytest.mark.parametrize(
+    ("wanted", "room", "name", "why"),
+    [
+        ("auto", 1e9, "fast", "fast path runs"),
+        ("plain", 1e9, "plain", "asked or decided"),
+        ("auto", 1e5, "plain", "packed weights would take"),
+    ],
+)
+def test_the_path_is_chosen_and_told(
+    tiny_model_dir: Path, tmp_path: Path, wanted: str, room: float, name: str, why: str
+) -> None:
+    _, model = lora(tiny_model_dir)
+    chosen = choose_path(model, torch.float32, 1, tmp_path, wanted, room)
+    assert (chosen.name, chosen.forward is None) == (name, name == "plain") and why in chosen.why

@@ -41,6 +41,22 @@ def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pyte
         load_kernels(tmp_path, 1)
 
 
+def test_a_damaged_library_is_compiled_again(kernels: Kernels, tmp_path: Path) -> None:
+    load_kernels(tmp_path / "whole", 1)
+    (whole,) = (tmp_path / "whole").iterdir()
+    damaged = tmp_path / "damaged" / whole.name
+    damaged.parent.mkdir()
+    damaged.write_bytes(whole.read_bytes()[:100])
+    assert load_kernels(damaged.parent, 1).tiles == kernels.tiles
+    assert damaged.stat().st_size == whole.stat().st_size
+
+
+def test_a_cache_that_cannot_be_written_is_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KernelsMissing, match="could not be compiled or loaded"):
+        load_kernels(tmp_path / "file" / "below", 1)
+
+
 def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "bin" / "broken-cxx"
     broken.parent.mkdir()
@@ -54,16 +70,37 @@ def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("dtype", [torch.float32, B16])
 def test_rmsnorm_and_its_gradient(kernels: Kernels, random: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    x, w, dy = random(37, 96).to(dtype), random(96).to(dtype), random(37, 96).to(dtype)
+    x, w, dy = random(37, 96).to(dtype), random(96), random(37, 96).to(dtype)
     y, rstd, dx = torch.empty_like(x), torch.empty(37), torch.empty_like(x)
     kernels.rows("rmsnorm", dtype, x, 96, w, 1e-5, y, 96, rstd, 37, 96)
     kernels.rows("rmsnorm_backward", dtype, dy, 96, x, 96, w, rstd, None, 0, dx, 96, None, 37, 96)
     leaf = x.float().requires_grad_()
-    want = leaf * (leaf.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w.float()
+    want = leaf * (leaf.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w
     want.backward(dy.float())
     tolerance = 1e-5 if dtype == torch.float32 else 4e-3
     near(y, want.detach(), tolerance)
     near(dx, leaf.grad, tolerance)  # type: ignore[arg-type]
+
+
+def test_swiglu_in_the_products(kernels: Kernels, random: Callable[..., Tensor]) -> None:
+    """On tiles it is done on the way out of a product; gates far below zero must not become NaN."""
+    need_tiles(kernels)
+    x, dy, down = random(64, 64).to(B16), random(64, 64).to(B16), random(64, 96).to(B16)
+    gate, up = 12 * random(96, 64).to(B16), random(96, 64).to(B16)
+    into = TileProduct(kernels, interleave(gate, up), [0, 0], [slice(0, 96), slice(96, 192)])
+    out = TileProduct(kernels, down, [0], [slice(0, 64)])
+    gu, h, dgu, again = (torch.empty(64, n, dtype=B16) for n in (192, 96, 192, 96))
+    into.forward(x, gu, "swiglu", h)
+    out.backward(dy, dgu, "swiglu_backward", gu, again)
+    rows = gu.T.contiguous().view(6, 2, 16, 64).float()
+    g, u = (rows[:, i].reshape(96, 64).T.contiguous().requires_grad_() for i in range(2))
+    assert g.min() < -100
+    near(gu, (x.float() @ interleave(gate, up).float().T), 4e-3)
+    want = F.silu(g) * u
+    want.backward(dy.float() @ down.float())
+    near(h, want.detach())
+    near(again, want.detach())
+    near(dgu, interleave(g.grad.T.contiguous(), u.grad.T.contiguous()).T, 8e-3)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, B16])

@@ -7,7 +7,7 @@ are one product each; the backward ends at the lowest trained layer. It computes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +23,21 @@ from tunewright.ops.logprob import TileHead
 from tunewright.ops.lora import BLOCK, LowRank, Product, TileProduct, TorchProduct, interleave, padded
 from tunewright.ops.types import Batch
 
-MODELS = ("llama", "mistral", "qwen2")
+# model type -> the sliding window that transformers applies (Llama ignores one in its config), or None
+WINDOWS: dict[str, Callable[[Any], int | None]] = {
+    "llama": lambda decoder: None,
+    "mistral": lambda decoder: decoder.config.sliding_window,
+    "qwen2": lambda decoder: decoder.layers[0].self_attn.sliding_window,
+}
 
 
 def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
     """Why this model cannot take the fast path, or None if it can."""
     config: Any = causal_lm(model).config
-    names = {name for name, _ in decoder_of(model).named_parameters()}
+    names = {name.replace(".base_layer", "") for name, _ in decoder_of(model).named_parameters()}
     plain = ("o_proj", "gate_proj", "up_proj", "down_proj")
     found = {
-        f"models of type '{config.model_type}' have no fast path": config.model_type not in MODELS,
+        f"models of type '{config.model_type}' have no fast path": config.model_type not in WINDOWS,
         "its MLP is not a SwiGLU": getattr(config, "hidden_act", "silu") != "silu",
         "its linear layers have biases": any(f"{p}.bias" in name for name in names for p in plain),
         "its layers differ in their attention": len(set(getattr(config, "layer_types", None) or [""])) > 1,
@@ -69,6 +74,12 @@ def _unusual(layer: LoraLayer) -> str | None:
 
 def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def packed_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """What the fast path keeps beside the model: its weights packed for forward and backward, or joined once."""
+    weights = [m.weight for m in causal_lm(model).modules() if isinstance(m, nn.Linear)]
+    return 2 * dtype.itemsize * sum(w.numel() for w in weights)
 
 
 def _tiles_fit(config: Any) -> bool:
@@ -219,15 +230,15 @@ def _low_rank(layer: nn.Module) -> LowRank | None:
 
 
 class Norm:
-    """The weight of an RMSNorm, in the dtype of the computation."""
+    """The weight of an RMSNorm, in float32 whatever the computation has."""
 
-    def __init__(self, module: Any, dtype: torch.dtype) -> None:
-        self.parameter, self.dtype = module.weight, dtype
+    def __init__(self, module: Any) -> None:
+        self.parameter = module.weight
         self.trained = self.parameter.requires_grad
         self.refresh()
 
     def refresh(self) -> None:
-        self.weight = self.parameter.detach().to(self.dtype)
+        self.weight = self.parameter.detach().float()
 
 
 class Layer:
@@ -239,8 +250,8 @@ class Layer:
         self.o = Linear(kind, kernels, dtype, [attention.o_proj])
         self.gate_up = Linear(kind, kernels, dtype, [mlp.gate_proj, mlp.up_proj], mix=True)
         self.down = Linear(kind, kernels, dtype, [mlp.down_proj])
-        self.norm1 = Norm(layer.input_layernorm, dtype)
-        self.norm2 = Norm(layer.post_attention_layernorm, dtype)
+        self.norm1 = Norm(layer.input_layernorm)
+        self.norm2 = Norm(layer.post_attention_layernorm)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -293,13 +304,13 @@ class FastLlama:
         self.kernels, self.dtype = kernels, dtype
         self.tiles = kernels.tiles and dtype == torch.bfloat16 and _tiles_fit(config)
         kind = TileProduct if self.tiles else TorchProduct
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        window = WINDOWS[config.model_type](decoder)
         hd = _head_dim(config)
         self.shape = Shape(config.num_attention_heads, config.num_key_value_heads, hd, window or 0, config.rms_norm_eps)
         self.embedding: nn.Parameter = decoder.embed_tokens.weight
         self.padding: int | None = decoder.embed_tokens.padding_idx
         self.rotary = decoder.rotary_emb
-        self.norm = Norm(decoder.norm, dtype)
+        self.norm = Norm(decoder.norm)
         self.layers = [Layer(kind, kernels, layer, dtype) for layer in decoder.layers]
         head = head_of(model)
         plain = self.tiles and head.softcap is None and head.bias is None
@@ -313,7 +324,8 @@ class FastLlama:
         parameters = [p for layer in self.layers for p in layer.parameters()] + _parameters([self.norm])
         parameters += [self.embedding] if self.embedding.requires_grad else []
         keep = torch.is_grad_enabled() and bool(parameters)
-        return _Hidden.apply(self, self._pack(batch), keep, *parameters)
+        with torch.autocast("cpu", enabled=False):  # each product has its dtype; autocast would change torch's
+            return _Hidden.apply(self, self._pack(batch), keep, *parameters)
 
     def _refresh(self) -> None:
         """Take over what an optimizer, a load or a switch changed since the last call."""
@@ -326,6 +338,20 @@ class FastLlama:
             for part in (*linears, *norms, *heads):
                 part.refresh()
             self._seen = now
+
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        """Which values of the trained weights are packed at present."""
+        return self._seen
+
+    def require(self, weights: tuple[Any, ...]) -> None:
+        """Have those values packed that a forward used, after a switch was off and on again in between.
+
+        Raises RuntimeError if the weights themselves have changed since.
+        """
+        self._refresh()
+        if self._seen != weights:
+            raise RuntimeError("the trained weights changed between the forward and its backward")
 
     def _pack(self, batch: Batch) -> Packed:
         n = batch.n_tokens
@@ -514,13 +540,18 @@ class _Hidden(torch.autograd.Function):
     def forward(ctx: Any, fast: FastLlama, b: Packed, keep: bool, *parameters: Tensor) -> Tensor:
         out, kept, last, rstd = fast.forward(b, keep)
         ctx.fast, ctx.b, ctx.kept, ctx.last, ctx.rstd, ctx.out = fast, b, kept, last, rstd, out.shape
+        ctx.weights = fast.weights
         if not keep:
             ctx.mark_non_differentiable(out)
         return out[: b.n]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.fast.require(ctx.weights)
+        if ctx.kept is None:
+            raise RuntimeError("the fast path keeps its forward for one backward only")
         whole = grad.new_zeros(ctx.out)
         whole[: ctx.b.n] = grad
         grads = ctx.fast.backward(ctx.b, ctx.kept, ctx.last, ctx.rstd, whole)
+        ctx.kept = None
         return (None, None, None, *grads)

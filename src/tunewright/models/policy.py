@@ -73,7 +73,7 @@ class Policy:
         """[T, D]: the last layer's output after the final norm, in the dtype of the computation."""
         noisy = torch.is_grad_enabled() and batch.noise_T is not None and self.embedding_noise is not None
         with self._cast():
-            if self.fast is not None and not noisy:
+            if self.fast is not None and not noisy and bool((batch.parent_S < 0).all()):
                 return self.fast(batch)
             return LAYOUTS[self.layout](self.model, batch, self._inputs(batch, noisy))
 

@@ -156,8 +156,9 @@ def token_stats(
     if unknown:
         raise ValueError(f"no such token statistic: {', '.join(sorted(unknown))}; there are: {', '.join(STATS)}")
     names = sorted(want)
-    with_grad = torch.is_grad_enabled() and h_ND.requires_grad
-    if tiles is not None and h_ND.shape[0] and (not with_grad or want <= {"logp", "correct"}):
+    with_grad = torch.is_grad_enabled() and (h_ND.requires_grad or head.weight.requires_grad)
+    with_tiles = tiles is not None and h_ND.dtype == torch.bfloat16 and h_ND.shape[0] > 0
+    if tiles is not None and with_tiles and (not with_grad or want <= {"logp", "correct"}):
         found = _through_tiles(h_ND, tiles, targets_N, with_grad, not want <= {"logp", "correct"})
         return {name: values for name, values in zip(STATS, found, strict=False) if name in want}
     if want <= {"logp", "correct"} and head.is_plain_and_frozen and with_grad:

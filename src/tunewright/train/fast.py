@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tunewright.models.fast_llama import FastLlama, why_not
+from tunewright.models.fast_llama import FastLlama, packed_bytes, why_not
 from tunewright.ops.kernels import KernelsMissing, load_kernels
 
 FAST, PLAIN = "fast", "plain"
@@ -22,17 +22,27 @@ class Chosen:
     forward: FastLlama | None
     why: str
 
+    @property
+    def kernels(self) -> str:
+        """What the numbers depend on: `tiles`, `torch` or `none`."""
+        return "none" if self.forward is None else "tiles" if self.forward.tiles else "torch"
 
-def choose_path(model: nn.Module, dtype: torch.dtype, threads: int, folder: Path, wanted: str) -> Chosen:
+
+def choose_path(model: nn.Module, dtype: torch.dtype, threads: int, folder: Path, wanted: str, room: float) -> Chosen:
     """The path for `model`. wanted: `auto` takes the fast one where it serves, `plain` never does.
 
-    folder: where compiled kernels are kept. Compiling takes some seconds, once a machine.
+    folder: where compiled kernels are kept. Compiling takes some seconds, once a machine. room: bytes that the job may
+    still take; packed weights may take half of it.
     """
     if wanted == PLAIN:
-        return Chosen(PLAIN, None, "The plain modules run, as the job asks.")
+        return Chosen(PLAIN, None, "The plain modules run, as was asked or decided.")
     reason = why_not(model, dtype)
     if reason is not None:
         return Chosen(PLAIN, None, f"The plain modules run: {reason}.")
+    more = packed_bytes(model, dtype)
+    if more > 0.5 * room:
+        text = f"packed weights would take {more / 1e9:.1f} of the {max(room, 0) / 1e9:.1f} GB that are left"
+        return Chosen(PLAIN, None, f"The plain modules run: {text}.")
     try:
         forward = FastLlama(model, dtype, load_kernels(folder, threads))
     except KernelsMissing as e:

@@ -44,12 +44,17 @@ BASE_SHARE = 0.02  # of the whole work, for the base model's loss
 _COUNTED = {"adapter": "lora", "weights": "full"}
 
 
+def room_left(max_memory: str | None) -> float:
+    """Bytes that this process may still take. max_memory: the job's own limit on all it holds."""
+    return MARGIN * meter.limit(parse_bytes(max_memory) if max_memory else None) - meter.resident()
+
+
 def room_to_load(folder: Path, full: bool, dtype: torch.dtype, chosen: str, max_memory: str | None) -> torch.dtype:
     """The dtype to load the base in: `auto` becomes bfloat16 where float32 would leave no room.
 
     full: all weights are trained. chosen: the job's dtype. Raises OutOfMemory when even the weights do not fit.
     """
-    limit = MARGIN * meter.limit(parse_bytes(max_memory) if max_memory else None) - meter.resident()
+    limit = room_left(max_memory)
     n = memory.stored_parameters(folder)
     size = 12 if full else dtype.itemsize  # with gradients and at least one moment
     if n * size > 0.8 * limit and not full and chosen == "auto" and dtype == torch.float32:

@@ -6,6 +6,7 @@ spec -> model, tokenizer, groups -> tuner, objective, optimizer -> plan -> loop 
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ from tunewright.train.labels import job_head
 from tunewright.train.loop import Parts, announce_checkpoint, train
 from tunewright.train.optim import OPTIMIZERS, SCHEDULES
 from tunewright.train.plan import Plan, rate_factor, resolve
-from tunewright.train.preflight import Build, preflight, room_to_load
+from tunewright.train.preflight import Build, preflight, room_left, room_to_load
 from tunewright.train.rows import load_groups
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
@@ -109,7 +110,8 @@ def run_once(
         objective.labels = head.labels
     model = attach(start, tuner, spec, dtype, head)
     autocast = None if dtype == torch.float32 else dtype
-    path = choose_path(model, dtype, threads, home.cache / "kernels", earlier.path if earlier else spec.path)
+    wanted, room = (earlier.path, math.inf) if earlier else (spec.path, room_left(spec.max_memory))
+    path = choose_path(model, dtype, threads, home.cache / "kernels", wanted, room)
     events.write("message", path.why)
     policy = Policy(model, autocast, fast=path.forward, embedding_noise=neftune(model, spec.neftune_alpha))
     plan = earlier or resolve(
@@ -123,7 +125,7 @@ def run_once(
         context=context,
         parameters=sum(p.numel() for p in policy.model.parameters()),
         trainable=sum(p.numel() for p in tuner.trainable().values()),
-        versions=versions(),
+        versions=versions(path.kernels),
     )
     optimizer_class, optimizer_options = row(OPTIMIZERS, spec.optimizer)
     build = partial(optimizer_class.build, lr=plan.learning_rate, options=optimizer_options)
@@ -157,7 +159,7 @@ def run_once(
         parts = replace(parts, plan=plan)
     else:
         policy.set_checkpointing(plan.checkpointing)
-        keep(plan, events)
+        keep(plan, path.kernels, events)
     state = resume(parts, rolled_back)
     if events.attempt == 1 and not rolled_back:
         events.write("message", "Fine-tuning job started")
@@ -252,14 +254,15 @@ def base_text(base: dict[str, Any]) -> str:
     return f"Before training: loss={base['loss']:.3f}{more} on {rows}"
 
 
-def versions() -> dict[str, str]:
-    """What the numbers of a run depend on besides its inputs."""
-    return {name: version(name) for name in ("torch", "transformers", "peft", "tunewright")}
+def versions(kernels: str) -> dict[str, str]:
+    """What the numbers of a run depend on besides its inputs. kernels: `tiles`, `torch` or `none`."""
+    found = {name: version(name) for name in ("torch", "transformers", "peft", "tunewright")}
+    return {**found, "kernels": kernels}
 
 
-def keep(plan: Plan, events: EventWriter) -> Plan:
+def keep(plan: Plan, kernels: str, events: EventWriter) -> Plan:
     """The plan of the earlier attempt, with a warning when the environment is not the one it was made in."""
-    changed = [f"{k} {plan.versions.get(k)} -> {v}" for k, v in versions().items() if plan.versions.get(k) != v]
+    changed = [f"{k} {plan.versions.get(k)} -> {v}" for k, v in versions(kernels).items() if plan.versions.get(k) != v]
     if changed:
         text = f"This attempt runs with other versions ({', '.join(changed)}): it resumes, but perhaps not bit for bit."
         events.write("message", text, {}, "warn")

@@ -12,10 +12,13 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from tunewright.core.durable import fsync_path
 
 SOURCES = Path(__file__).parent
 FLAGS = (
@@ -40,8 +43,12 @@ class Kernels:
 
     def __call__(self, name: str, *arguments: Tensor | float | int | None) -> None:
         """Call a function of kernels.cpp with these arguments and the number of threads. Tensors go as addresses:
-        the caller answers for dtype, shape and strides. `name` may end in a dtype's name (`rope_float32`)."""
-        getattr(self._library, name)(*map(_as_c, arguments), ctypes.c_int64(self.threads))
+        the caller answers for dtype, shape and strides. `name` may end in a dtype's name (`rope_float32`).
+
+        Raises MemoryError.
+        """
+        if getattr(self._library, name)(*map(_as_c, arguments), ctypes.c_int64(self.threads)):
+            raise MemoryError(f"no memory for {name}")
 
     def rows(self, name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> None:
         """Call the variant of a row-wise function for `dtype` (float32 or bfloat16)."""
@@ -61,23 +68,27 @@ def load_kernels(folder: Path, threads: int) -> Kernels:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
     if compiler is None:
         raise KernelsMissing("There is no C++ compiler. Install one (Debian and Ubuntu: apt install g++).")
-    library = folder / f"kernels-{_fingerprint(compiler)}.so"
-    if not library.is_file():
-        _compile(compiler, library)
     try:
+        library = folder / f"kernels-{_fingerprint(compiler)}.so"
+        if library.is_file():
+            with suppress(OSError):  # damaged, say by a power failure: it is compiled anew
+                return Kernels(ctypes.CDLL(str(library)), threads)
+        _compile(compiler, library)
         return Kernels(ctypes.CDLL(str(library)), threads)
-    except OSError as e:
-        raise KernelsMissing(f"The compiled kernels cannot be loaded: {e}.") from e
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise KernelsMissing(f"The kernels could not be compiled or loaded: {e}.") from e
 
 
 def _compile(compiler: str, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     fresh = library.with_name(f"{library.name}.{os.getpid()}.tmp-new")
     command = [compiler, *FLAGS, "-w", str(SOURCES / "kernels.cpp"), "-o", str(fresh)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # in a session of its own: a signal that asks the job to stop must not look like a compiler that fails
+    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True, timeout=300)
     if done.returncode:
         fresh.unlink(missing_ok=True)
         raise KernelsMissing(f"{Path(compiler).name} could not compile the kernels: {done.stderr.strip()[:300]}")
+    fsync_path(fresh)
     fresh.replace(library)  # two processes may do this at once: both files are whole and the same
 
 

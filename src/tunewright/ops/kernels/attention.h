@@ -25,13 +25,17 @@ struct AttentionGrad {
   int64_t ldd;
 };
 
-struct Room {  // a thread's own memory, 64-byte aligned parts
-  std::vector<char> bytes;
-  char *next = nullptr;
-  void open(int64_t size) {
-    if ((int64_t)bytes.size() < size + 64) bytes.resize(size + 64);
-    next = (char *)(((uintptr_t)bytes.data() + 63) & ~uintptr_t(63));
-  }
+// Memory for all threads, taken before they start: failing to get it inside a parallel region would end the process.
+struct Rooms {
+  int64_t each;
+  char *all;
+  Rooms(int64_t size, int threads)
+      : each((size + 63) / 64 * 64), all((char *)aligned_alloc(64, each * threads)) {}
+  ~Rooms() { free(all); }
+};
+struct Room {  // one thread's part of it, in 64-byte aligned pieces
+  char *next;
+  Room(const Rooms &rooms, int thread) : next(rooms.all + thread * rooms.each) {}
   template <class T>
   T *take(int64_t n) {
     T *p = (T *)next;
@@ -95,15 +99,16 @@ static inline void clear(bf16 *p, int64_t first, int64_t from, int64_t upto, int
   if (end > upto) memset(p + upto, 0, 2 * (end - upto));
 }
 
-static void attend(const Attention &a, int threads) {
+static bool attend(const Attention &a, int threads) {  // false: no memory
   int64_t longest = 0;
   for (int64_t s = 0; s < a.segments; s++) longest = std::max(longest, a.starts[s + 1] - a.starts[s]);
   const int64_t padded = (longest + 31) / 32 * 32, hd = a.hd, group = a.heads / a.kv;
+  const Rooms rooms(2 * (3 * padded * hd + QUERIES * hd) + 6 * QUERIES * padded + 4096, threads);
+  if (!rooms.all) return false;
 #pragma omp parallel num_threads(threads)
   {
     Tiles on;
-    Room room;
-    room.open(2 * (3 * padded * hd + QUERIES * hd) + 6 * QUERIES * padded + 4096);
+    Room room(rooms, omp_get_thread_num());
     bf16 *rows = room.take<bf16>(padded * hd), *kt = room.take<bf16>(padded * hd), *vt = room.take<bf16>(padded * hd);
     bf16 *q = room.take<bf16>(QUERIES * hd), *p = room.take<bf16>(QUERIES * padded);
     float *s = room.take<float>(QUERIES * padded);
@@ -161,19 +166,22 @@ static void attend(const Attention &a, int threads) {
         }
     }
   }
+  return true;
 }
 
 // With P = exp(scale q k^T - lse): dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)) * scale, dQ = dS K, dK = dS^T Q.
 // dK and dV are summed transposed, [hd, keys], in float, over the query heads of the group.
-static void attend_backward(const Attention &a, const AttentionGrad &b, int threads) {
+static bool attend_backward(const Attention &a, const AttentionGrad &b, int threads) {
   int64_t longest = 0;
   for (int64_t s = 0; s < a.segments; s++) longest = std::max(longest, a.starts[s + 1] - a.starts[s]);
   const int64_t padded = (longest + 31) / 32 * 32, hd = a.hd, group = a.heads / a.kv;
+  const Rooms rooms(
+      2 * (4 * padded * hd + 4 * QUERIES * hd + 3 * QUERIES * padded) + 4 * (2 * QUERIES + 2 * hd) * padded + 8192, threads);
+  if (!rooms.all) return false;
 #pragma omp parallel num_threads(threads)
   {
     Tiles on;
-    Room room;
-    room.open(2 * (4 * padded * hd + 4 * QUERIES * hd + 3 * QUERIES * padded) + 4 * (2 * QUERIES + 2 * hd) * padded + 8192);
+    Room room(rooms, omp_get_thread_num());
     bf16 *rows = room.take<bf16>(padded * hd), *kt = room.take<bf16>(padded * hd);
     bf16 *vt = room.take<bf16>(padded * hd), *ks = room.take<bf16>(padded * hd);
     bf16 *q = room.take<bf16>(QUERIES * hd), *go = room.take<bf16>(QUERIES * hd);
@@ -284,4 +292,5 @@ static void attend_backward(const Attention &a, const AttentionGrad &b, int thre
           }
     }
   }
+  return true;
 }

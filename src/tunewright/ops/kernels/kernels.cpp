@@ -1,4 +1,4 @@
-// The functions that Python calls, by plain C names: see __init__.py for their arguments.
+// The functions that Python calls, by plain C names. They return 0, or 1 when there was no memory.
 #include "rows.h"
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_TILES 1
@@ -8,13 +8,15 @@
 #endif
 
 #define BOTH(name, arguments, call) \
-  extern "C" void name##_float32 arguments { \
+  extern "C" int name##_float32 arguments { \
     using T = float; \
     call; \
+    return 0; \
   } \
-  extern "C" void name##_bfloat16 arguments { \
+  extern "C" int name##_bfloat16 arguments { \
     using T = bf16; \
     call; \
+    return 0; \
   }
 using P = void *;
 using I = int64_t;
@@ -28,10 +30,10 @@ extern "C" int has_tiles() {
 }
 
 BOTH(rmsnorm, (P x, I ldx, P w, double eps, P y, I ldy, P rstd, I rows, I d, I threads),
-     rmsnorm<T>((T *)x, ldx, (T *)w, float(eps), (T *)y, ldy, (float *)rstd, rows, d, int(threads)))
+     rmsnorm<T>((T *)x, ldx, (float *)w, float(eps), (T *)y, ldy, (float *)rstd, rows, d, int(threads)))
 BOTH(rmsnorm_backward,
      (P dy, I lddy, P x, I ldx, P w, P rstd, P dres, I ldres, P dx, I lddx, P dw, I rows, I d, I threads),
-     rmsnorm_backward<T>((T *)dy, lddy, (T *)x, ldx, (T *)w, (float *)rstd, (T *)dres, ldres, (T *)dx, lddx,
+     rmsnorm_backward<T>((T *)dy, lddy, (T *)x, ldx, (float *)w, (float *)rstd, (T *)dres, ldres, (T *)dx, lddx,
                          (float *)dw, rows, d, int(threads)))
 BOTH(rope, (P x, I ldx, P cosine, P sine, double sign, I rows, I heads, I hd, I threads),
      rope<T>((T *)x, ldx, (float *)cosine, (float *)sine, float(sign), rows, heads, hd, int(threads)))
@@ -41,42 +43,45 @@ BOTH(swiglu_backward, (P dh, I lddh, P gu, I ldgu, P dgu, I lddgu, P h, I ldh, I
      swiglu_backward<T>((T *)dh, lddh, (T *)gu, ldgu, (T *)dgu, lddgu, (T *)h, ldh, rows, f, int(threads)))
 
 #if HAS_TILES
-extern "C" void pack_tiles(P to, P src, I ld, I columns, I k, I across, I first, I blocks, I threads) {
+extern "C" int pack_tiles(P to, P src, I ld, I columns, I k, I across, I first, I blocks, I threads) {
   pack((bf16 *)to, (bf16 *)src, ld, columns, k, across != 0, first, blocks, int(threads));
+  return 0;
 }
-extern "C" void linear_tiles(P x, I ldx, I rows, I k, I r, P down, P wide, I n, P y, I ldy, I epilogue, P other,
+extern "C" int linear_tiles(P x, I ldx, I rows, I k, I r, P down, P wide, I n, P y, I ldy, I epilogue, P other,
                              I ldother, P h, I ldh, I threads) {
   Linear l{(bf16 *)x, ldx, rows, k, r, (bf16 *)down, (bf16 *)wide, n, (bf16 *)y, ldy, int(epilogue), (bf16 *)other,
            ldother, (bf16 *)h, ldh};
   linear(l, int(threads));
+  return 0;
 }
-extern "C" void outer_tiles(P p, I ldp, P q, I ldq, P g, I ldg, I rows, I r, I n, P turned, P along, I threads) {
+extern "C" int outer_tiles(P p, I ldp, P q, I ldq, P g, I ldg, I rows, I r, I n, P turned, P along, I threads) {
   outer((bf16 *)p, ldp, (bf16 *)q, ldq, (float *)g, ldg, rows, r, n, (bf16 *)turned, (bf16 *)along, int(threads));
+  return 0;
 }
-extern "C" void attention_tiles(P q, P k, P v, I ld, P starts, I segments, I heads, I kv, I hd, double scale, I window,
+extern "C" int attention_tiles(P q, P k, P v, I ld, P starts, I segments, I heads, I kv, I hd, double scale, I window,
                                 P out, I ldo, P lse, I rows, I threads) {
   Attention a{(bf16 *)q, (bf16 *)k, (bf16 *)v, ld, (int64_t *)starts, segments, heads, kv, hd, float(scale), window,
               (bf16 *)out, ldo, (float *)lse, rows};
-  attend(a, int(threads));
+  return !attend(a, int(threads));
 }
-extern "C" void attention_backward_tiles(P q, P k, P v, I ld, P starts, I segments, I heads, I kv, I hd, double scale,
+extern "C" int attention_backward_tiles(P q, P k, P v, I ld, P starts, I segments, I heads, I kv, I hd, double scale,
                                          I window, P out, I ldo, P lse, I rows, P dout, I lddo, P dq, P dk, P dv, I ldd,
                                          I threads) {
   Attention a{(bf16 *)q, (bf16 *)k, (bf16 *)v, ld, (int64_t *)starts, segments, heads, kv, hd, float(scale), window,
               (bf16 *)out, ldo, (float *)lse, rows};
   AttentionGrad b{(bf16 *)dout, lddo, (bf16 *)dq, (bf16 *)dk, (bf16 *)dv, ldd};
-  attend_backward(a, b, int(threads));
+  return !attend_backward(a, b, int(threads));
 }
-extern "C" void vocabulary_tiles(P h, I rows, I d, P across, P along, P head, I size, P targets, double scale, P logp,
+extern "C" int vocabulary_tiles(P h, I rows, I d, P across, P along, P head, I size, P targets, double scale, P logp,
                                  P correct, P entropy, P mean, P lse, P grad, I threads) {
   Vocabulary a{(bf16 *)h, rows, d, (bf16 *)across, (bf16 *)along, (bf16 *)head, size, (int64_t *)targets, float(scale),
                (float *)logp, (float *)correct, (float *)entropy, (float *)mean, (float *)lse, (bf16 *)grad};
-  vocabulary(a, int(threads));
+  return !vocabulary(a, int(threads));
 }
-extern "C" void vocabulary_backward_tiles(P h, I rows, I d, P across, P along, P head, I size, P targets, double scale,
+extern "C" int vocabulary_backward_tiles(P h, I rows, I d, P across, P along, P head, I size, P targets, double scale,
                                           P lse, P factor, P h_along, P dh, P dw, I threads) {
   Vocabulary a{(bf16 *)h, rows, d, (bf16 *)across, (bf16 *)along, (bf16 *)head, size, (int64_t *)targets, float(scale),
                nullptr, nullptr, nullptr, nullptr, (float *)lse, nullptr};
-  vocabulary_backward(a, {(float *)factor, (bf16 *)h_along, (float *)dh, (float *)dw}, int(threads));
+  return !vocabulary_backward(a, {(float *)factor, (bf16 *)h_along, (float *)dh, (float *)dw}, int(threads));
 }
 #endif

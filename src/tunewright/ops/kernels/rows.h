@@ -44,7 +44,7 @@ static inline float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
 
 // y = x / sqrt(mean(x^2) + eps) * w; keeps 1/sqrt(...) of each row.
 template <class T>
-void rmsnorm(const T *x, int64_t ldx, const T *w, float eps, T *y, int64_t ldy, float *rstd, int64_t rows, int64_t d,
+void rmsnorm(const T *x, int64_t ldx, const float *w, float eps, T *y, int64_t ldy, float *rstd, int64_t rows, int64_t d,
              int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t t = 0; t < rows; t++) {
@@ -56,14 +56,14 @@ void rmsnorm(const T *x, int64_t ldx, const T *w, float eps, T *y, int64_t ldy, 
     float r = 1.0f / std::sqrt(s / float(d) + eps);
     rstd[t] = r;
 #pragma omp simd
-    for (int64_t i = 0; i < d; i++) store(o[i], to_float(a[i]) * r * to_float(w[i]));
+    for (int64_t i = 0; i < d; i++) store(o[i], to_float(a[i]) * r * w[i]);
   }
 }
 
 // dx = (dres) + rstd * (w*dy - xhat * mean(w*dy*xhat)), xhat = x * rstd. dres may be null; dx may be dres.
 // dw (null, or [threads, d] zeroed): each thread's share of sum_t dy * xhat.
 template <class T>
-void rmsnorm_backward(const T *dy, int64_t lddy, const T *x, int64_t ldx, const T *w, const float *rstd, const T *dres,
+void rmsnorm_backward(const T *dy, int64_t lddy, const T *x, int64_t ldx, const float *w, const float *rstd, const T *dres,
                       int64_t ldres, T *dx, int64_t lddx, float *dw, int64_t rows, int64_t d, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int part = 0; part < threads; part++) {
@@ -73,7 +73,7 @@ void rmsnorm_backward(const T *dy, int64_t lddy, const T *x, int64_t ldx, const 
       T *o = dx + t * lddx;
       float r = rstd[t], dot = 0;
 #pragma omp simd reduction(+ : dot)
-      for (int64_t i = 0; i < d; i++) dot += to_float(g[i]) * to_float(w[i]) * to_float(a[i]);
+      for (int64_t i = 0; i < d; i++) dot += to_float(g[i]) * w[i] * to_float(a[i]);
       float c = dot * r * r / float(d);
       if (own) {
 #pragma omp simd
@@ -83,10 +83,10 @@ void rmsnorm_backward(const T *dy, int64_t lddy, const T *x, int64_t ldx, const 
         const T *e = dres + t * ldres;
 #pragma omp simd
         for (int64_t i = 0; i < d; i++)
-          store(o[i], to_float(e[i]) + r * (to_float(g[i]) * to_float(w[i]) - to_float(a[i]) * c));
+          store(o[i], to_float(e[i]) + r * (to_float(g[i]) * w[i] - to_float(a[i]) * c));
       } else {
 #pragma omp simd
-        for (int64_t i = 0; i < d; i++) store(o[i], r * (to_float(g[i]) * to_float(w[i]) - to_float(a[i]) * c));
+        for (int64_t i = 0; i < d; i++) store(o[i], r * (to_float(g[i]) * w[i] - to_float(a[i]) * c));
       }
     }
   }

@@ -16,13 +16,14 @@ struct Vocabulary {
   bf16 *grad;                              // [rows, d] d logp / d h, null when not wanted
 };
 
-static void vocabulary(const Vocabulary &a, int threads) {
+static bool vocabulary(const Vocabulary &a, int threads) {  // false: no memory
   const int64_t step = 128, wide = 512, v = (a.size + 31) / 32 * 32, d = a.d;
+  const Rooms rooms(4 * step * (wide + d) + 2 * step * wide + 8192, threads);
+  if (!rooms.all) return false;
 #pragma omp parallel num_threads(threads)
   {
     Tiles on;
-    Room room;
-    room.open(4 * step * (wide + d) + 2 * step * wide + 8192);
+    Room room(rooms, omp_get_thread_num());
     float *s = room.take<float>(step * wide), *sum = room.take<float>(step * d);
     bf16 *p = room.take<bf16>(step * wide);
 #pragma omp for schedule(dynamic, 1)
@@ -90,6 +91,7 @@ static void vocabulary(const Vocabulary &a, int threads) {
       }
     }
   }
+  return true;
 }
 
 struct VocabularyGrad {
@@ -100,13 +102,14 @@ struct VocabularyGrad {
 
 // For a head that is trained: G = factor * (onehot - softmax), dh = scale * G W, dw = scale * G^T h. Each thread has its
 // own tokens of the vocabulary, so its own rows of dw.
-static void vocabulary_backward(const Vocabulary &a, const VocabularyGrad &b, int threads) {
+static bool vocabulary_backward(const Vocabulary &a, const VocabularyGrad &b, int threads) {
   const int64_t step = 128, wide = 512, v = (a.size + 31) / 32 * 32, d = a.d, blocks = a.rows / 32;
+  const Rooms rooms(4 * step * wide + 4 * step * wide + 8192, threads);
+  if (!rooms.all) return false;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int part = 0; part < threads; part++) {
     Tiles on;
-    Room room;
-    room.open(4 * step * wide + 4 * step * wide + 8192);
+    Room room(rooms, part);
     float *s = room.take<float>(step * wide), *dh = b.dh + part * a.rows * d;
     bf16 *g = room.take<bf16>(step * wide), *turned = room.take<bf16>(step * wide);
     int64_t chunks = (v + wide - 1) / wide;
@@ -149,4 +152,5 @@ static void vocabulary_backward(const Vocabulary &a, const VocabularyGrad &b, in
       }
     }
   }
+  return true;
 }
