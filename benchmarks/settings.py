@@ -204,12 +204,16 @@ def save(result: dict[str, object], where: str | None) -> None:
 
 
 def stop_like_ctrl_c() -> None:
-    """SIGTERM ends a benchmark as Ctrl-C does: the process it measures is ended too, and what was measured is kept."""
+    """SIGTERM ends a benchmark as Ctrl-C does: the process it measures is ended too, and what was measured is kept.
+
+    SIGINT is named too because a shell's background jobs inherit that it is ignored, and Python then leaves it so.
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt)
 
 
 def say(text: str) -> None:

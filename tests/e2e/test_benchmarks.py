@@ -87,12 +87,15 @@ def test_ctrl_c_keeps_what_was_measured(env: dict[str, str], rows: Path, tmp_pat
     )  # fmt: skip
     assert process.stderr is not None
     deadline = time.monotonic() + 300
-    for line in process.stderr:
-        assert time.monotonic() < deadline
-        if "round 1: plain" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    process.communicate(timeout=60)
+    try:
+        for line in process.stderr:
+            assert time.monotonic() < deadline
+            if "round 1: plain" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     found = json.loads(out.read_text())
     assert [r["rival"] for r in found["rows"]] == ["ours"] and not found["complete"] and found["gates"] == "skipped"
