@@ -49,7 +49,7 @@ test: dev ## the default tests (about a minute)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: dev sdks ## the slow tests: real model, kill -9, browser (about ten minutes; the browser ones need chromium)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations=25
 
 test-all: test test-slow ## all tests
 

@@ -52,7 +52,7 @@ def build(name: str, named: dict[str, nn.Parameter], **options: Any) -> torch.op
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 @pytest.mark.parametrize("k", [1, 3])
 def test_saved_loaded_and_continued_is_uninterrupted(name: str, k: int, tmp_path: Path) -> None:
-    """Bit for bit, through a safetensors file as in a checkpoint."""
+    """Bit for bit, through a safetensors file as in a checkpoint; with 8-bit moments within a rounding of them."""
     whole = parameters()
     run(build(name, whole), whole, range(1, 6))
 
@@ -65,7 +65,10 @@ def test_saved_loaded_and_continued_is_uninterrupted(name: str, k: int, tmp_path
     load_optimizer_state(fresh, second, load_file(tmp_path / "o.safetensors"))
     run(fresh, second, range(k + 1, 6))
     for n in whole:
-        assert torch.equal(second[n], whole[n]), n
+        if OPTIMIZERS.load(name).card.exact:
+            assert torch.equal(second[n], whole[n]), n
+        else:
+            torch.testing.assert_close(second[n], whole[n], atol=0.1 * LR, rtol=0)
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))

@@ -11,10 +11,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Card:
-    """The capability row. needs: the optional package without which the row cannot be used."""
+    """The capability row. needs: the optional package without which the row cannot be used.
+
+    exact: equal inputs give equal bits, so that a resumed job is the uninterrupted one.
+    """
 
     title: str
     needs: str | None = None
+    exact: bool = True
 
 
 class Options(BaseModel):
