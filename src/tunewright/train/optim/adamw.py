@@ -41,8 +41,8 @@ class AdamW:
 class AdamW8bit:
     """AdamW with both moments in 8 bits, in blocks of 256 (Dettmers et al., arXiv 2110.02861): a quarter of the memory.
 
-    Parameters of fewer than 4,096 numbers keep moments of 32 bits. On a CPU the package's own rounding of the moments was
-    seen to differ once between equal runs, so a resumed job is near the uninterrupted one, not bit for bit.
+    Parameters of fewer than 4,096 numbers keep moments of 32 bits. On a CPU the package's own rounding of the moments
+    was seen to differ once between equal runs, so a resumed job is near the uninterrupted one, not bit for bit.
     """
 
     class Options(AdamOptions):
