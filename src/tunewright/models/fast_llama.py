@@ -7,7 +7,7 @@ are one product each; the backward ends at the lowest trained layer. It computes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from tunewright.models.fast_weights import Layer, Norm, Room, norm_parameters
 from tunewright.models.layouts import causal_lm, decoder_of
 from tunewright.models.policy import head_of
 from tunewright.ops.attention import segment_attention
 from tunewright.ops.kernels import Kernels
 from tunewright.ops.logprob import TileHead
-from tunewright.ops.lora import BLOCK, LowRank, Product, TileProduct, TorchProduct, interleave, padded
+from tunewright.ops.lora import BLOCK, TileProduct, TorchProduct, padded
 from tunewright.ops.types import Batch
 
 # model type -> the sliding window that transformers applies (Llama ignores one in its config), or None
@@ -128,152 +129,6 @@ class Packed:
         return self.tokens_T.shape[0]
 
 
-class Room:
-    """One piece of memory for many matrices of equally many rows: asking for each of them would cost more than it."""
-
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        self.rows = rows
-        self.flat = torch.empty(rows * columns, dtype=dtype)
-        self.at = 0
-
-    def take(self, columns: int) -> Tensor:
-        """[rows, columns], not initialised."""
-        size = self.rows * columns
-        self.at += size
-        return self.flat[self.at - size : self.at].view(self.rows, columns)
-
-
-class Linear:
-    """One or more layers of a block that read the same input, as one product."""
-
-    def __init__(
-        self,
-        kind: type[Product],
-        kernels: Kernels,
-        dtype: torch.dtype,
-        layers: Sequence[nn.Module],
-        mix: bool = False,
-    ) -> None:
-        self.layers, self.mix, self.dtype = layers, mix, dtype
-        self.plain: list[Any] = [x.get_base_layer() if isinstance(x, LoraLayer) else x for x in layers]
-        sizes = [layer.weight.shape[0] for layer in self.plain]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        rows: list[Tensor | slice] = [slice(a, a + n) for a, n in zip(starts, sizes, strict=True)]
-        if mix:
-            order = interleave(*(torch.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)))
-            rows = [torch.nonzero((order >= s) & (order < s + n))[:, 0] for s, n in zip(starts, sizes, strict=True)]
-        self.rows = rows
-        ranks = [layer.r[layer.active_adapters[0]] if isinstance(layer, LoraLayer) else 0 for layer in layers]  # type: ignore[operator]
-        self.product = kind(kernels, self._weights(), ranks, rows)
-        self.whole = [p for layer in self.plain for p in (layer.weight, layer.bias) if _is_trained(p)]
-        self.low_rank = any(isinstance(layer, LoraLayer) for layer in layers)
-        self.bias = self._bias()
-
-    def _weights(self) -> Tensor:
-        weights = [layer.weight.detach().to(self.dtype) for layer in self.plain]
-        return interleave(*weights) if self.mix else torch.cat(weights)
-
-    def _bias(self) -> Tensor | None:
-        if self.plain[0].bias is None:
-            return None
-        return torch.cat([layer.bias.detach().to(self.dtype) for layer in self.plain])
-
-    @property
-    def trained(self) -> bool:
-        return self.low_rank or bool(self.whole)
-
-    def updates(self) -> list[LowRank | None]:
-        """The low-rank matrices that are on at present."""
-        return [_low_rank(layer) for layer in self.layers]
-
-    def state(self) -> tuple[Any, ...]:
-        """Differs after anything trained here has changed."""
-        low = tuple(None if u is None else (id(u.a), u.a._version, u.b._version) for u in self.updates())
-        return low, tuple(p._version for p in self.whole)
-
-    def refresh(self) -> None:
-        """Take over the present values of what is trained."""
-        if self.whole:
-            self.product.set_weights(self._weights())
-            self.bias = self._bias()
-        if self.low_rank:
-            self.product.set_updates(self.updates())
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What is trained, in the order of gradients()."""
-        return [p for u in self.updates() if u is not None for p in (u.a, u.b)] + self.whole  # type: ignore[misc]
-
-    def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
-        """Of parameters(), float32."""
-        low = self.product.gradients(x, dy, self.updates()) if self.low_rank else []
-        found = [g for pair in low if pair is not None for g in pair]
-        if not self.whole:
-            return found
-        weights = self.product.weight_gradient(x, dy)
-        for layer, rows in zip(self.plain, self.rows, strict=True):
-            if _is_trained(layer.weight):
-                found.append(weights[rows])
-            if _is_trained(layer.bias):
-                found.append(dy[:, : self.product.n][:, rows].float().sum(0))
-        return found
-
-
-def _is_trained(p: Tensor | None) -> bool:
-    return p is not None and p.requires_grad
-
-
-def _low_rank(layer: nn.Module) -> LowRank | None:
-    if not isinstance(layer, LoraLayer) or layer.disable_adapters:
-        return None
-    name = layer.active_adapters[0]
-    return LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])  # type: ignore[arg-type]
-
-
-class Norm:
-    """The weight of an RMSNorm, in float32 whatever the computation has."""
-
-    def __init__(self, module: Any) -> None:
-        self.parameter = module.weight
-        self.trained = self.parameter.requires_grad
-        self.refresh()
-
-    def refresh(self) -> None:
-        self.weight = self.parameter.detach().float()
-
-
-class Layer:
-    """The weights of one decoder layer."""
-
-    def __init__(self, kind: type[Product], kernels: Kernels, layer: Any, dtype: torch.dtype) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.qkv = Linear(kind, kernels, dtype, [attention.q_proj, attention.k_proj, attention.v_proj])
-        self.o = Linear(kind, kernels, dtype, [attention.o_proj])
-        self.gate_up = Linear(kind, kernels, dtype, [mlp.gate_proj, mlp.up_proj], mix=True)
-        self.down = Linear(kind, kernels, dtype, [mlp.down_proj])
-        self.norm1 = Norm(layer.input_layernorm)
-        self.norm2 = Norm(layer.post_attention_layernorm)
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        return (self.qkv, self.o, self.gate_up, self.down)
-
-    @property
-    def norms(self) -> tuple[Norm, ...]:
-        return (self.norm1, self.norm2)
-
-    @property
-    def trained(self) -> bool:
-        return any(part.trained for part in (*self.linears, *self.norms))
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What is trained, in the order of the gradients."""
-        return [p for linear in self.linears for p in linear.parameters()] + _parameters(self.norms)
-
-
-def _parameters(norms: Sequence[Norm]) -> list[nn.Parameter]:
-    return [norm.parameter for norm in norms if norm.trained]
-
-
 @dataclass(frozen=True)
 class Kept:
     """What the backward of a layer needs of its forward; only x is kept when the layer is computed again.
@@ -321,7 +176,7 @@ class FastLlama:
     def __call__(self, batch: Batch) -> Tensor:
         """[T, D] after the final norm, with gradients to the trained matrices if gradients are on."""
         self._refresh()
-        parameters = [p for layer in self.layers for p in layer.parameters()] + _parameters([self.norm])
+        parameters = [p for layer in self.layers for p in layer.parameters()] + norm_parameters([self.norm])
         parameters += [self.embedding] if self.embedding.requires_grad else []
         keep = torch.is_grad_enabled() and bool(parameters)
         with torch.autocast("cpu", enabled=False):  # each product has its dtype; autocast would change torch's
@@ -332,7 +187,7 @@ class FastLlama:
         linears = [linear for layer in self.layers for linear in layer.linears if linear.trained]
         norms = [n for n in (*(n for layer in self.layers for n in layer.norms), self.norm) if n.trained]
         heads = [self.head] if self.head is not None and self.head.weight.requires_grad else []
-        versions = tuple(p._version for p in (*_parameters(norms), *(h.weight for h in heads)))
+        versions = tuple(p._version for p in (*norm_parameters(norms), *(h.weight for h in heads)))
         now = (*(linear.state() for linear in linears), versions)
         if now != self._seen:
             for part in (*linears, *norms, *heads):
