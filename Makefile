@@ -45,11 +45,11 @@ $(VENV)/.dev: $(VENV)/.runtime requirements/dev.txt
 sdks: $(VENV)/.dev ## packages that tests need outside their environment (openai's versions, bitsandbytes), into .sdks/
 	@$(BIN)/python tests/api/install_sdks.py
 
-test: dev ## the default tests (about a minute)
+test: dev ## the default tests (a little over a minute)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: dev sdks ## the slow tests: real model, kill -9, browser (about ten minutes; the browser ones need chromium)
-	$(BIN)/python -m pytest -m slow --durations=25
+test-slow: dev sdks ## the slow tests: real model, kill -9, browser (a quarter of an hour; the browser ones need chromium)
+	$(BIN)/python -m pytest -m "slow and not nightly" --durations=25
 
 test-all: test test-slow ## all tests
 
@@ -75,6 +75,7 @@ bench: install ## a short look at training speed beside a plain loop (four minut
 	$(BIN)/python -m benchmarks.sft --data benchmarks/data/short.jsonl --only ours,plain --rounds 1 --seconds 40
 
 nightly: demo check test-all ## everything
+	$(BIN)/python -m pytest -m nightly
 
 lock: ## resolve the dependencies again
 	PYTHON=$(PYTHON) requirements/lock.sh

@@ -30,16 +30,19 @@ def test_port_in_use(tmp_path: Path) -> None:
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.slow
 def test_data_folder_in_use(server: LiveServer) -> None:
     done = run("--home", str(server.home), "--port", str(free_port()))
     assert done.returncode == 69 and "in use" in one_line(done)
 
 
+@pytest.mark.slow
 def test_open_to_others(tmp_path: Path) -> None:
     done = run("--home", str(tmp_path), "--host", "0.0.0.0", "--port", "0", "--open")
     assert done.returncode == 65 and "--open" in one_line(done)
 
 
+@pytest.mark.slow
 def test_address_of_another_machine(tmp_path: Path) -> None:
     done = run("--home", str(tmp_path), "--host", "203.0.113.1", "--port", str(free_port()))
     assert done.returncode == 65 and "203.0.113.1" in one_line(done)
@@ -51,6 +54,7 @@ def test_a_port_that_is_none(tmp_path: Path, port: str) -> None:
     assert done.returncode == 65 and "port" in one_line(done)
 
 
+@pytest.mark.slow
 def test_data_folder_that_is_a_file(tmp_path: Path) -> None:
     place = tmp_path / "file"
     place.write_text("x")

@@ -47,6 +47,7 @@ def readers(home: Home) -> Home:
 
 
 @pytest.mark.parametrize("tuner", [pytest.param("full", marks=pytest.mark.slow), "lora"])
+@pytest.mark.slow
 def test_a_classifier_learns_and_opens_elsewhere(readers: Home, tuner: str) -> None:
     rate = {"full": 3e-3, "lora": 1e-2}[tuner]
     made, end = run(readers, tiny.label_rows(60), model="bert", head="classify", tuner=tuner, learning_rate=rate)

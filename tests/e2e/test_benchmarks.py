@@ -60,6 +60,7 @@ def test_ours_and_the_plain_loop_side_by_side(env: dict[str, str], rows: Path) -
     assert "ours" in done.stderr and "tokens/s" in done.stderr
 
 
+@pytest.mark.nightly
 def test_a_gate_that_fails_stops_everything(env: dict[str, str], rows: Path, tmp_path: Path) -> None:
     """Another rate for one of the two is another training: nothing may be timed."""
     code = (
@@ -79,6 +80,7 @@ def test_a_gate_that_fails_stops_everything(env: dict[str, str], rows: Path, tmp
     assert found["rows"] == [] and not found["complete"]
 
 
+@pytest.mark.nightly
 def test_ctrl_c_keeps_what_was_measured(env: dict[str, str], rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     process = subprocess.Popen(

@@ -10,7 +10,7 @@ from faults import Machine
 import tiny
 from tunewright.core.run import Run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 
 def peak(machine: Machine, n: int) -> tuple[Run, int]:

@@ -56,6 +56,7 @@ def after(n: int) -> Callable[[], bool]:
     return lambda: next(asked) >= n
 
 
+@pytest.mark.slow
 def test_resume_is_exact_with_noise(tmp_path: Path, tiny_model_dir: Path) -> None:
     resumed_is_whole(tmp_path, tiny_model_dir, **BOTH)
 
@@ -95,6 +96,7 @@ def test_validation_and_a_look_at_the_reference_have_no_noise(tmp_path: Path, ti
         torch.testing.assert_close(policy.hidden(batch), expected)
 
 
+@pytest.mark.slow
 def test_float16_follows_float32_and_resumes_exactly(tmp_path: Path, tiny_model_dir: Path) -> None:
     exact, half = (
         make_parts(tmp_path / "a", tiny_model_dir),

@@ -268,6 +268,7 @@ WORDS = st.sampled_from(
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(data=st.one_of(st.binary(max_size=300), st.lists(PIECES | WORDS, max_size=40).map(b"".join)), name=NAMES)
+@pytest.mark.slow
 def test_fuzz_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str) -> None:
     path = put(tmp_path_factory.getbasetemp(), data, name)
     last = 0

@@ -163,6 +163,7 @@ def test_missing_file_is_one_clear_error(tmp_path: Path) -> None:
         check_file(tmp_path / "no.jsonl")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     def peak(n: int) -> int:
         path = put(tmp_path, [{"prompt": "x" * 500, "completion": "y" * 500}, BAD, "{"] * n)
@@ -218,6 +219,7 @@ ROW = st.one_of(
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(rows=st.lists(ROW | st.text(max_size=5), max_size=4))
+@pytest.mark.slow
 def test_fuzz_rows(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
     path = put(tmp_path_factory.getbasetemp(), rows)
     n_lines = path.read_bytes().count(b"\n")

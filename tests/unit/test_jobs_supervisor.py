@@ -214,6 +214,7 @@ def test_a_database_that_is_locked_for_a_moment_does_no_harm(store: Store, monke
     assert get(store, run).status == "succeeded"
 
 
+@pytest.mark.slow
 def test_what_a_dead_worker_left_is_killed_by_the_next_server(store: Store) -> None:
     run = make_job(store, {"delay": 0.02, "steps": 30, "child": True, "kill_at": {"1": 7}})
     until(supervisor(store), lambda: run.attempts() == [0, 1])
@@ -377,6 +378,7 @@ def last_step(run: Run) -> int:
     return max((e.data["step"] for e in run.all_events() if e.type == "metrics"), default=0)
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_server_leaves_the_worker_and_the_next_one_takes_it_over(home: Home) -> None:
     store = Store.open(home)
     run = make_job(store, {"hold": {"1": [3, 30]}, "steps": 60})
@@ -401,6 +403,7 @@ def test_kill_9_of_the_server_leaves_the_worker_and_the_next_one_takes_it_over(h
     store.close()
 
 
+@pytest.mark.slow
 def test_kill_9_of_server_and_worker_goes_on_from_the_checkpoint(home: Home) -> None:
     store = Store.open(home)
     run = make_job(store, {"hold": {"1": [7]}, "steps": 30})

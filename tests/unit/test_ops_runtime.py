@@ -25,6 +25,7 @@ def test_step_seed_depends_on_seed_step_and_rank_only() -> None:
         random.setstate(state)
 
 
+@pytest.mark.slow
 def test_derived_seed_is_the_same_in_another_process() -> None:
     code = "from tunewright.ops.runtime import derive_seed; print(derive_seed('lora', 3))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -56,6 +56,7 @@ def test_half_the_micro_batch_until_it_fits(tmp_path: Path, error: type[Exceptio
     ]
 
 
+@pytest.mark.slow
 def test_a_later_attempt_obeys_each_halving_from_its_moment_on(tmp_path: Path) -> None:
     run, plan, events = make(tmp_path)
     with_room(run, plan, events, 5, "valid", GROUPS, limited(60, []))
@@ -65,6 +66,7 @@ def test_a_later_attempt_obeys_each_halving_from_its_moment_on(tmp_path: Path) -
     assert [size for *_, size in sizes] == [2048, 2048, 2048, 50, 50, 50, 25, 25, 25, 25]
 
 
+@pytest.mark.slow
 def test_with_one_group_a_micro_batch_it_fails_with_the_numbers(tmp_path: Path) -> None:
     run, plan, events = make(tmp_path)
     with pytest.raises(OutOfMemory, match=r"step 2 .*only one row \(the largest has 40 tokens"):

@@ -188,6 +188,7 @@ def test_an_unknown_page(signed_in: httpx.Client) -> None:
     assert answer.status_code == 404 and "There is nothing at this address" in answer.text
 
 
+@pytest.mark.slow
 def test_an_unknown_job(api: Program, key: str) -> None:
     async def steps(user: User) -> None:
         await user.open("/jobs/ftjob-none")
@@ -196,6 +197,7 @@ def test_an_unknown_job(api: Program, key: str) -> None:
     visit(api, key, steps)
 
 
+@pytest.mark.slow
 def test_an_api_that_is_down_is_said_and_waited_for(api: Program, key: str) -> None:
     async def steps(user: User) -> None:
         await user.open("/playground")
@@ -216,6 +218,7 @@ def test_the_playground_offers_the_models(api: Program, key: str) -> None:
     visit(api, key, steps)
 
 
+@pytest.mark.slow
 def test_bad_lines_are_shown_at_once_and_the_job_is_not_started(api: Program, key: str) -> None:
     bad = rows(12).replace(b'"assistant"', b'"assistent"', 1)
 
@@ -234,6 +237,7 @@ def test_bad_lines_are_shown_at_once_and_the_job_is_not_started(api: Program, ke
     visit(api, key, steps)
 
 
+@pytest.mark.slow
 def test_a_job_with_too_few_rows_fails_readably(api: Program, key: str) -> None:
     async def steps(user: User) -> None:
         await user.open("/jobs/new")
