@@ -61,6 +61,7 @@ def weights(run: Run) -> str:
     return next(f["sha256"] for f in files if f["name"].endswith(".safetensors"))
 
 
+@pytest.mark.nightly
 def test_killed_and_paused_gives_the_same_as_left_alone(
     store: Store, tmp_path: Path, sft_file: Callable[..., Path]
 ) -> None:
