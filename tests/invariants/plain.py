@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tunewright.core.example import Example, Group
+from tunewright.models.loader import load_model
+from tunewright.tuners.base import Tuner
+from tunewright.tuners.lora import LoRA
 
 
 def rows_to_groups(folder: Path, rows: list[dict[str, Any]]) -> list[Group]:
@@ -48,3 +51,22 @@ def padded(groups: list[Group]) -> dict[str, Tensor]:
 def plain_loss(model: nn.Module, groups: list[Group]) -> Tensor:
     """The loss that transformers computes itself: the mean over all trained tokens."""
     return model(**padded(groups)).loss
+
+
+def lora(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Tuner, nn.Module]:
+    """A LoRA whose B is not zero, so that A has a gradient too."""
+    tuner = LoRA(LoRA.Options(**options))
+    model = tuner.attach(load_model(folder, dtype), 0)
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for k, p in tuner.trainable().items():
+            if "lora_B" in k:
+                p.add_(0.02 * torch.randn(p.shape, generator=g))
+    return tuner, model
+
+
+def assert_relative(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    assert set(got) == set(want) != set()
+    for k in want:
+        assert (got[k] - want[k]).norm() <= tolerance * want[k].norm(), k
+        assert want[k].norm() > 0, k

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from plain import plain_loss, plain_model, rows_to_groups
+from plain import assert_relative, lora, plain_loss, plain_model, rows_to_groups
 from torch import Tensor, nn
 
 import tiny
 from tunewright.core.example import Example, Group
-from tunewright.models.fast_llama import FastLlama, why_not
+from tunewright.models.fast_llama import FastLlama
+from tunewright.models.fast_serves import why_not
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.objectives.sft import SFT
@@ -23,9 +24,7 @@ from tunewright.ops.kernels import Kernels
 from tunewright.ops.packing import collate, pack
 from tunewright.ops.prefix import share_prefixes
 from tunewright.train.fast import choose_path
-from tunewright.tuners.base import Tuner
 from tunewright.tuners.full import Full
-from tunewright.tuners.lora import LoRA
 
 # widths that are multiples of a tile; 3 query heads to a key/value head, as SmolLM2
 TILED: dict[str, Any] = {
@@ -42,18 +41,6 @@ def groups(tiny_model_dir: Path) -> list[Group]:
     return rows_to_groups(tiny_model_dir, tiny.sft_rows(7))
 
 
-def lora(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Tuner, nn.Module]:
-    """A LoRA whose B is not zero, so that A has a gradient too."""
-    tuner = LoRA(LoRA.Options(**options))
-    model = tuner.attach(load_model(folder, dtype), 0)
-    g = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for k, p in tuner.trainable().items():
-            if "lora_B" in k:
-                p.add_(0.02 * torch.randn(p.shape, generator=g))
-    return tuner, model
-
-
 def step(policy: Policy, groups: list[Group], budget: int = 10**6) -> tuple[float, dict[str, Tensor]]:
     """(loss, gradients by parameter name) of one optimizer step."""
     objective = SFT(SFT.Options())
@@ -67,13 +54,6 @@ def step(policy: Policy, groups: list[Group], budget: int = 10**6) -> tuple[floa
     found = {k: p.grad.clone() for k, p in policy.model.named_parameters() if p.grad is not None}
     policy.model.zero_grad()
     return loss, found
-
-
-def assert_relative(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
-    assert set(got) == set(want) != set()
-    for k in want:
-        assert (got[k] - want[k]).norm() <= tolerance * want[k].norm(), k
-        assert want[k].norm() > 0, k
 
 
 def fast(model: nn.Module, kernels: Kernels, dtype: torch.dtype = torch.float32) -> Policy:

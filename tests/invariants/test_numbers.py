@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from plain import padded, plain_loss, plain_model, rows_to_groups
+from plain import assert_relative, lora, padded, plain_loss, plain_model, rows_to_groups
 from torch import Tensor, nn
 
 import tiny
@@ -19,7 +19,6 @@ from tunewright.models.loader import load_model, materialise
 from tunewright.models.policy import Policy, head_of
 from tunewright.objectives.sft import SFT
 from tunewright.ops.packing import collate, pack
-from tunewright.tuners.base import Tuner
 from tunewright.tuners.full import Full
 from tunewright.tuners.lora import LoRA
 
@@ -27,18 +26,6 @@ from tunewright.tuners.lora import LoRA
 @pytest.fixture(scope="module")
 def groups(tiny_model_dir: Path) -> list[Group]:
     return rows_to_groups(tiny_model_dir, tiny.sft_rows(7))
-
-
-def lora(folder: Path, **options: Any) -> tuple[Tuner, nn.Module]:
-    """A LoRA whose B is not zero, so that A has a gradient too."""
-    tuner = LoRA(LoRA.Options(**options))
-    model = tuner.attach(load_model(folder), 0)
-    g = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for k, p in tuner.trainable().items():
-            if "lora_B" in k:
-                p.add_(0.02 * torch.randn(p.shape, generator=g))
-    return tuner, model
 
 
 def our_step(model: nn.Module, groups: list[Group], micro_batch_tokens: int = 10**6) -> float:
@@ -58,13 +45,6 @@ def take_gradients(model: nn.Module) -> dict[str, Tensor]:
     got = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return got
-
-
-def assert_relative(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
-    assert set(got) == set(want) != set()
-    for k in want:
-        assert (got[k] - want[k]).norm() <= tolerance * want[k].norm(), k
-        assert want[k].norm() > 0, k
 
 
 def check_lora_step(folder: Path, groups: list[Group], where: Path) -> None:

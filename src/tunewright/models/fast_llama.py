@@ -2,92 +2,26 @@
 
 Frozen weights are packed once and get no gradient, trained ones are packed anew after each step; q, k, v and gate, up
 are one product each; the backward ends at the lowest trained layer. It computes what the plain modules compute.
-`why_not` says which models and tuners it does not serve; those run the plain modules.
+models/fast_serves.py says which models and tuners it does not serve; those run the plain modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from tunewright.models.fast_serves import WINDOWS, head_dim, tiles_fit
 from tunewright.models.fast_weights import Layer, Norm, Room, norm_parameters
-from tunewright.models.layouts import causal_lm, decoder_of
+from tunewright.models.layouts import decoder_of
 from tunewright.models.policy import head_of
 from tunewright.ops.attention import segment_attention
 from tunewright.ops.kernels import Kernels
 from tunewright.ops.logprob import TileHead
 from tunewright.ops.lora import BLOCK, TileProduct, TorchProduct, padded
 from tunewright.ops.types import Batch
-
-# model type -> the sliding window that transformers applies (Llama ignores one in its config), or None
-WINDOWS: dict[str, Callable[[Any], int | None]] = {
-    "llama": lambda decoder: None,
-    "mistral": lambda decoder: decoder.config.sliding_window,
-    "qwen2": lambda decoder: decoder.layers[0].self_attn.sliding_window,
-}
-
-
-def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
-    """Why this model cannot take the fast path, or None if it can."""
-    config: Any = causal_lm(model).config
-    names = {name.replace(".base_layer", "") for name, _ in decoder_of(model).named_parameters()}
-    plain = ("o_proj", "gate_proj", "up_proj", "down_proj")
-    found = {
-        f"models of type '{config.model_type}' have no fast path": config.model_type not in WINDOWS,
-        "its MLP is not a SwiGLU": getattr(config, "hidden_act", "silu") != "silu",
-        "its linear layers have biases": any(f"{p}.bias" in name for name in names for p in plain),
-        "its layers differ in their attention": len(set(getattr(config, "layer_types", None) or [""])) > 1,
-        "only a part of each head is rotated": getattr(config, "partial_rotary_factor", None) not in (None, 1.0),
-        "it is not on the CPU": next(model.parameters()).device.type != "cpu",
-        "it computes in float16": dtype == torch.float16,
-    }
-    reason = next((text for text, is_so in found.items() if is_so), None)
-    if reason is None and (config.intermediate_size % 16 or _head_dim(config) % 2):
-        reason = "its sizes are not multiples of 16"
-    if reason is not None:
-        return reason
-    for name, module in decoder_of(model).named_modules():
-        if isinstance(module, LoraLayer):
-            reason = _unusual(module)
-            if reason:
-                return f"{name} has {reason}"
-    known = ("lora_", "_proj.weight", "_proj.bias", "norm.weight", "embed_tokens.weight", "lm_head.weight")
-    odd = [n for n, p in model.named_parameters() if p.requires_grad and not any(k in n for k in known)]
-    return f"{odd[0]} is trained" if odd else None
-
-
-def _unusual(layer: LoraLayer) -> str | None:
-    found = {
-        "more than one adapter": len(layer.active_adapters) > 1,
-        "DoRA or another variant": any(bool(v) for v in (layer.lora_variant or {}).values()),
-        "dropout": any(not isinstance(d, nn.Identity) for d in layer.lora_dropout.values()),
-        "a bias in its update": any(layer.lora_bias.values()),
-        "an embedding's update": bool(layer.lora_embedding_A),
-        "merged weights": layer.merged,
-    }
-    return next((what for what, is_so in found.items() if is_so), None)
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def packed_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """What the fast path keeps beside the model: its weights packed for forward and backward, or joined once."""
-    weights = [m.weight for m in causal_lm(model).modules() if isinstance(m, nn.Linear)]
-    return 2 * dtype.itemsize * sum(w.numel() for w in weights)
-
-
-def _tiles_fit(config: Any) -> bool:
-    """Whether every width is a multiple of a tile."""
-    hd = _head_dim(config)
-    widths = (config.hidden_size, config.intermediate_size, hd, config.num_key_value_heads * hd)
-    return all(w % BLOCK == 0 for w in widths)
 
 
 @dataclass(frozen=True)
@@ -157,10 +91,10 @@ class FastLlama:
         decoder: Any = decoder_of(model)
         config = decoder.config
         self.kernels, self.dtype = kernels, dtype
-        self.tiles = kernels.tiles and dtype == torch.bfloat16 and _tiles_fit(config)
+        self.tiles = kernels.tiles and dtype == torch.bfloat16 and tiles_fit(config)
         kind = TileProduct if self.tiles else TorchProduct
         window = WINDOWS[config.model_type](decoder)
-        hd = _head_dim(config)
+        hd = head_dim(config)
         self.shape = Shape(config.num_attention_heads, config.num_key_value_heads, hd, window or 0, config.rms_norm_eps)
         self.embedding: nn.Parameter = decoder.embed_tokens.weight
         self.padding: int | None = decoder.embed_tokens.padding_idx

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tunewright.models.fast_llama import FastLlama, packed_bytes, why_not
+from tunewright.models.fast_llama import FastLlama
+from tunewright.models.fast_serves import packed_bytes, why_not
 from tunewright.ops.kernels import KernelsMissing, load_kernels
 
 FAST, PLAIN = "fast", "plain"

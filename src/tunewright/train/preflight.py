@@ -62,6 +62,7 @@ def room_to_load(folder: Path, full: bool, dtype: torch.dtype, chosen: str, max_
     if n * size > limit:
         what = "weights, gradients and optimizer" if full else "weights"
         smaller = " Use the tuner 'lora'." if full and n * 2.5 < limit else " Choose a smaller model."
+        smaller += f" The job itself allows max_memory {max_memory}." if max_memory else ""
         raise OutOfMemory(
             f"This job does not fit into memory: the {what} of {n:,} parameters alone need {n * size / 1e9:.1f} GB, "
             f"and {max(limit, 0) / 1e9:.1f} GB are there.{smaller}"
