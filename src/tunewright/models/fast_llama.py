@@ -92,10 +92,10 @@ class FastLlama:
         config = decoder.config
         self.kernels, self.dtype = kernels, dtype
         self.tiles = kernels.tiles and dtype == torch.bfloat16 and tiles_fit(config)
-        kind = TileProduct if self.tiles else TorchProduct
+        self._kind = kind = TileProduct if self.tiles else TorchProduct
         window = WINDOWS[config.model_type](decoder)
         hd = head_dim(config)
-        self.shape = Shape(config.num_attention_heads, config.num_key_value_heads, hd, window or 0, config.rms_norm_eps)
+        self.shape = Shape(config.num_attention_heads, config.num_key_value_heads, hd, window or 0, float(config.rms_norm_eps))
         self.embedding: nn.Parameter = decoder.embed_tokens.weight
         self.padding: int | None = decoder.embed_tokens.padding_idx
         self.rotary = decoder.rotary_emb
@@ -106,6 +106,13 @@ class FastLlama:
         self.head = TileHead(kernels, head.weight, head.scale) if plain else None
         self.checkpointing = "none"
         self._seen: tuple[Any, ...] = ()
+        linears = [linear for layer in self.layers for linear in layer.linears]
+        norms = [n for n in (*(n for layer in self.layers for n in layer.norms), self.norm) if n.trained]
+        heads = [self.head] if self.head is not None and self.head.weight.requires_grad else []
+        self._low_rank = [linear for linear in linears if linear.low_rank]
+        self._whole = [*(linear for linear in linears if linear.whole), *norms, *heads]
+        self._trained = [p for linear in linears for p in linear.all_parameters()] + norm_parameters(norms)
+        self._trained += [head.weight for head in heads]
 
     def __call__(self, batch: Batch) -> Tensor:
         """[T, D] after the final norm, with gradients to the trained matrices if gradients are on."""
@@ -118,15 +125,18 @@ class FastLlama:
 
     def _refresh(self) -> None:
         """Take over what an optimizer, a load or a switch changed since the last call."""
-        linears = [linear for layer in self.layers for linear in layer.linears if linear.trained]
-        norms = [n for n in (*(n for layer in self.layers for n in layer.norms), self.norm) if n.trained]
-        heads = [self.head] if self.head is not None and self.head.weight.requires_grad else []
-        versions = tuple(p._version for p in (*norm_parameters(norms), *(h.weight for h in heads)))
-        now = (*(linear.state() for linear in linears), versions)
-        if now != self._seen:
-            for part in (*linears, *norms, *heads):
-                part.refresh()
-            self._seen = now
+        on = tuple(linear.places() for linear in self._low_rank)
+        values = tuple(p._version for p in self._trained)
+        if (on, values) == self._seen:
+            return
+        if not self._seen or on != self._seen[0]:
+            for linear in self._low_rank:
+                linear.product.set_updates(linear.updates())
+        if self._low_rank:
+            self._kind.refresh(self.kernels, [linear.product for linear in self._low_rank])
+        for part in self._whole:
+            part.refresh()
+        self._seen = (on, values)
 
     @property
     def weights(self) -> tuple[Any, ...]:

@@ -51,7 +51,8 @@ class Linear:
         ranks = [layer.r[layer.active_adapters[0]] if isinstance(layer, LoraLayer) else 0 for layer in layers]  # type: ignore[operator]
         self.product = kind(kernels, self._weights(), ranks, rows)
         self.whole = [p for layer in self.plain for p in (layer.weight, layer.bias) if _is_trained(p)]
-        self.low_rank = any(isinstance(layer, LoraLayer) for layer in layers)
+        self.low = [_low_rank(layer) for layer in layers]
+        self.low_rank = any(self.low)
         self.bias = self._bias()
 
     def _weights(self) -> Tensor:
@@ -69,28 +70,32 @@ class Linear:
 
     def updates(self) -> list[LowRank | None]:
         """The low-rank matrices that are on at present."""
-        return [_low_rank(layer) for layer in self.layers]
+        return [
+            None if low is None or layer.disable_adapters else low
+            for low, layer in zip(self.low, self.layers, strict=True)
+        ]
 
-    def state(self) -> tuple[Any, ...]:
-        """Differs after anything trained here has changed."""
-        low = tuple(None if u is None else (id(u.a), u.a._version, u.b._version) for u in self.updates())
-        return low, tuple(p._version for p in self.whole)
+    def places(self) -> tuple[int, ...]:
+        """Where the matrices that are on at present lie in memory."""
+        return tuple(p.data_ptr() for low in self.updates() if low is not None for p in (low.a, low.b))
+
+    def all_parameters(self) -> list[nn.Parameter]:
+        """What is trained, updates that are off included."""
+        return [p for low in self.low if low is not None for p in (low.a, low.b)] + self.whole  # type: ignore[misc]
 
     def refresh(self) -> None:
-        """Take over the present values of what is trained."""
+        """Take over the present values of whole weights that are trained."""
         if self.whole:
             self.product.set_weights(self._weights())
             self.bias = self._bias()
-        if self.low_rank:
-            self.product.set_updates(self.updates())
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained, in the order of gradients()."""
-        return [p for u in self.updates() if u is not None for p in (u.a, u.b)] + self.whole  # type: ignore[misc]
+        return [p for u in self.product.updates if u is not None for p in (u.a, u.b)] + self.whole  # type: ignore[misc]
 
     def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
         """Of parameters(), float32."""
-        low = self.product.gradients(x, dy, self.updates()) if self.low_rank else []
+        low = self.product.gradients(x, dy) if self.low_rank else []
         found = [g for pair in low if pair is not None for g in pair]
         if not self.whole:
             return found
@@ -108,7 +113,7 @@ def _is_trained(p: Tensor | None) -> bool:
 
 
 def _low_rank(layer: nn.Module) -> LowRank | None:
-    if not isinstance(layer, LoraLayer) or layer.disable_adapters:
+    if not isinstance(layer, LoraLayer):
         return None
     name = layer.active_adapters[0]
     return LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])  # type: ignore[arg-type]

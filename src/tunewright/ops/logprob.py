@@ -55,7 +55,7 @@ class TileHead:
     """
 
     def __init__(self, kernels: Kernels, weight: Tensor, scale: float) -> None:
-        self.kernels, self.weight, self.scale = kernels, weight, scale
+        self.kernels, self.weight, self.scale = kernels, weight, float(scale)
         self.size, self.d = weight.shape
         self.rows = -(-self.size // 32) * 32
         self._across, self._along = (torch.empty(self.rows, self.d, dtype=torch.bfloat16) for _ in range(2))

@@ -72,14 +72,13 @@ class Product:
         return self.n + self.r
 
     def set_updates(self, updates: Sequence[LowRank | None]) -> None:
-        """Take over the present values of the trained matrices. None: that layer runs without an update."""
-        a_RK = torch.zeros(self.r, self.k, dtype=self.dtype)
-        b_NR = torch.zeros(self.n, self.r, dtype=self.dtype)
-        for update, rows, ranks in zip(updates, self.rows, self.ranks, strict=True):
-            if update is not None:
-                a_RK[ranks] = update.a.detach().to(self.dtype)
-                b_NR[rows, ranks] = (update.scale * update.b.detach()).to(self.dtype)
-        self._set(a_RK, b_NR)
+        """Which matrices are the updates from now on; refresh() takes over their values. None: that layer has none."""
+        self.updates = list(updates)
+
+    @staticmethod
+    def refresh(kernels: Kernels, products: Sequence[Product]) -> None:
+        """Take over the present values of the updates of all these products."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         """x [tokens, wide_in] -> y [tokens, n]. add: plus extra[0]. swiglu: y is gate and up, extra[0] gets h.
@@ -103,21 +102,13 @@ class Product:
         """[n, k] float32, from the buffers that forward() and backward() filled."""
         return self._outer(dy[:, : self.n], x[:, : self.k])
 
-    def _set(self, a_RK: Tensor, b_NR: Tensor) -> None:
+    def gradients(self, x: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        """(dA, dB) of each layer that has an update, float32, from the buffers that forward() and backward() filled."""
         raise NotImplementedError
 
     def _outer(self, p_TR: Tensor, q_TN: Tensor) -> Tensor:
         """p^T q, [r, n] float32."""
         raise NotImplementedError
-
-    def gradients(self, x: Tensor, dy: Tensor, updates: Sequence[LowRank | None]) -> list[tuple[Tensor, Tensor] | None]:
-        """(dA, dB) of each trained layer, float32, from the buffers that forward() and backward() filled."""
-        db_RN = self._outer(x[:, self.k :], dy[:, : self.n])
-        da_RK = self._outer(dy[:, self.n :], x[:, : self.k])
-        return [
-            None if update is None else (da_RK[ranks], update.scale * db_RN[ranks][:, rows].T)
-            for update, rows, ranks in zip(updates, self.rows, self.ranks, strict=True)
-        ]
 
 
 class TileProduct(Product):
@@ -125,11 +116,35 @@ class TileProduct(Product):
 
     def __init__(self, kernels: Kernels, weights: Tensor, ranks: Sequence[int], rows: Sequence[Tensor | slice]) -> None:
         super().__init__(kernels, weights, ranks, rows)
-        self._down = torch.empty(self.r * self.k, dtype=self.dtype)
-        self._up = torch.empty(self.r * self.n, dtype=self.dtype)
-        self._forward = torch.empty(self.n * (self.k + self.r), dtype=self.dtype)
-        self._backward = torch.empty((self.n + self.r) * self.k, dtype=self.dtype)
+        self._down = torch.zeros(self.r * self.k, dtype=self.dtype)
+        self._up = torch.zeros(self.r * self.n, dtype=self.dtype)
+        self._forward = torch.zeros(self.n * (self.k + self.r), dtype=self.dtype)
+        self._backward = torch.zeros((self.n + self.r) * self.k, dtype=self.dtype)
+        self._places = [_place(rows) for rows in self.rows]
         self.set_weights(weights)
+        self.set_updates([None] * len(ranks))
+
+    def set_updates(self, updates: Sequence[LowRank | None]) -> None:
+        """The updates as structs of C (tiles.h, Update and Updated): nine numbers of 8 bytes each."""
+        super().set_updates(updates)
+        table, self._sizes, at = [], [], 0
+        for update, (first, spread), ranks in zip(self.updates, self._places, self.ranks, strict=True):
+            r = ranks.stop - ranks.start
+            n = update.b.shape[0] if update else 0
+            scale = int(torch.tensor(update.scale if update else 0.0, dtype=torch.float64).view(torch.int64))
+            pointers = (update.a.data_ptr(), update.b.data_ptr()) if update else (0, 0)
+            table.append([*pointers, ranks.start, r, n, first, spread, at, scale])
+            self._sizes.append(n * r)
+            at += n * r
+        self._table = torch.tensor(table)
+        packed = (self._down, self._forward, self._up, self._backward)
+        sizes = (len(table), self.k, self.n, self.r)
+        self.record = torch.tensor([self._table.data_ptr(), *sizes, *(t.data_ptr() for t in packed)])
+
+    @staticmethod
+    def refresh(kernels: Kernels, products: Sequence[Product]) -> None:
+        records = torch.stack([p.record for p in products if isinstance(p, TileProduct)])
+        kernels("pack_updates_tiles", records, len(records))
 
     def set_weights(self, weights: Tensor) -> None:
         self._pack(self._forward, weights, True, 0, self.k + self.r)
@@ -148,13 +163,6 @@ class TileProduct(Product):
             first // BLOCK,
             depth // BLOCK,
         )
-
-    def _set(self, a_RK: Tensor, b_NR: Tensor) -> None:
-        if self.r:
-            self._pack(self._down, a_RK, True, 0, self.k)
-            self._pack(self._forward, b_NR, True, self.k, self.k + self.r)
-            self._pack(self._up, b_NR, False, 0, self.n)
-            self._pack(self._backward, a_RK, False, self.n, self.n + self.r)
 
     def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         other, h = (extra[0], None) if epilogue == "add" else (None, extra[0] if extra else None)
@@ -198,13 +206,29 @@ class TileProduct(Product):
             ld(h),
         )
 
+    def gradients(self, x: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        da_RK = torch.empty(self.r, self.k)
+        db = torch.empty(sum(self._sizes))
+        self.kernels("update_gradients_tiles", self.record, x, x.stride(0), dy, dy.stride(0), x.shape[0], da_RK, db)
+        return [
+            None if update is None else (da_RK[ranks], own.view_as(update.b))
+            for update, ranks, own in zip(self.updates, self.ranks, db.split(self._sizes), strict=True)
+        ]
+
     def _outer(self, p_TR: Tensor, q_TN: Tensor) -> Tensor:
-        g_RN = torch.zeros(p_TR.shape[1], q_TN.shape[1])
         tokens, r, n = p_TR.shape[0], p_TR.shape[1], q_TN.shape[1]
+        g_RN = torch.empty(r, n)
         room = torch.empty(tokens * (r + n), dtype=self.dtype)
         p, q = (p_TR, p_TR.stride(0)), (q_TN, q_TN.stride(0))
-        self.kernels("outer_tiles", *p, *q, g_RN, n, tokens, r, n, room, room[tokens * r :])
+        self.kernels("outer_tiles", *p, *q, g_RN, tokens, r, n, room, room[tokens * r :])
         return g_RN
+
+
+def _place(rows: Tensor | slice) -> tuple[int, int]:
+    """(a layer's first row in its product, rows from one sixteen of its rows to the next)."""
+    if isinstance(rows, slice):
+        return rows.start, 16
+    return int(rows[0]), int(rows[16] - rows[0]) if len(rows) > 16 else 16
 
 
 class TorchProduct(Product):
@@ -214,13 +238,23 @@ class TorchProduct(Product):
         super().__init__(kernels, weights, ranks, rows)
         self._wide_NK = torch.cat([weights, weights.new_zeros(self.n, self.r)], 1)
         self._a_RK = weights.new_zeros(self.r, self.k)
+        self.set_updates([None] * len(ranks))
 
     def set_weights(self, weights: Tensor) -> None:
         self._wide_NK[:, : self.k] = weights
 
-    def _set(self, a_RK: Tensor, b_NR: Tensor) -> None:
-        self._a_RK = a_RK
-        self._wide_NK[:, self.k :] = b_NR
+    @staticmethod
+    def refresh(kernels: Kernels, products: Sequence[Product]) -> None:
+        for product in products:
+            assert isinstance(product, TorchProduct)
+            product._take_over()
+
+    def _take_over(self) -> None:
+        a_RK, b_NR = self._a_RK.zero_(), self._wide_NK[:, self.k :].zero_()
+        for update, rows, ranks in zip(self.updates, self.rows, self.ranks, strict=True):
+            if update is not None:
+                a_RK[ranks] = update.a.detach().to(self.dtype)
+                b_NR[rows, ranks] = (update.scale * update.b.detach()).to(self.dtype)
 
     def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         x[:, self.k :] = x[:, : self.k] @ self._a_RK.T
@@ -246,3 +280,11 @@ class TorchProduct(Product):
 
     def _outer(self, p_TR: Tensor, q_TN: Tensor) -> Tensor:
         return (p_TR.T @ q_TN).float()
+
+    def gradients(self, x: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        db_RN = self._outer(x[:, self.k :], dy[:, : self.n])
+        da_RK = self._outer(dy[:, self.n :], x[:, : self.k])
+        return [
+            None if update is None else (da_RK[ranks], (update.scale * db_RN[ranks][:, rows].T).contiguous())
+            for update, rows, ranks in zip(self.updates, self.rows, self.ranks, strict=True)
+        ]

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ FLAGS = (
     *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
 )
 COMPILERS = ("g++", "clang++", "c++")
+_KINDS = {int: ctypes.c_int64, float: ctypes.c_double}  # everything else is an address
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -38,6 +40,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         self._library = library
+        self._functions: dict[str, Any] = {}
         self.threads = threads
         self.tiles = bool(library.has_tiles())
 
@@ -47,20 +50,19 @@ class Kernels:
 
         Raises MemoryError.
         """
-        if getattr(self._library, name)(*map(_as_c, arguments), ctypes.c_int64(self.threads)):
+        function = self._functions.get(name) or self._declare(name, arguments)
+        if function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments], self.threads):
             raise MemoryError(f"no memory for {name}")
+
+    def _declare(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """Each function takes the same kinds at every call: said once, not converted one by one."""
+        function = self._functions[name] = getattr(self._library, name)
+        function.argtypes = [*(_KINDS.get(type(x), ctypes.c_void_p) for x in arguments), ctypes.c_int64]
+        return function
 
     def rows(self, name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> None:
         """Call the variant of a row-wise function for `dtype` (float32 or bfloat16)."""
         self(f"{name}_{_DTYPES[dtype]}", *arguments)
-
-
-def _as_c(value: Tensor | float | int | None) -> object:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if value is None:
-        return ctypes.c_void_p(None)
-    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
 def load_kernels(folder: Path, threads: int) -> Kernels:

@@ -25,25 +25,6 @@ struct AttentionGrad {
   int64_t ldd;
 };
 
-// Memory for all threads, taken before they start: failing to get it inside a parallel region would end the process.
-struct Rooms {
-  int64_t each;
-  char *all;
-  Rooms(int64_t size, int threads)
-      : each((size + 63) / 64 * 64), all((char *)aligned_alloc(64, each * threads)) {}
-  ~Rooms() { free(all); }
-};
-struct Room {  // one thread's part of it, in 64-byte aligned pieces
-  char *next;
-  Room(const Rooms &rooms, int thread) : next(rooms.all + thread * rooms.each) {}
-  template <class T>
-  T *take(int64_t n) {
-    T *p = (T *)next;
-    next += (n * sizeof(T) + 63) / 64 * 64;
-    return p;
-  }
-};
-
 static const int64_t QUERIES = 64;
 
 // n rows of x (hd wide) to `to`, zero rows up to `padded`.

@@ -54,9 +54,15 @@ extern "C" int linear_tiles(P x, I ldx, I rows, I k, I r, P down, P wide, I n, P
   linear(l, int(threads));
   return 0;
 }
-extern "C" int outer_tiles(P p, I ldp, P q, I ldq, P g, I ldg, I rows, I r, I n, P turned, P along, I threads) {
-  outer((bf16 *)p, ldp, (bf16 *)q, ldq, (float *)g, ldg, rows, r, n, (bf16 *)turned, (bf16 *)along, int(threads));
+extern "C" int outer_tiles(P p, I ldp, P q, I ldq, P g, I rows, I r, I n, P turned, P along, I threads) {
+  outer({(bf16 *)p, ldp, (bf16 *)q, ldq, (float *)g, rows, r, n, (bf16 *)turned, (bf16 *)along}, int(threads));
   return 0;
+}
+extern "C" int pack_updates_tiles(P products, I count, I threads) {
+  return !pack_all_updates((Updated *)products, count, int(threads));
+}
+extern "C" int update_gradients_tiles(P product, P x, I ldx, P dy, I lddy, I rows, P da, P db, I threads) {
+  return !update_gradients(*(Updated *)product, (bf16 *)x, ldx, (bf16 *)dy, lddy, rows, (float *)da, (float *)db, int(threads));
 }
 extern "C" int attention_tiles(P q, P k, P v, I ld, P starts, I segments, I heads, I kv, I hd, double scale, I window,
                                 P out, I ldo, P lse, I rows, I threads) {

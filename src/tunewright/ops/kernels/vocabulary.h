@@ -1,7 +1,9 @@
 // Log-probabilities of targets over the whole vocabulary and their gradient, in one pass: attention whose keys and values
-// are the rows of the LM head. Logits exist only for 128 rows by 512 tokens at a time.
+// are the rows of the LM head. Logits exist only for 256 rows by 256 tokens at a time.
 #pragma once
 #include "attention.h"
+
+static const int64_t STEP = 256, WIDTH = 256;  // rows and tokens of the vocabulary at a time: what the L2 cache holds
 
 struct Vocabulary {
   const bf16 *h;  // [rows, d], rows a multiple of 32
@@ -17,7 +19,10 @@ struct Vocabulary {
 };
 
 static bool vocabulary(const Vocabulary &a, int threads) {  // false: no memory
-  const int64_t step = 128, wide = 512, v = (a.size + 31) / 32 * 32, d = a.d;
+  const int64_t v = (a.size + 31) / 32 * 32, d = a.d, wide = WIDTH;
+  // equal shares of rows, at most STEP: each share reads the whole head
+  const int64_t turns = (a.rows + STEP * threads - 1) / (STEP * threads) * threads;
+  const int64_t step = (a.rows / 32 + turns - 1) / turns * 32;
   const Rooms rooms(4 * step * (wide + d) + 2 * step * wide + 8192, threads);
   if (!rooms.all) return false;
 #pragma omp parallel num_threads(threads)
@@ -29,7 +34,7 @@ static bool vocabulary(const Vocabulary &a, int threads) {  // false: no memory
 #pragma omp for schedule(dynamic, 1)
     for (int64_t m = 0; m < a.rows; m += step) {
       int64_t n = std::min(step, a.rows - m);
-      float top[step], total[step], at_target[step], weighted[step], plain[step];
+      float top[STEP], total[STEP], at_target[STEP], weighted[STEP], plain[STEP];
       for (int64_t i = 0; i < n; i++) top[i] = -INFINITY, total[i] = at_target[i] = weighted[i] = plain[i] = 0;
       if (a.grad) memset(sum, 0, 4 * n * d);
       for (int64_t j0 = 0; j0 < v; j0 += wide) {
