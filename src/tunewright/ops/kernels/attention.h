@@ -1,7 +1,8 @@
 // Causal attention within each segment of a packed row, on AMX tiles, forward and backward.
 //
 // A unit of work is one segment and one key/value head with the query heads that share it. Queries go in blocks of up to
-// 128 rows against all keys up to the diagonal; a block's scores stay in the L2 cache, so no running maximum is needed.
+// 64 rows against 256 keys at a time up to the diagonal, so that scores stay in the caches; the softmax runs along (Dao et
+// al., arXiv 2205.14135).
 #pragma once
 #include "tiles.h"
 
@@ -25,7 +26,7 @@ struct AttentionGrad {
   int64_t ldd;
 };
 
-static const int64_t QUERIES = 64;
+static const int64_t QUERIES = 128, KEYS = 256;
 
 // n rows of x (hd wide) to `to`, zero rows up to `padded`.
 static inline void copy_rows(bf16 *to, const bf16 *x, int64_t ld, int64_t n, int64_t padded, int64_t hd) {
@@ -47,14 +48,13 @@ static inline void rows_along(bf16 *to, const bf16 *x, int64_t n, int64_t hd) { 
         tile_along(to + ((b * (hd / 32) + p) * 2 + t) * TILE, x + 32 * b * hd + 32 * p + 16 * t, hd);
 }
 
-// s[32-row blocks of n][keys] = x (n rows x hd) * packed keys
-static inline void scores(float *s, int64_t lds, const bf16 *x, int64_t n, const bf16 *keys, int64_t first,
-                          int64_t end, int64_t hd) {
+// s [n, KEYS] = x (n rows x hd) * packed keys [first, end)
+static inline void scores(float *s, const bf16 *x, int64_t n, const bf16 *keys, int64_t first, int64_t end, int64_t hd) {
   for (int64_t i = 0; i < n; i += 32)
     for (int64_t j = first; j < end; j += 32) {
       zero_tiles();
       multiply(x + i * hd, hd, keys + j / 32 * (hd / 32) * 2 * TILE, hd / 32);
-      store_tiles(s + i * lds + j, lds);
+      store_tiles(s + i * KEYS + j - first, KEYS);
     }
 }
 
@@ -80,20 +80,50 @@ static inline void clear(bf16 *p, int64_t first, int64_t from, int64_t upto, int
   if (end > upto) memset(p + upto, 0, 2 * (end - upto));
 }
 
+// One query's probabilities over the keys [j0, j1), relative to the largest score so far. top (a power of two), total: of
+// all keys so far. sum: its output so far, shrunk when a larger score comes, or null.
+static inline void soften(const Attention &a, const float *s, bf16 *p, int64_t j0, int64_t j1, int64_t query, float &top,
+                          float &total, float *sum) {
+  int64_t low, high;
+  seen(a, query, low, high);
+  low = std::max(low, j0) - j0, high = std::min(high, j1) - j0;
+  const int64_t from = std::min(low / 16 * 16, j1 - j0), upto = std::max(from, (high + 15) / 16 * 16);
+  clear(p, 0, from, upto, j1 - j0);
+  if (high <= low) return;
+  __m512 best = _mm512_set1_ps(-INFINITY);
+  for (int64_t j = from; j < upto; j += 16)
+    best = _mm512_mask_max_ps(best, inside(j, low, high), best, _mm512_load_ps(s + j));
+  const float scale = a.scale * LOG2_E, now = std::max(top, _mm512_reduce_max_ps(best) * scale);
+  if (sum && now > top) {
+    const float shrink = std::exp2(top - now);
+    total *= shrink;
+    for (int64_t d = 0; d < a.hd; d += 16)
+      _mm512_store_ps(sum + d, _mm512_mul_ps(_mm512_load_ps(sum + d), _mm512_set1_ps(shrink)));
+  }
+  top = now;
+  __m512 all = _mm512_setzero_ps();
+  for (int64_t j = from; j < upto; j += 16) {
+    __m512 e = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(s + j), _mm512_set1_ps(scale), _mm512_set1_ps(now)));
+    e = _mm512_maskz_mov_ps(inside(j, low, high), e);
+    all = _mm512_add_ps(all, e);
+    store16(p + j, e);
+  }
+  total += _mm512_reduce_add_ps(all);
+}
+
 static bool attend(const Attention &a, int threads) {  // false: no memory
   int64_t longest = 0;
   for (int64_t s = 0; s < a.segments; s++) longest = std::max(longest, a.starts[s + 1] - a.starts[s]);
   const int64_t padded = (longest + 31) / 32 * 32, hd = a.hd, group = a.heads / a.kv;
-  const Rooms rooms(2 * (3 * padded * hd + QUERIES * hd) + 6 * QUERIES * padded + 4096, threads);
+  const Rooms rooms(2 * (3 * padded * hd + QUERIES * hd) + 6 * QUERIES * KEYS + 4 * QUERIES * hd + 4096, threads);
   if (!rooms.all) return false;
 #pragma omp parallel num_threads(threads)
   {
     Tiles on;
     Room room(rooms, omp_get_thread_num());
     bf16 *rows = room.take<bf16>(padded * hd), *kt = room.take<bf16>(padded * hd), *vt = room.take<bf16>(padded * hd);
-    bf16 *q = room.take<bf16>(QUERIES * hd), *p = room.take<bf16>(QUERIES * padded);
-    float *s = room.take<float>(QUERIES * padded);
-    alignas(64) float c[1024];
+    bf16 *q = room.take<bf16>(QUERIES * hd), *p = room.take<bf16>(QUERIES * KEYS);
+    float *s = room.take<float>(QUERIES * KEYS), *sum = room.take<float>(QUERIES * hd);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t unit = 0; unit < a.segments * a.kv; unit++) {
       int64_t seg = unit / a.kv, g = unit % a.kv, at = a.starts[seg], length = a.starts[seg + 1] - at;
@@ -107,47 +137,70 @@ static bool attend(const Attention &a, int threads) {  // false: no memory
           int64_t n = std::min(QUERIES, length - q0), nb = (n + 31) / 32 * 32, first, end;
           span(a, q0, n, length, first, end);
           copy_rows(q, a.q + (at + q0) * a.ld + h * hd, a.ld, n, nb, hd);
-          scores(s, padded, q, nb, kt, first, end, hd);
-          float inverse[QUERIES];
-          for (int64_t i = 0; i < nb; i++) {
-            int64_t low, high;
-            seen(a, std::min(q0 + i, length - 1), low, high);
-            const float *row = s + i * padded;
-            bf16 *to = p + i * padded;
-            int64_t from = low / 16 * 16, upto = (high + 15) / 16 * 16;
-            clear(to, first, from, upto, end);
-            __m512 best = _mm512_set1_ps(-INFINITY);
-            for (int64_t j = from; j < upto; j += 16)
-              best = _mm512_mask_max_ps(best, inside(j, low, high), best, _mm512_load_ps(row + j));
-            float top = _mm512_reduce_max_ps(best) * a.scale;
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t j = from; j < upto; j += 16) {
-              __m512 e = exp16(_mm512_fmsub_ps(_mm512_load_ps(row + j), _mm512_set1_ps(a.scale), _mm512_set1_ps(top)));
-              e = _mm512_maskz_mov_ps(inside(j, low, high), e);
-              sum = _mm512_add_ps(sum, e);
-              store16(to + j, e);
-            }
-            float total = _mm512_reduce_add_ps(sum);
-            inverse[i] = 1.0f / total;
-            if (i < n && a.lse) a.lse[h * a.rows + at + q0 + i] = top + std::log(total);
-          }
-          for (int64_t i = 0; i < nb; i += 32)
-            for (int64_t d = 0; d < hd; d += 32) {
-              zero_tiles();
-              multiply_along(p + i * padded + first, padded, vt + (first / 32 * (hd / 32) + d / 32) * 2 * TILE,
-                             (hd / 32) * 2 * TILE, (end - first) / 32);
-              store_tiles(c, 32);
-              for (int64_t r = i; r < std::min(i + 32, n); r++) {
-                bf16 *o = a.out + (at + q0 + r) * a.ldo + h * hd + d;
-                __m512 f = _mm512_set1_ps(inverse[r]);
-                store16(o, _mm512_mul_ps(_mm512_load_ps(c + 32 * (r - i)), f));
-                store16(o + 16, _mm512_mul_ps(_mm512_load_ps(c + 32 * (r - i) + 16), f));
+          float top[QUERIES], total[QUERIES];
+          for (int64_t i = 0; i < nb; i++) top[i] = -INFINITY, total[i] = 0;
+          for (int64_t j0 = first; j0 < end; j0 += KEYS) {
+            const int64_t j1 = std::min(j0 + KEYS, end);
+            scores(s, q, nb, kt, j0, j1, hd);
+            for (int64_t i = 0; i < nb; i++)
+              soften(a, s + i * KEYS, p + i * KEYS, j0, j1, std::min(q0 + i, length - 1), top[i], total[i],
+                     j0 > first ? sum + i * hd : nullptr);
+            for (int64_t i = 0; i < nb; i += 32)
+              for (int64_t d = 0; d < hd; d += 32) {
+                if (j0 == first) zero_tiles();
+                else load_tiles(sum + i * hd + d, hd);
+                multiply_along(p + i * KEYS, KEYS, vt + (j0 / 32 * (hd / 32) + d / 32) * 2 * TILE, (hd / 32) * 2 * TILE,
+                               (j1 - j0) / 32);
+                store_tiles(sum + i * hd + d, hd);
               }
-            }
+          }
+          for (int64_t i = 0; i < n; i++) {
+            const __m512 f = _mm512_set1_ps(1.0f / total[i]);
+            bf16 *o = a.out + (at + q0 + i) * a.ldo + h * hd;
+            for (int64_t d = 0; d < hd; d += 16) store16(o + d, _mm512_mul_ps(_mm512_load_ps(sum + i * hd + d), f));
+            if (a.lse) a.lse[h * a.rows + at + q0 + i] = (top[i] + std::log2(total[i])) * LN_2;
+          }
         }
     }
   }
   return true;
+}
+
+// Of the queries q0 + i and q0 + i + 1 over the keys [j0, j1): P and dS in packed tiles with k = queries, and dS by rows.
+// lse: as a power of two.
+static inline void slopes(const Attention &a, const float *s, const float *dp, int64_t i, int64_t q0, int64_t n, int64_t nb,
+                          int64_t j0, int64_t j1, const float *lse, const float *delta, bf16 *ds, bf16 *pp, bf16 *dsp) {
+  const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512 scale = _mm512_set1_ps(a.scale * LOG2_E);
+  int64_t low[2], high[2];
+  for (int64_t r = 0; r < 2; r++) {
+    seen(a, q0 + i + r, low[r], high[r]);
+    if (i + r >= n) low[r] = high[r] = 0;  // a padding row sees nothing
+    low[r] = std::max(low[r], j0) - j0, high[r] = std::max(std::min(high[r], j1) - j0, int64_t(0));
+  }
+  for (int64_t j = 0; j < j1 - j0; j += 16) {
+    // B tiles with k = queries: [key panel of 32][query block of 32][2], row i/2 of the tile
+    const int64_t tile = ((j / 32 * (nb / 32) + i / 32) * 2 + j / 16 % 2) * TILE + i % 32 / 2 * 32;
+    const __mmask16 in[2] = {inside(j, low[0], high[0]), inside(j, low[1], high[1])};
+    if (!(in[0] | in[1])) {
+      _mm512_store_si512(pp + tile, _mm512_setzero_si512());
+      _mm512_store_si512(dsp + tile, _mm512_setzero_si512());
+      for (int64_t r = 0; r < 2; r++) memset(ds + (i + r) * KEYS + j, 0, 32);
+      continue;
+    }
+    __m512 pr[2], dr[2];
+    for (int64_t r = 0; r < 2; r++) {
+      const int64_t at = (i + r) * KEYS + j;
+      __m512 e = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(s + at), scale, _mm512_set1_ps(lse[i + r])));
+      pr[r] = _mm512_maskz_mov_ps(in[r], e);
+      __m512 x = _mm512_sub_ps(_mm512_load_ps(dp + at), _mm512_set1_ps(delta[i + r]));
+      dr[r] = _mm512_mul_ps(_mm512_mul_ps(pr[r], x), _mm512_set1_ps(a.scale));
+      store16(ds + at, dr[r]);
+    }
+    _mm512_store_si512(pp + tile, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(pr[1], pr[0])));
+    _mm512_store_si512(dsp + tile, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(dr[1], dr[0])));
+  }
 }
 
 // With P = exp(scale q k^T - lse): dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)) * scale, dQ = dS K, dK = dS^T Q.
@@ -157,7 +210,8 @@ static bool attend_backward(const Attention &a, const AttentionGrad &b, int thre
   for (int64_t s = 0; s < a.segments; s++) longest = std::max(longest, a.starts[s + 1] - a.starts[s]);
   const int64_t padded = (longest + 31) / 32 * 32, hd = a.hd, group = a.heads / a.kv;
   const Rooms rooms(
-      2 * (4 * padded * hd + 4 * QUERIES * hd + 3 * QUERIES * padded) + 4 * (2 * QUERIES + 2 * hd) * padded + 8192, threads);
+      2 * (4 * padded * hd + 4 * QUERIES * hd + 3 * QUERIES * KEYS) + 4 * (QUERIES * (2 * KEYS + hd) + 2 * hd * padded) + 8192,
+      threads);
   if (!rooms.all) return false;
 #pragma omp parallel num_threads(threads)
   {
@@ -167,11 +221,11 @@ static bool attend_backward(const Attention &a, const AttentionGrad &b, int thre
     bf16 *vt = room.take<bf16>(padded * hd), *ks = room.take<bf16>(padded * hd);
     bf16 *q = room.take<bf16>(QUERIES * hd), *go = room.take<bf16>(QUERIES * hd);
     bf16 *q_turned = room.take<bf16>(QUERIES * hd), *go_turned = room.take<bf16>(QUERIES * hd);
-    bf16 *ds = room.take<bf16>(QUERIES * padded);                                    // row-major
-    bf16 *pp = room.take<bf16>(QUERIES * padded), *dsp = room.take<bf16>(QUERIES * padded);  // packed, k = queries
-    float *s = room.take<float>(QUERIES * padded), *dp = room.take<float>(QUERIES * padded);
+    bf16 *ds = room.take<bf16>(QUERIES * KEYS);                                          // row-major
+    bf16 *pp = room.take<bf16>(QUERIES * KEYS), *dsp = room.take<bf16>(QUERIES * KEYS);  // packed, k = queries
+    float *s = room.take<float>(QUERIES * KEYS), *dp = room.take<float>(QUERIES * KEYS);
+    float *dq = room.take<float>(QUERIES * hd);
     float *dkt = room.take<float>(hd * padded), *dvt = room.take<float>(hd * padded);
-    alignas(64) float c[1024];
 #pragma omp for schedule(dynamic, 1)
     for (int64_t unit = 0; unit < a.segments * a.kv; unit++) {
       int64_t seg = unit / a.kv, g = unit % a.kv, at = a.starts[seg], length = a.starts[seg + 1] - at;
@@ -189,77 +243,47 @@ static bool attend_backward(const Attention &a, const AttentionGrad &b, int thre
           span(a, q0, n, length, first, end);
           copy_rows(q, a.q + (at + q0) * a.ld + h * hd, a.ld, n, nb, hd);
           copy_rows(go, b.dout + (at + q0) * b.lddo + h * hd, b.lddo, n, nb, hd);
-          scores(s, padded, q, nb, kt, first, end, hd);
-          scores(dp, padded, go, nb, vt, first, end, hd);
-          for (int64_t i = 0; i < nb; i += 2) {
-            float lse[2], delta[2];
-            int64_t low[2], high[2];
-            for (int64_t r = 0; r < 2; r++) {
-              int64_t t = at + q0 + i + r;
-              bool real = i + r < n;
-              seen(a, q0 + i + r, low[r], high[r]);
-              if (!real) low[r] = high[r] = 0;
-              lse[r] = real ? a.lse[h * a.rows + t] : 0.0f;
-              __m512 dot = _mm512_setzero_ps();
-              for (int64_t d = 0; real && d < hd; d += 16)
-                dot = _mm512_fmadd_ps(load16(a.out + t * a.ldo + h * hd + d), load16(go + (i + r) * hd + d), dot);
-              delta[r] = _mm512_reduce_add_ps(dot);
-            }
-            // of both rows; a padding row has no keys, and its partner's bounds hold
-            int64_t from = std::min(low[0], high[1] > low[1] ? low[1] : low[0]) / 16 * 16;
-            int64_t upto = (std::max(high[0], high[1]) + 15) / 16 * 16;
-            for (int64_t j = first; j < end; j += 16) {
-              if (j < from || j >= upto) {  // nobody sees anything here
-                int64_t tile = ((j / 32 * (nb / 32) + i / 32) * 2 + j / 16 % 2) * TILE + i % 32 / 2 * 32;
-                _mm512_store_si512(pp + tile, _mm512_setzero_si512());
-                _mm512_store_si512(dsp + tile, _mm512_setzero_si512());
-                for (int64_t r = 0; r < 2; r++) memset(ds + (i + r) * padded + j, 0, 32);
-                continue;
-              }
-              __m512 pr[2], dr[2];
-              for (int64_t r = 0; r < 2; r++) {
-                const float *score = s + (i + r) * padded + j;
-                __m512 e = exp16(_mm512_fmsub_ps(_mm512_load_ps(score), _mm512_set1_ps(a.scale), _mm512_set1_ps(lse[r])));
-                pr[r] = _mm512_maskz_mov_ps(inside(j, low[r], high[r]), e);
-                __m512 x = _mm512_sub_ps(_mm512_load_ps(dp + (i + r) * padded + j), _mm512_set1_ps(delta[r]));
-                dr[r] = _mm512_mul_ps(_mm512_mul_ps(pr[r], x), _mm512_set1_ps(a.scale));
-                store16(ds + (i + r) * padded + j, dr[r]);
-              }
-              // B tiles with k = queries: [key panel of 32][query block of 32][2], row i/2 of the tile
-              int64_t tile = ((j / 32 * (nb / 32) + i / 32) * 2 + j / 16 % 2) * TILE + i % 32 / 2 * 32;
-              const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                                     22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-              _mm512_store_si512(pp + tile, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(pr[1], pr[0])));
-              _mm512_store_si512(dsp + tile, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(dr[1], dr[0])));
-            }
+          float lse[QUERIES], delta[QUERIES];
+          for (int64_t i = 0; i < nb; i++) {
+            const int64_t t = at + q0 + i;
+            __m512 dot = _mm512_setzero_ps();
+            for (int64_t d = 0; i < n && d < hd; d += 16)
+              dot = _mm512_fmadd_ps(load16(a.out + t * a.ldo + h * hd + d), load16(go + i * hd + d), dot);
+            delta[i] = _mm512_reduce_add_ps(dot);
+            lse[i] = i < n ? a.lse[h * a.rows + t] * LOG2_E : 0.0f;
           }
-          for (int64_t i = 0; i < nb; i += 32)
-            for (int64_t d = 0; d < hd; d += 32) {
-              zero_tiles();
-              multiply_along(ds + i * padded + first, padded, ks + (first / 32 * (hd / 32) + d / 32) * 2 * TILE,
-                             (hd / 32) * 2 * TILE, (end - first) / 32);
-              store_tiles(c, 32);
-              for (int64_t r = i; r < std::min(i + 32, n); r++) {
-                bf16 *o = b.dq + (at + q0 + r) * b.ldd + h * hd + d;
-                store16(o, _mm512_load_ps(c + 32 * (r - i)));
-                store16(o + 16, _mm512_load_ps(c + 32 * (r - i) + 16));
-              }
-            }
           for (int64_t d = 0; d < hd; d += 16)
             for (int64_t i = 0; i < nb; i += 32) {
               tile_turned(q_turned + (d / 16 * (nb / 32) + i / 32) * TILE, q + i * hd + d, hd);
               tile_turned(go_turned + (d / 16 * (nb / 32) + i / 32) * TILE, go + i * hd + d, hd);
             }
-          for (int64_t d = 0; d < hd; d += 32)
-            for (int64_t j = first; j < end; j += 32) {
-              int64_t panel = j / 32 * (nb / 32) * 2 * TILE, left = d / 16 * (nb / 32) * TILE;
-              load_tiles(dvt + d * padded + j, padded);
-              multiply_packed(go_turned + left, nb / 32 * TILE, pp + panel, 2 * TILE, nb / 32);
-              store_tiles(dvt + d * padded + j, padded);
-              load_tiles(dkt + d * padded + j, padded);
-              multiply_packed(q_turned + left, nb / 32 * TILE, dsp + panel, 2 * TILE, nb / 32);
-              store_tiles(dkt + d * padded + j, padded);
-            }
+          for (int64_t j0 = first; j0 < end; j0 += KEYS) {
+            const int64_t j1 = std::min(j0 + KEYS, end);
+            scores(s, q, nb, kt, j0, j1, hd);
+            scores(dp, go, nb, vt, j0, j1, hd);
+            for (int64_t i = 0; i < nb; i += 2) slopes(a, s, dp, i, q0, n, nb, j0, j1, lse, delta, ds, pp, dsp);
+            for (int64_t i = 0; i < nb; i += 32)
+              for (int64_t d = 0; d < hd; d += 32) {
+                if (j0 == first) zero_tiles();
+                else load_tiles(dq + i * hd + d, hd);
+                multiply_along(ds + i * KEYS, KEYS, ks + (j0 / 32 * (hd / 32) + d / 32) * 2 * TILE, (hd / 32) * 2 * TILE,
+                               (j1 - j0) / 32);
+                store_tiles(dq + i * hd + d, hd);
+              }
+            for (int64_t d = 0; d < hd; d += 32)
+              for (int64_t j = j0; j < j1; j += 32) {
+                const int64_t panel = (j - j0) / 32 * (nb / 32) * 2 * TILE, left = d / 16 * (nb / 32) * TILE;
+                load_tiles(dvt + d * padded + j, padded);
+                multiply_packed(go_turned + left, nb / 32 * TILE, pp + panel, 2 * TILE, nb / 32);
+                store_tiles(dvt + d * padded + j, padded);
+                load_tiles(dkt + d * padded + j, padded);
+                multiply_packed(q_turned + left, nb / 32 * TILE, dsp + panel, 2 * TILE, nb / 32);
+                store_tiles(dkt + d * padded + j, padded);
+              }
+          }
+          for (int64_t i = 0; i < n; i++)
+            for (int64_t d = 0; d < hd; d += 16)
+              store16(b.dq + (at + q0 + i) * b.ldd + h * hd + d, _mm512_load_ps(dq + i * hd + d));
         }
       for (int64_t d = 0; d < hd; d += 16)
         for (int64_t j = 0; j < length; j += 16)
