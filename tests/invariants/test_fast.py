@@ -345,7 +345,7 @@ def test_hidden_states_that_the_plain_modules_made_take_the_plain_head(
     [
         ("auto", 1e9, "fast", "fast path runs"),
         ("plain", 1e9, "plain", "asked or decided"),
-        ("auto", 1e5, "plain", "packed weights would take"),
+        ("auto", 1e5, "plain", "its copy of the weights would take"),
     ],
 )
 def test_the_path_is_chosen_and_told(

@@ -87,8 +87,8 @@ def test_swiglu_in_the_products(kernels: Kernels, random: Callable[..., Tensor])
     need_tiles(kernels)
     x, dy, down = random(64, 64).to(B16), random(64, 64).to(B16), random(64, 96).to(B16)
     gate, up = 12 * random(96, 64).to(B16), random(96, 64).to(B16)
-    into = TileProduct(kernels, interleave(gate, up), [0, 0], [slice(0, 96), slice(96, 192)])
-    out = TileProduct(kernels, down, [0], [slice(0, 64)])
+    into = TileProduct(kernels, [interleave(gate, up)], [0], [slice(0, 192)])
+    out = TileProduct(kernels, [down], [0], [slice(0, 64)])
     gu, h, dgu, again = (torch.empty(64, n, dtype=B16) for n in (192, 96, 192, 96))
     into.forward(x, gu, "swiglu", h)
     out.backward(dy, dgu, "swiglu_backward", gu, again)
@@ -121,7 +121,7 @@ def test_swiglu_and_its_gradient(kernels: Kernels, random: Callable[..., Tensor]
 
 def products(kernels: Kernels, kind: type[Product], x: Tensor, dy: Tensor, weights: Tensor, updates: list) -> tuple:
     """(y, dx, gradients) of two layers with ranks 8 and 16 that read the same x."""
-    product = kind(kernels, weights, [8, 16], [slice(0, 64), slice(64, 160)])
+    product = kind(kernels, [weights[:64], weights[64:]], [8, 16], [slice(0, 64), slice(64, 160)])
     product.set_updates(updates)
     kind.refresh(kernels, [product])
     into, back = x.new_empty(x.shape[0], product.wide_in), x.new_empty(x.shape[0], product.wide_out)

@@ -1,7 +1,7 @@
 """The decoder stack of Llama-shaped models as one function over its weights, forward and backward by hand, on a CPU.
 
-Frozen weights are packed once and get no gradient, trained ones are packed anew after each step; q, k, v and gate, up
-are one product each; the backward ends at the lowest trained layer. It computes what the plain modules compute.
+Frozen weights get no gradient; q, k, v and gate, up are one product each; the backward ends at the lowest trained
+layer. It computes what the plain modules compute.
 models/fast_serves.py says which models and tuners it does not serve; those run the plain modules.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tunewright.models.fast_serves import WINDOWS, head_dim, tiles_fit
 from tunewright.models.fast_weights import Layer, Norm, Room, norm_parameters
-from tunewright.models.layouts import decoder_of
+from tunewright.models.layouts import causal_lm, decoder_of
 from tunewright.models.policy import head_of
 from tunewright.ops.attention import segment_attention
 from tunewright.ops.kernels import Kernels
@@ -81,6 +81,11 @@ class Kept:
     gu: Tensor | None = None
 
 
+def runs_on_tiles(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> bool:
+    """Whether the AMX kernels would compute this model."""
+    return kernels.tiles and dtype == torch.bfloat16 and tiles_fit(causal_lm(model).config)
+
+
 class FastLlama:
     """Hidden states of a Llama-shaped model with frozen weights and LoRA: call it with a Batch, get [T, D].
 
@@ -91,11 +96,13 @@ class FastLlama:
         decoder: Any = decoder_of(model)
         config = decoder.config
         self.kernels, self.dtype = kernels, dtype
-        self.tiles = kernels.tiles and dtype == torch.bfloat16 and tiles_fit(config)
+        self.tiles = runs_on_tiles(model, dtype, kernels)
         self._kind = kind = TileProduct if self.tiles else TorchProduct
         window = WINDOWS[config.model_type](decoder)
         hd = head_dim(config)
-        self.shape = Shape(config.num_attention_heads, config.num_key_value_heads, hd, window or 0, float(config.rms_norm_eps))
+        self.shape = Shape(
+            config.num_attention_heads, config.num_key_value_heads, hd, window or 0, float(config.rms_norm_eps)
+        )
         self.embedding: nn.Parameter = decoder.embed_tokens.weight
         self.padding: int | None = decoder.embed_tokens.padding_idx
         self.rotary = decoder.rotary_emb

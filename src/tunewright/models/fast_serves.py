@@ -65,10 +65,11 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def packed_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """What the fast path keeps beside the model: its weights packed for forward and backward, or joined once."""
+def copied_bytes(model: nn.Module, dtype: torch.dtype, tiles: bool) -> int:
+    """What the fast path keeps beside the model: tiles read the model's own weights where those have `dtype`; else, and
+    always without tiles, there is a copy."""
     weights = [m.weight for m in causal_lm(model).modules() if isinstance(m, nn.Linear)]
-    return 2 * dtype.itemsize * sum(w.numel() for w in weights)
+    return dtype.itemsize * sum(w.numel() for w in weights if not tiles or w.dtype != dtype)
 
 
 def tiles_fit(config: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The weights of Llama-shaped layers as the fast path holds them: joined, packed, taken over when they change."""
+"""The weights of Llama-shaped layers as the fast path holds them: joined, and taken over when they change."""
 
 from __future__ import annotations
 
@@ -49,15 +49,14 @@ class Linear:
             rows = [torch.nonzero((order >= s) & (order < s + n))[:, 0] for s, n in zip(starts, sizes, strict=True)]
         self.rows = rows
         ranks = [layer.r[layer.active_adapters[0]] if isinstance(layer, LoraLayer) else 0 for layer in layers]  # type: ignore[operator]
-        self.product = kind(kernels, self._weights(), ranks, rows)
+        self.product = kind(kernels, [w.to(dtype) for w in self._weights()], ranks, rows)
         self.whole = [p for layer in self.plain for p in (layer.weight, layer.bias) if _is_trained(p)]
         self.low = [_low_rank(layer) for layer in layers]
         self.low_rank = any(self.low)
         self.bias = self._bias()
 
-    def _weights(self) -> Tensor:
-        weights = [layer.weight.detach().to(self.dtype) for layer in self.plain]
-        return interleave(*weights) if self.mix else torch.cat(weights)
+    def _weights(self) -> list[Tensor]:
+        return [layer.weight.detach() for layer in self.plain]
 
     def _bias(self) -> Tensor | None:
         if self.plain[0].bias is None:

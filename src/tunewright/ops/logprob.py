@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tunewright.ops.kernels import Kernels
+from tunewright.ops.kernels import Kernels, addresses
 
 CHUNK = 256
 STATS = ("logp", "correct", "entropy", "mean_logp")
@@ -48,28 +48,34 @@ class Head:
 
 
 class TileHead:
-    """A plain LM head packed for the AMX kernels: log-probs in one pass over the vocabulary, never [N, V].
+    """A plain LM head for the AMX kernels: log-probs in one pass over the vocabulary, never [N, V].
 
-    weight: [V, D], D a multiple of 32; its bfloat16 values count. scale: a factor on the logits. A trained weight is
-    packed anew by refresh().
+    weight: [V, D], D a multiple of 32; its bfloat16 values count. scale: a factor on the logits. refresh() takes over
+    a trained weight that is not bfloat16 itself.
     """
 
     def __init__(self, kernels: Kernels, weight: Tensor, scale: float) -> None:
         self.kernels, self.weight, self.scale = kernels, weight, float(scale)
         self.size, self.d = weight.shape
         self.rows = -(-self.size // 32) * 32
-        self._across, self._along = (torch.empty(self.rows, self.d, dtype=torch.bfloat16) for _ in range(2))
-        self.refresh()
+        self._plain = weight.detach().to(torch.bfloat16).contiguous()
+        self._tail = self._plain.new_zeros(self.rows - self.size // 16 * 16, self.d)
+        self._table = torch.cat([addresses(self._plain[: self.size // 16 * 16]), addresses(self._tail)])
+        self._fill_tail()
 
     def refresh(self) -> None:
         """Take over the weight's present values."""
-        self._plain = self.weight.detach().to(torch.bfloat16).contiguous()
-        whole = torch.cat([self._plain, self._plain.new_zeros(self.rows - self.size, self.d)])
-        self.kernels("pack_tiles", self._across, whole, self.d, self.rows, self.d, 1, 0, self.d // 32)
-        self.kernels("pack_tiles", self._along, whole, self.d, self.d, self.rows, 0, 0, self.rows // 32)
+        if self._plain.data_ptr() != self.weight.data_ptr():
+            self._plain.copy_(self.weight.detach())
+        self._fill_tail()
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        return self._across, self._along, self._plain, self.size
+    def _fill_tail(self) -> None:
+        """The last rows in memory of their own, where zeros follow them."""
+        rest = self.size % 16
+        self._tail[:rest] = self._plain[self.size - rest :]
+
+    def _parts(self) -> tuple[Tensor, int, int]:
+        return self._table, self.d, self.size
 
     def stats(self, h_ND: Tensor, targets_N: Tensor, with_grad: bool, rest: bool) -> tuple[Tensor, ...]:
         """(logp, correct, entropy, mean_logp, log-sum-exp: [N] float32, d logp / d h: [N, D]).
@@ -91,7 +97,7 @@ class TileHead:
         h, targets, lse, factor = map(_padded, (h_ND, targets_N, lse_N, factor_N.float()))
         rows = h.shape[0]
         along, dw = torch.empty_like(h), torch.zeros(self.rows, self.d)
-        self.kernels("pack_tiles", along, h, self.d, self.d, rows, 0, 0, rows // 32)
+        self.kernels("pack_tiles", along, h, self.d, self.d, rows, 0)
         dh = torch.zeros(self.kernels.threads, rows, self.d)
         given = (*self._parts(), targets, self.scale, lse, factor, along)
         self.kernels("vocabulary_backward_tiles", h, rows, self.d, *given, dh, dw)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tunewright.ops.kernels import Kernels
+from tunewright.ops.kernels import Kernels, addresses
 
 BLOCK = 32
 Epilogue = Literal["store", "add", "swiglu", "swiglu_backward"]
@@ -48,14 +48,16 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
 class Product:
     """What both forms share: sizes, buffers, and where each layer's rows and ranks lie.
 
-    weights: [n_i, k] of the layers that read the same input, already in their final order of rows. ranks: r_i, 0 for a
-    layer that is not trained. rows: for each layer the rows of the product's output that are its own.
+    weights: [n_i, k] of the layers that read the same input. ranks: r_i, 0 for a layer without an update. rows: for each
+    layer the rows of the product's output that are its own.
     """
 
-    def __init__(self, kernels: Kernels, weights: Tensor, ranks: Sequence[int], rows: Sequence[Tensor | slice]) -> None:
+    def __init__(
+        self, kernels: Kernels, weights: Sequence[Tensor], ranks: Sequence[int], rows: Sequence[Tensor | slice]
+    ) -> None:
         self.kernels = kernels
-        self.n, self.k = weights.shape
-        self.dtype = weights.dtype
+        self.n, self.k = sum(w.shape[0] for w in weights), weights[0].shape[1]
+        self.dtype = weights[0].dtype
         self.rows = list(rows)
         ends = list(accumulate(ranks, initial=0))
         self.ranks = [slice(a, b) for a, b in pairwise(ends)]
@@ -94,8 +96,8 @@ class Product:
         """
         raise NotImplementedError
 
-    def set_weights(self, weights: Tensor) -> None:
-        """Take over the present values [n, k] of weights that are trained themselves."""
+    def set_weights(self, weights: Sequence[Tensor]) -> None:
+        """Take over the present values of weights that are trained themselves."""
         raise NotImplementedError
 
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
@@ -112,16 +114,20 @@ class Product:
 
 
 class TileProduct(Product):
-    """On packed bfloat16 tiles. n, k and the numbers of tokens must be multiples of 32."""
+    """On bfloat16 weights where they lie. n, k and the numbers of tokens must be multiples of 32."""
 
-    def __init__(self, kernels: Kernels, weights: Tensor, ranks: Sequence[int], rows: Sequence[Tensor | slice]) -> None:
+    def __init__(
+        self, kernels: Kernels, weights: Sequence[Tensor], ranks: Sequence[int], rows: Sequence[Tensor | slice]
+    ) -> None:
         super().__init__(kernels, weights, ranks, rows)
-        self._down = torch.zeros(self.r * self.k, dtype=self.dtype)
-        self._up = torch.zeros(self.r * self.n, dtype=self.dtype)
-        self._forward = torch.zeros(self.n * (self.k + self.r), dtype=self.dtype)
-        self._backward = torch.zeros((self.n + self.r) * self.k, dtype=self.dtype)
+        self._down, self._low_back = (torch.zeros(self.r * self.k, dtype=self.dtype) for _ in range(2))
+        self._up, self._low = (torch.zeros(self.r * self.n, dtype=self.dtype) for _ in range(2))
+        self._weights = [w.contiguous() for w in weights]
         self._places = [_place(rows) for rows in self.rows]
-        self.set_weights(weights)
+        self._addresses = torch.zeros(self.n // 16, dtype=torch.int64)
+        for weight, (first, spread) in zip(self._weights, self._places, strict=True):
+            groups = weight.shape[0] // 16
+            self._addresses[first // 16 + spread // 16 * torch.arange(groups)] = addresses(weight)
         self.set_updates([None] * len(ranks))
 
     def set_updates(self, updates: Sequence[LowRank | None]) -> None:
@@ -137,7 +143,7 @@ class TileProduct(Product):
             self._sizes.append(n * r)
             at += n * r
         self._table = torch.tensor(table)
-        packed = (self._down, self._forward, self._up, self._backward)
+        packed = (self._down, self._low, self._up, self._low_back)
         sizes = (len(table), self.k, self.n, self.r)
         self.record = torch.tensor([self._table.data_ptr(), *sizes, *(t.data_ptr() for t in packed)])
 
@@ -146,38 +152,26 @@ class TileProduct(Product):
         records = torch.stack([p.record for p in products if isinstance(p, TileProduct)])
         kernels("pack_updates_tiles", records, len(records))
 
-    def set_weights(self, weights: Tensor) -> None:
-        self._pack(self._forward, weights, True, 0, self.k + self.r)
-        self._pack(self._backward, weights, False, 0, self.n + self.r)
-
-    def _pack(self, to: Tensor, source: Tensor, across: bool, first: int, depth: int) -> None:
-        columns, k = source.shape if across else source.shape[::-1]
-        self.kernels(
-            "pack_tiles",
-            to,
-            source,
-            source.stride(0),
-            columns,
-            k,
-            int(across),
-            first // BLOCK,
-            depth // BLOCK,
-        )
+    def set_weights(self, weights: Sequence[Tensor]) -> None:
+        for own, weight in zip(self._weights, weights, strict=True):
+            if own.data_ptr() != weight.data_ptr():
+                own.copy_(weight)
 
     def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         other, h = (extra[0], None) if epilogue == "add" else (None, extra[0] if extra else None)
-        self._run(x, self.k, self._down, self._forward, self.n, y, epilogue, other, h)
+        self._run(x, self.k, self._down, 0, self._low, self.n, y, epilogue, other, h)
 
     def backward(self, dy: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         other, h = extra if extra else (None, None)
-        self._run(dy, self.n, self._up, self._backward, self.k, dx, epilogue, other, h)
+        self._run(dy, self.n, self._up, 1, self._low_back, self.k, dx, epilogue, other, h)
 
     def _run(
         self,
         x: Tensor,
         k: int,
         narrow: Tensor,
-        wide: Tensor,
+        turned: int,
+        low: Tensor,
         n: int,
         y: Tensor | None,
         epilogue: Epilogue,
@@ -187,24 +181,8 @@ class TileProduct(Product):
         def ld(t: Tensor | None) -> int:
             return 0 if t is None else t.stride(0)
 
-        self.kernels(
-            "linear_tiles",
-            x,
-            x.stride(0),
-            x.shape[0],
-            k,
-            self.r,
-            narrow,
-            wide,
-            0 if y is None else n,
-            y,
-            ld(y),
-            _EPILOGUES[epilogue],
-            other,
-            ld(other),
-            h,
-            ld(h),
-        )
+        given = (x, ld(x), x.shape[0], k, self.r, narrow, self._addresses, self.k, turned, low, 0 if y is None else n)
+        self.kernels("linear_tiles", *given, y, ld(y), _EPILOGUES[epilogue], other, ld(other), h, ld(h))
 
     def gradients(self, x: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         da_RK = torch.empty(self.r, self.k)
@@ -234,14 +212,18 @@ def _place(rows: Tensor | slice) -> tuple[int, int]:
 class TorchProduct(Product):
     """In torch, any dtype and any processor; the weights are kept as [W, s B] and A."""
 
-    def __init__(self, kernels: Kernels, weights: Tensor, ranks: Sequence[int], rows: Sequence[Tensor | slice]) -> None:
+    def __init__(
+        self, kernels: Kernels, weights: Sequence[Tensor], ranks: Sequence[int], rows: Sequence[Tensor | slice]
+    ) -> None:
         super().__init__(kernels, weights, ranks, rows)
-        self._wide_NK = torch.cat([weights, weights.new_zeros(self.n, self.r)], 1)
-        self._a_RK = weights.new_zeros(self.r, self.k)
+        self._wide_NK = weights[0].new_zeros(self.n, self.k + self.r)
+        self._a_RK = weights[0].new_zeros(self.r, self.k)
+        self.set_weights(weights)
         self.set_updates([None] * len(ranks))
 
-    def set_weights(self, weights: Tensor) -> None:
-        self._wide_NK[:, : self.k] = weights
+    def set_weights(self, weights: Sequence[Tensor]) -> None:
+        for rows, weight in zip(self.rows, weights, strict=True):
+            self._wide_NK[rows, : self.k] = weight.to(self.dtype)
 
     @staticmethod
     def refresh(kernels: Kernels, products: Sequence[Product]) -> None:

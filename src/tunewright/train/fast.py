@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tunewright.models.fast_llama import FastLlama
-from tunewright.models.fast_serves import packed_bytes, why_not
+from tunewright.models.fast_llama import FastLlama, runs_on_tiles
+from tunewright.models.fast_serves import copied_bytes, why_not
 from tunewright.ops.kernels import KernelsMissing, load_kernels
 
 FAST, PLAIN = "fast", "plain"
@@ -33,20 +33,21 @@ def choose_path(model: nn.Module, dtype: torch.dtype, threads: int, folder: Path
     """The path for `model`. wanted: `auto` takes the fast one where it serves, `plain` never does.
 
     folder: where compiled kernels are kept. Compiling takes some seconds, once a machine. room: bytes that the job may
-    still take; packed weights may take half of it.
+    still take; a copy of the weights, where one is needed, may take half of it.
     """
     if wanted == PLAIN:
         return Chosen(PLAIN, None, "The plain modules run, as was asked or decided.")
     reason = why_not(model, dtype)
     if reason is not None:
         return Chosen(PLAIN, None, f"The plain modules run: {reason}.")
-    more = packed_bytes(model, dtype)
-    if more > 0.5 * room:
-        text = f"packed weights would take {more / 1e9:.1f} of the {max(room, 0) / 1e9:.1f} GB that are left"
-        return Chosen(PLAIN, None, f"The plain modules run: {text}.")
     try:
-        forward = FastLlama(model, dtype, load_kernels(folder, threads))
+        kernels = load_kernels(folder, threads)
     except KernelsMissing as e:
         return Chosen(PLAIN, None, f"The plain modules run, which is slower: {e}")
+    more = copied_bytes(model, dtype, runs_on_tiles(model, dtype, kernels))
+    if more > 0.5 * room:
+        text = f"its copy of the weights would take {more / 1e9:.1f} of the {max(room, 0) / 1e9:.1f} GB that are left"
+        return Chosen(PLAIN, None, f"The plain modules run: {text}.")
+    forward = FastLlama(model, dtype, kernels)
     how = "AMX tiles" if forward.tiles else "torch's products"
     return Chosen(FAST, forward, f"The fast path runs, on {how}.")

@@ -35,8 +35,12 @@ PASSED_ON = (
     "REQUESTS_CA_BUNDLE", "TORCHINDUCTOR_CACHE_DIR",
 )  # fmt: skip
 # glibc gives blocks above 32 MiB back to the kernel at every free; fetching them again costs a page fault per 4 KiB
-# Large pages where the kernel has some: rows of a matrix lie pages apart, and the table of small pages runs over.
-_KEEP_MEMORY = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
+# Large pages where the kernel has some: rows of a matrix lie pages apart, and the table of small pages runs over. One
+# arena: those of other threads (weights are read by several) have small pages only.
+_KEEP_MEMORY = (
+    "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184:"
+    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
+)
 _SAME_START_S = 2.0
 
 

@@ -65,6 +65,12 @@ class Kernels:
         self(f"{name}_{_DTYPES[dtype]}", *arguments)
 
 
+def addresses(weights: Tensor) -> Tensor:
+    """[n / 16] where each sixteen rows of a contiguous [n, k] lie in memory."""
+    step = 16 * weights.shape[1] * weights.element_size()
+    return weights.data_ptr() + step * torch.arange(weights.shape[0] // 16)
+
+
 def load_kernels(folder: Path, threads: int) -> Kernels:
     """The kernels, compiled into `folder` first if need be (some seconds, once). Raises KernelsMissing."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)

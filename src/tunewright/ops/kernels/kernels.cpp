@@ -2,6 +2,8 @@
 #include "rows.h"
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_TILES 1
+#include "linear.h"
+#include "lowrank.h"
 #include "vocabulary.h"
 #else
 #define HAS_TILES 0
@@ -43,16 +45,15 @@ BOTH(swiglu_backward, (P dh, I lddh, P gu, I ldgu, P dgu, I lddgu, P h, I ldh, I
      swiglu_backward<T>((T *)dh, lddh, (T *)gu, ldgu, (T *)dgu, lddgu, (T *)h, ldh, rows, f, int(threads)))
 
 #if HAS_TILES
-extern "C" int pack_tiles(P to, P src, I ld, I columns, I k, I across, I first, I blocks, I threads) {
-  pack((bf16 *)to, (bf16 *)src, ld, columns, k, across != 0, first, blocks, int(threads));
+extern "C" int pack_tiles(P to, P src, I ld, I columns, I k, I across, I threads) {
+  pack((bf16 *)to, (bf16 *)src, ld, columns, k, across != 0, int(threads));
   return 0;
 }
-extern "C" int linear_tiles(P x, I ldx, I rows, I k, I r, P down, P wide, I n, P y, I ldy, I epilogue, P other,
-                             I ldother, P h, I ldh, I threads) {
-  Linear l{(bf16 *)x, ldx, rows, k, r, (bf16 *)down, (bf16 *)wide, n, (bf16 *)y, ldy, int(epilogue), (bf16 *)other,
-           ldother, (bf16 *)h, ldh};
-  linear(l, int(threads));
-  return 0;
+extern "C" int linear_tiles(P x, I ldx, I rows, I k, I r, P down, P weights, I ldw, I turned, P low, I n, P y, I ldy,
+                             I epilogue, P other, I ldother, P h, I ldh, I threads) {
+  Linear l{(bf16 *)x, ldx, rows, k, r, (bf16 *)down, {(bf16 **)weights, ldw}, turned != 0, (bf16 *)low, n, (bf16 *)y, ldy,
+           int(epilogue), (bf16 *)other, ldother, (bf16 *)h, ldh};
+  return !linear(l, int(threads));
 }
 extern "C" int outer_tiles(P p, I ldp, P q, I ldq, P g, I rows, I r, I n, P turned, P along, I threads) {
   outer({(bf16 *)p, ldp, (bf16 *)q, ldq, (float *)g, rows, r, n, (bf16 *)turned, (bf16 *)along}, int(threads));
@@ -78,16 +79,16 @@ extern "C" int attention_backward_tiles(P q, P k, P v, I ld, P starts, I segment
   AttentionGrad b{(bf16 *)dout, lddo, (bf16 *)dq, (bf16 *)dk, (bf16 *)dv, ldd};
   return !attend_backward(a, b, int(threads));
 }
-extern "C" int vocabulary_tiles(P h, I rows, I d, P across, P along, P head, I size, P targets, double scale, P logp,
-                                 P correct, P entropy, P mean, P lse, P grad, I threads) {
-  Vocabulary a{(bf16 *)h, rows, d, (bf16 *)across, (bf16 *)along, (bf16 *)head, size, (int64_t *)targets, float(scale),
-               (float *)logp, (float *)correct, (float *)entropy, (float *)mean, (float *)lse, (bf16 *)grad};
+extern "C" int vocabulary_tiles(P h, I rows, I d, P head, I ld, I size, P targets, double scale, P logp, P correct,
+                                 P entropy, P mean, P lse, P grad, I threads) {
+  Vocabulary a{(bf16 *)h, rows, d, {(bf16 **)head, ld}, size, (int64_t *)targets, float(scale), (float *)logp,
+               (float *)correct, (float *)entropy, (float *)mean, (float *)lse, (bf16 *)grad};
   return !vocabulary(a, int(threads));
 }
-extern "C" int vocabulary_backward_tiles(P h, I rows, I d, P across, P along, P head, I size, P targets, double scale,
-                                          P lse, P factor, P h_along, P dh, P dw, I threads) {
-  Vocabulary a{(bf16 *)h, rows, d, (bf16 *)across, (bf16 *)along, (bf16 *)head, size, (int64_t *)targets, float(scale),
-               nullptr, nullptr, nullptr, nullptr, (float *)lse, nullptr};
+extern "C" int vocabulary_backward_tiles(P h, I rows, I d, P head, I ld, I size, P targets, double scale, P lse, P factor,
+                                          P h_along, P dh, P dw, I threads) {
+  Vocabulary a{(bf16 *)h, rows, d, {(bf16 **)head, ld}, size, (int64_t *)targets, float(scale), nullptr, nullptr, nullptr,
+               nullptr, (float *)lse, nullptr};
   return !vocabulary_backward(a, {(float *)factor, (bf16 *)h_along, (float *)dh, (float *)dw}, int(threads));
 }
 #endif

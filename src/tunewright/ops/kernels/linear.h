@@ -1,0 +1,163 @@
+// Linear layers with their low-rank updates: the weights' tiles are made where they are used.
+#pragma once
+#include "tiles.h"
+
+// ---- linear layers: y = [x, u] * W, u = x * A kept in the columns after x
+
+enum Epilogue { STORE, ADD, SWIGLU, SWIGLU_BACKWARD };
+
+struct Linear {
+  bf16 *x;  // [rows, k + r], stride ldx; columns k.. are written
+  int64_t ldx, rows, k, r;
+  const bf16 *down;  // packed [k -> r], null without LoRA
+  Weights weights;   // n rows of k, or with `turned` k rows of n
+  bool turned;
+  const bf16 *low;  // packed [r -> n], panel by panel
+  int64_t n;
+  bf16 *y;  // [rows, n], stride ldy
+  int64_t ldy;
+  int epilogue;
+  const bf16 *other;  // ADD: added to y. SWIGLU_BACKWARD: gu
+  int64_t ldother;
+  bf16 *h;  // SWIGLU and SWIGLU_BACKWARD: where silu(gate) * up goes
+  int64_t ldh;
+
+  int64_t blocks() const { return (k + r) / 32; }
+  int64_t panel() const { return 2 * blocks() * TILE; }
+  // Where line i of block b of a panel's weights lies.
+  const bf16 *line(int64_t p, int64_t b, int64_t i) const {
+    return turned ? weights.row(32 * b + i) + 32 * p : weights.row(32 * p + i) + 32 * b;
+  }
+  void pack(bf16 *to, int64_t p) const {
+    (turned ? panel_along : panel_across)(to, weights, p, k / 32);
+    if (r) memcpy(to + 2 * (k / 32) * TILE, low + p * 2 * (r / 32) * TILE, 4 * (r / 32) * TILE);
+  }
+};
+
+// Rows [from, to) of a finished block of 32 x 32 at (t, n).
+template <int E>
+static inline void finish(const Linear &l, const float *c, int64_t t, int64_t n, int64_t from, int64_t to) {
+  for (int64_t i = from; i < to; i++) {
+    __m512 a = _mm512_load_ps(c + 32 * i), b = _mm512_load_ps(c + 32 * i + 16);
+    bf16 *y = l.y + (t + i) * l.ldy;
+    const bf16 *o = l.other + (t + i) * l.ldother;
+    if (E == ADD) {
+      a = _mm512_add_ps(a, load16(o + n));
+      b = _mm512_add_ps(b, load16(o + n + 16));
+    }
+    if (E == STORE || E == ADD) {
+      store16(y + n, a);
+      store16(y + n + 16, b);
+    }
+    // past the caches: gate and up are read again only in the backward
+    if (E == SWIGLU) _mm512_stream_si512((__m512i *)(y + n), (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    if (E == SWIGLU) store16(l.h + (t + i) * l.ldh + n / 2, _mm512_mul_ps(_mm512_mul_ps(a, sigmoid16(a)), b));
+    if (E == SWIGLU_BACKWARD)
+      for (int64_t j = 0; j < 2; j++) {
+        __m512 g = load16(o + 2 * n + 32 * j), u = load16(o + 2 * n + 32 * j + 16), s = sigmoid16(g), d = j ? b : a;
+        __m512 silu = _mm512_mul_ps(g, s), slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
+        store16(y + 2 * n + 32 * j, _mm512_mul_ps(_mm512_mul_ps(d, u), slope));
+        store16(y + 2 * n + 32 * j + 16, _mm512_mul_ps(d, silu));
+        store16(l.h + (t + i) * l.ldh + n + 16 * j, _mm512_mul_ps(silu, u));
+      }
+  }
+}
+
+// Bring the lines that finish() will touch into the cache, to be written: a store that misses holds up everything else.
+template <int E>
+static inline void fetch(const Linear &l, int64_t t, int64_t n) {
+  const bf16 *y = l.y + t * l.ldy + (E == SWIGLU_BACKWARD ? 2 * n : n);
+  if (E != SWIGLU) __builtin_prefetch(y, 1);
+  if (E == SWIGLU_BACKWARD) __builtin_prefetch(y + 32, 1);
+  if (E == SWIGLU) __builtin_prefetch(l.h + t * l.ldh + n / 2, 1);
+  if (E == SWIGLU_BACKWARD) {
+    __builtin_prefetch(l.h + t * l.ldh + n, 1);
+    __builtin_prefetch(l.other + t * l.ldother + 2 * n, 0);
+    __builtin_prefetch(l.other + t * l.ldother + 2 * n + 32, 0);
+  }
+  if (E == ADD) __builtin_prefetch(l.other + t * l.ldother + n, 0);
+}
+
+// u of the rows [t, t + 32).
+static inline void narrow(const Linear &l, int64_t t) {
+  alignas(64) float c[1024];
+  for (int64_t n = 0; n < l.r; n += 32) {
+    zero_tiles();
+    multiply(l.x + t * l.ldx, l.ldx, l.down + n / 32 * (l.k / 32) * 2 * TILE, l.k / 32);
+    store_tiles(c, 32);
+    for (int64_t i = 0; i < 32; i++) {
+      store16(l.x + (t + i) * l.ldx + l.k + n, _mm512_load_ps(c + 32 * i));
+      store16(l.x + (t + i) * l.ldx + l.k + n + 16, _mm512_load_ps(c + 32 * i + 16));
+    }
+  }
+}
+
+// Columns [from, to) of y for the rows [m, end): while the tiles multiply a block, the vector units finish the block
+// before it. Weights are packed into `panels`, as many as fit the L2 cache, and meet all rows before the next ones.
+template <int E>
+static void wide(const Linear l, int64_t m, int64_t end, int64_t from, int64_t to, bf16 *panels, int64_t across) {
+  alignas(64) float room[2][1024];
+  const int64_t blocks = l.blocks(), share = (32 + blocks - 1) / blocks, panel = l.panel();
+  int64_t before_t = -1, before_n = 0, turn = 0;
+  for (int64_t n0 = from; n0 < to; n0 += across) {
+    const int64_t n1 = std::min(n0 + across, to);
+    for (int64_t n = n0; n < n1; n += 32) l.pack(panels + (n - n0) / 32 * panel, n / 32);
+    for (int64_t t = m; t < end; t += 32)
+      for (int64_t n = n0; n < n1; n += 32) {
+        const bf16 *a = l.x + t * l.ldx, *a1 = a + 16 * l.ldx, *b = panels + (n - n0) / 32 * panel;
+        const float *before = room[1 - turn];
+        const bool ahead = t + 32 >= end && n + across < to;  // fetch weights of the next panels
+        int64_t done = before_t < 0 ? 32 : 0;
+        zero_tiles();
+        for (int64_t k = 0; k < blocks; k++) {
+          _tile_loadd(4, a + 32 * k, 2 * l.ldx);
+          _tile_loadd(6, b + 2 * k * TILE, 64);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_loadd(7, b + (2 * k + 1) * TILE, 64);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_loadd(5, a1 + 32 * k, 2 * l.ldx);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+          if (ahead && k < l.k / 32)
+            for (int64_t i = 0; i < 32; i++) _mm_prefetch((const char *)l.line((n + across) / 32, k, i), _MM_HINT_T1);
+          for (int64_t i = k * share; i < std::min<int64_t>(32, (k + 1) * share); i++) fetch<E>(l, t + i, n);
+          if (done < 32) {
+            int64_t upto = std::min<int64_t>(32, done + share);
+            finish<E>(l, before, before_t, before_n, done, upto);
+            done = upto;
+          }
+        }
+        store_tiles(room[turn], 32);
+        before_t = t, before_n = n, turn = 1 - turn;
+      }
+  }
+  if (before_t >= 0) finish<E>(l, room[1 - turn], before_t, before_n, 0, 32);
+}
+
+static bool linear(const Linear &l, int threads) {  // false: no memory
+  static constexpr void (*WIDE[])(const Linear, int64_t, int64_t, int64_t, int64_t, bf16 *, int64_t) = {
+      wide<STORE>, wide<ADD>, wide<SWIGLU>, wide<SWIGLU_BACKWARD>};
+  // threads share the columns, so that each packs weights of its own; many threads share the rows too
+  const int64_t all = l.n / 32, blocks = l.rows / 32;
+  int64_t columns = 1;
+  while (threads % (2 * columns) == 0 && all >= 8 * columns) columns *= 2;
+  const int64_t own = (all + columns - 1) / columns, parts = std::max<int64_t>(1, (own * l.panel() + IN_L2 - 1) / IN_L2);
+  const int64_t across = (own + parts - 1) / parts * 32, high = threads / columns;
+  const Rooms rooms(2 * across / 32 * l.panel(), threads);
+  if (!rooms.all) return false;
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles on;
+    if (l.r) {
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < blocks; t++) narrow(l, 32 * t);
+    }
+#pragma omp for schedule(static, 1)
+    for (int part = 0; part < threads; part++) {
+      const int64_t c = part % columns, r = part / columns;
+      WIDE[l.epilogue](l, blocks * r / high * 32, blocks * (r + 1) / high * 32, all * c / columns * 32,
+                       all * (c + 1) / columns * 32, Room(rooms, part).take<bf16>(across / 32 * l.panel()), across);
+    }
+  }
+  return true;
+}

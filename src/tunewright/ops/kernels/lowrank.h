@@ -1,0 +1,150 @@
+// Products over all tokens, p^T q: gradients of weights and of low-rank updates; and the packing of those updates.
+#pragma once
+#include "tiles.h"
+
+// ---- g[r, n] (float) = p[rows, r]^T * q[rows, n]
+
+struct Outer {
+  const bf16 *p;
+  int64_t ldp;
+  const bf16 *q;
+  int64_t ldq;
+  float *g;
+  int64_t rows, r, n;
+  bf16 *turned;  // memory for rows * r
+  bf16 *along;   // memory for rows * n; outer_panels() does without
+};
+static constexpr int64_t DEEP = 4;    // row blocks of q that a narrow g takes at a time
+static constexpr int64_t HIGH = 128;  // rows of g that stay with their operand in the L2 cache
+
+// B tiles of 32 columns of q, rows [32 * from, 32 * to).
+static inline void pack_panel(bf16 *to, const Outer &o, int64_t j, int64_t from, int64_t end) {
+  for (int64_t b = from; b < end; b++, to += 2 * TILE) {
+    const bf16 *x = o.q + 32 * b * o.ldq + 32 * j;
+    for (int64_t k = 0; k < 32; k++) __builtin_prefetch(x + k * o.ldq + 32);  // the next panel's
+    tile_along(to, x, o.ldq);
+    tile_along(to + TILE, x + 16, o.ldq);
+  }
+}
+static inline void turn(const Outer &o, int64_t i) {  // A tiles of 16 columns of p
+  for (int64_t b = 0; b < o.rows / 32; b++) tile_turned(o.turned + (i * (o.rows / 32) + b) * TILE, o.p + 32 * b * o.ldp + 16 * i, o.ldp);
+}
+// One panel of g, rows [i0, i1), over the row blocks [from, end) whose B tiles are in `along`.
+static inline void add_panel(const Outer &o, const bf16 *along, int64_t j, int64_t i0, int64_t i1, int64_t from, int64_t end) {
+  const int64_t blocks = o.rows / 32;
+  for (int64_t i = i0; i < i1; i += 32) {
+    float *c = o.g + i * o.n + 32 * j;
+    if (from == 0) zero_tiles();
+    else load_tiles(c, o.n);
+    multiply_packed(o.turned + (i / 16 * blocks + from) * TILE, blocks * TILE, along, 2 * TILE, end - from);
+    store_tiles(c, o.n);
+  }
+}
+
+// Panels [j0, j1) of a narrow g: q is read once, some rows of all columns at a time, so that memory is read along.
+static inline void outer_panels(const Outer &o, int64_t j0, int64_t j1) {
+  const int64_t blocks = o.rows / 32;
+  alignas(64) bf16 along[2 * DEEP * TILE];
+  for (int64_t b = 0; b < blocks; b += DEEP)
+    for (int64_t j = j0; j < j1; j++) {
+      const int64_t end = std::min(b + DEEP, blocks);
+      pack_panel(along, o, j, b, end);
+      add_panel(o, along, j, 0, o.r, b, end);
+    }
+}
+
+static void outer(const Outer &o, int threads) {
+  const int64_t blocks = o.rows / 32, parts = (o.r + HIGH - 1) / HIGH, panels = o.n / 32;
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles on;
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < o.r / 16; i++) turn(o, i);
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < panels; j++) pack_panel(o.along + 2 * j * blocks * TILE, o, j, 0, blocks);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < parts * panels; task++) {
+      const int64_t i = task / panels * HIGH, j = task % panels;
+      add_panel(o, o.along + 2 * j * blocks * TILE, j, i, std::min(i + HIGH, o.r), 0, blocks);
+    }
+  }
+}
+
+// ---- low-rank updates of a product: y += scale * (x A^T) B^T for each of the layers that share its input
+
+struct Update {  // one layer's. Ranks [r0, r0 + r) of the product are its own; its row i is the product's column(i).
+  const float *a, *b;  // [r, k], [n, r]; null while it is off
+  int64_t r0, r, n, first, spread;
+  int64_t db;  // where the gradient of b begins
+  double scale;
+  int64_t column(int64_t i) const { return first + i / 16 * spread + i % 16; }
+};
+struct Updated {  // a product: k -> n with r ranks, and its packed operands [k -> r], [r -> n], [n -> r], [r -> k]
+  const Update *updates;
+  int64_t count, k, n, r;
+  bf16 *down, *low, *up, *low_back;
+};
+
+static void pack_updates(const Updated &u, bf16 *room) {
+  bf16 *a = room, *b = a + u.r * u.k;
+  memset(room, 0, 2 * u.r * (u.k + u.n));
+  for (int64_t w = 0; w < u.count; w++) {
+    const Update &x = u.updates[w];
+    if (!x.a) continue;
+    for (int64_t j = 0; j < x.r * u.k; j++) store(a[x.r0 * u.k + j], x.a[j]);
+    for (int64_t i = 0; i < x.n; i++)
+      for (int64_t j = 0; j < x.r; j++) store(b[x.column(i) * u.r + x.r0 + j], float(x.scale) * x.b[i * x.r + j]);
+  }
+  pack(u.down, a, u.k, u.r, u.k, true, 1);
+  pack(u.low, b, u.r, u.n, u.r, true, 1);
+  pack(u.up, b, u.r, u.r, u.n, false, 1);
+  pack(u.low_back, a, u.k, u.k, u.r, false, 1);
+}
+static bool pack_all_updates(const Updated *all, int64_t count, int threads) {  // false: no memory
+  int64_t most = 0;
+  for (int64_t i = 0; i < count; i++) most = std::max(most, all[i].r * (all[i].k + all[i].n));
+  const Rooms rooms(2 * most, threads);
+  if (!rooms.all) return false;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < count; i++) pack_updates(all[i], Room(rooms, omp_get_thread_num()).take<bf16>(most));
+  return true;
+}
+
+// A layer's db from its columns of g in the panels [j0, j1).
+static inline void spread_rows(const Update &x, const Updated &u, const float *g, float *db, int64_t j0, int64_t j1) {
+  for (int64_t c = 32 * j0; c < 32 * j1; c += 16) {
+    const int64_t i0 = (c - x.first) / x.spread * 16;
+    if (!x.a || c < x.first || (c - x.first) % x.spread || i0 >= x.n) continue;
+    const float *from = g + x.r0 * u.n + c;
+    for (int64_t i = i0; i < std::min(i0 + 16, x.n); i++)
+      for (int64_t j = 0; j < x.r; j++) db[x.db + i * x.r + j] = float(x.scale) * from[j * u.n + i - i0];
+  }
+}
+
+// da [r, k] = du^T x, and of each layer db [n, r] = scale * dy^T u. x: [rows, k + r] with u behind, dy: [rows, n + r]
+// with du behind.
+static bool update_gradients(const Updated &u, bf16 *x, int64_t ldx, bf16 *dy, int64_t lddy, int64_t rows, float *da,
+                             float *db, int threads) {  // false: no memory
+  const Rooms rooms(4 * u.r * u.n + 4 * rows * u.r + 128, 1);
+  if (!rooms.all) return false;
+  Room room(rooms, 0);
+  float *g = room.take<float>(u.r * u.n);
+  bf16 *turned = room.take<bf16>(2 * rows * u.r);
+  const Outer a{dy + u.n, lddy, x, ldx, da, rows, u.r, u.k, turned, nullptr};
+  const Outer b{x + u.k, ldx, dy, lddy, g, rows, u.r, u.n, turned + rows * u.r, nullptr};
+  const int64_t ka = u.k / 32, all = ka + u.n / 32;
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles on;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < u.r / 8; i++) turn(i % 2 ? a : b, i / 2);
+#pragma omp for schedule(static, 1)
+    for (int part = 0; part < threads; part++) {
+      const int64_t from = all * part / threads, to = all * (part + 1) / threads;
+      outer_panels(a, std::min(from, ka), std::min(to, ka));
+      outer_panels(b, std::max(from, ka) - ka, std::max(to, ka) - ka);
+      for (int64_t w = 0; w < u.count; w++) spread_rows(u.updates[w], u, g, db, std::max(from, ka) - ka, std::max(to, ka) - ka);
+    }
+  }
+  return true;
+}
