@@ -282,7 +282,7 @@ def attend_backward(d_TD: Tensor, heads: int, sets: Sequence[Set], saved: Sequen
         d = d_TD.view(-1, k).index_select(0, s.spread).mul_(s.real).view(-1, s.length, k)
         found = torch.empty_like(qkv)
         d_shares = torch.bmm(d, qkv[2].transpose(1, 2))
-        d_scores = torch._softmax_backward_data(d_shares, shares, -1, d.dtype).mul_(k**-0.5)
+        d_scores = torch.ops.aten._softmax_backward_data(d_shares, shares, -1, d.dtype).mul_(k**-0.5)
         torch.bmm(d_scores, qkv[1], out=found[0])
         torch.bmm(d_scores.transpose(1, 2), qkv[0], out=found[1])
         torch.bmm(shares.transpose(1, 2), d, out=found[2])
