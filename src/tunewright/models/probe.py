@@ -7,6 +7,8 @@ compared with those of transformers' own forward, row by row, without packing an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +63,18 @@ def _must_be_padded(model: nn.Module) -> bool:
     return bool(config.is_encoder_decoder or config.model_type in ALWAYS_PADDED or chunked)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One CPU thread within the block: over a dozen tokens, more of them would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 @torch.no_grad()
 def _wrong(model: nn.Module, name: str, scores: bool) -> str:
     """What is wrong with the numbers under the attention `name`, or ''."""
@@ -107,9 +121,15 @@ def _theirs(model: nn.Module, group: Group, scores: bool) -> tuple[Tensor | None
         out: Any = model(input_ids=source, decoder_input_ids=given["input_ids"], use_cache=False)
         return None, out.logits[0]
     given["attention_mask"] = torch.ones_like(given["input_ids"])
-    hidden: Any = decoder_of(model)(**given).last_hidden_state[0]
-    out = model(**given)
-    return hidden, (out.logits if scores else out.logits[0]).float()
+    hidden: list[Tensor] = []
+    handle = decoder_of(model).register_forward_hook(lambda _m, _a, out: hidden.append(out.last_hidden_state[0]))
+    try:
+        out = model(**given)
+    finally:
+        handle.remove()
+    if not hidden:  # its forward goes another way
+        hidden.append(decoder_of(model)(**given).last_hidden_state[0])
+    return hidden[0], (out.logits if scores else out.logits[0]).float()
 
 
 def _rows(model: nn.Module) -> tuple[Group, Group]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from tunewright.core.errors import OutOfMemory, is_out_of_memory
 from tunewright.core.example import Group
@@ -107,7 +108,7 @@ def with_setting(parts: Parts, tokens: int, checkpointing: str) -> Parts:
 def run_heaviest(parts: Parts, heavy: Sequence[Group], peak: meter.Peak) -> int | None:
     """Bytes at the peak of forward and backward over the heaviest micro-batch; None when memory ran out.
 
-    Where steps have several micro-batches it is run twice, so that the gradients of the first are there in the second.
+    Where steps have several micro-batches, the gradients of earlier ones are there while it runs.
     """
     longest = np.sort(sizes(parts.groups)[:, TOKENS])[-parts.plan.batch_size :].sum()
     several = longest > parts.plan.micro_batch_tokens and parts.plan.batch_size > 1
@@ -115,8 +116,9 @@ def run_heaviest(parts: Parts, heavy: Sequence[Group], peak: meter.Peak) -> int 
     meter.release()
     peak.restart()
     try:
-        for _ in range(2 if several else 1):
-            accumulate(parts, heavy, max(parts.plan.micro_batch_tokens, _tokens(heavy)), step=0)
+        for p in parts.tuner.trainable().values() if several else ():
+            p.grad = torch.zeros_like(p)
+        accumulate(parts, heavy, max(parts.plan.micro_batch_tokens, _tokens(heavy)), step=0)
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise

@@ -29,6 +29,7 @@ from tunewright.data.rendered import SQUARES, SUPERVISED, TOKENS, sizes
 from tunewright.models import memory
 from tunewright.models.layouts import causal_lm
 from tunewright.models.shape import shape_of
+from tunewright.ops.noise import dropouts_of
 from tunewright.train import meter
 from tunewright.train.fit import Room, drop_gradients, fitting
 from tunewright.train.loop import EVALUATED_AT_ONCE, Parts, accumulate, add, means_of
@@ -38,9 +39,10 @@ from tunewright.tuners.base import parameter_bytes
 Build = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 MARGIN = 0.95  # of the memory that is there
 PROBED = 1 << 24  # elements of a parameter that stand for the rest of it when the optimizer is timed
-SAVE_PROBE = 64 << 20
-MOST_STEPS, LEAST_SECONDS, SHARE = 20, 2.0, 0.03  # of the time for measuring steps
-BASE_SHARE = 0.02  # of the whole work, for the base model's loss
+SAVE_PROBE = 8 << 20
+MOST_STEPS, LEAST_SECONDS, SHARE = 20, 1.0, 0.02  # of the time for measuring steps
+BASE_SHARE = 0.02  # of the whole work, for the base model's loss on validation rows
+BASE_ROWS = 32  # training rows that say it where there are none
 _COUNTED = {"adapter": "lora", "weights": "full"}
 
 
@@ -132,24 +134,72 @@ class Measured:
 
 
 def measure(parts: Parts, work: Work) -> Measured:
-    """The base model's loss and a few steps at the setting of `parts`."""
-    base, forward = measure_base(parts, work)
-    seconds, clip = measure_steps(parts, work)
+    """A few steps at the setting of `parts`, and the base model's loss."""
+    steps = measure_steps(parts, work)
     drop_gradients(parts)
-    return Measured(parts, base, forward, seconds, clip, meter.peak())
+    base, forward = measure_base(parts, work, steps)
+    return Measured(parts, base, forward, steps.seconds, steps.clip, meter.peak())
 
 
-def measure_base(parts: Parts, work: Work) -> tuple[dict[str, Any], float]:
+@dataclass(frozen=True)
+class Steps:
+    """The first steps of the job, without updates. seconds: of forward and backward a unit of work. clip: seconds.
+    sums, weights: of the objective's terms over their `rows` rows."""
+
+    seconds: float
+    clip: float
+    sums: dict[str, float]
+    weights: dict[str, float]
+    rows: int
+
+
+def measure_steps(parts: Parts, work: Work) -> Steps:
+    """Medians over steps that take up to SHARE of the predicted time, or LEAST_SECONDS; one at least.
+
+    Of three and more the first is left out: it warms up.
+    """
+    rates: list[float] = []
+    clips: list[float] = []
+    sums, weights, rows = {}, {}, 0
+    started = time.monotonic()
+    for step in range(1, min(parts.plan.total_steps, MOST_STEPS) + 1):
+        groups = [parts.groups[i] for i in step_rows(parts.plan, step)]
+        drop_gradients(parts)
+        begun = time.monotonic()
+        part = accumulate(parts, groups, parts.plan.micro_batch_tokens, step)
+        done = time.monotonic()
+        torch.nn.utils.clip_grad_norm_(list(parts.tuner.trainable().values()), math.inf)
+        clips.append(time.monotonic() - done)
+        rates.append((done - begun) / work.of(groups))
+        add(sums, part[0])
+        add(weights, part[1])
+        rows += len(groups)
+        whole = rates[-1] * work.of(parts.groups) * parts.plan.n_epochs
+        if time.monotonic() - started > max(LEAST_SECONDS, SHARE * whole):
+            break
+    counted = slice(1, None) if len(rates) > 2 else slice(None)
+    return Steps(statistics.median(rates[counted]), statistics.median(clips[counted]), sums, weights, rows)
+
+
+def measure_base(parts: Parts, work: Work, steps: Steps) -> tuple[dict[str, Any], float]:
     """The base model's loss and accuracy on validation rows (else training rows), and seconds of a forward a work.
 
-    All validation rows where that is quick, else rows spread evenly over the file.
+    All validation rows where that is quick, else rows spread evenly over the file. Training rows that the measured
+    steps have seen count, unless noise was on, and few others are looked at.
     """
-    groups, source = (parts.valid, "validation") if len(parts.valid) else (parts.groups, "train")
-    budget = BASE_SHARE * work.of(parts.groups) * parts.plan.n_epochs
-    n = max(8, int(len(groups) * min(1.0, 3 * budget / work.of(groups))))
-    n = min(n, len(groups) if source == "validation" else 64)
-    sample = [groups[i * len(groups) // n] for i in range(min(n, len(groups)))]
-    started, sums, weights = time.monotonic(), {}, {}
+    sums, weights, rows = {}, {}, 0
+    if len(parts.valid):
+        groups, source = parts.valid, "validation"
+        budget = BASE_SHARE * work.of(parts.groups) * parts.plan.n_epochs
+        n = max(8, int(len(groups) * min(1.0, 3 * budget / work.of(groups))))
+    else:
+        groups, source = parts.groups, "train"
+        if not is_noisy(parts):
+            sums, weights, rows = dict(steps.sums), dict(steps.weights), steps.rows
+        n = max(0, BASE_ROWS - rows)
+    n = min(n, len(groups) - (rows if source == "train" else 0))
+    sample = [groups[i * len(groups) // n] for i in range(n)]
+    started = time.monotonic()
     parts.policy.model.eval()
     with torch.no_grad():
         for at in range(0, len(sample), EVALUATED_AT_ONCE):
@@ -159,35 +209,15 @@ def measure_base(parts: Parts, work: Work) -> tuple[dict[str, Any], float]:
     parts.policy.model.train()
     seconds = time.monotonic() - started
     means = {k: v for k, v in means_of(sums, weights).items() if math.isfinite(v)}
-    base = {"source": source, "rows": len(sample), "loss": means.get("loss")}
+    base = {"source": source, "rows": rows + len(sample), "loss": means.get("loss")}
     if "accuracy" in means:
         base["mean_token_accuracy"] = means["accuracy"]
-    return base, seconds / work.of(sample)
+    return base, seconds / work.of(sample) if sample else 0.0
 
 
-def measure_steps(parts: Parts, work: Work) -> tuple[float, float]:
-    """(seconds of forward and backward a unit of work, seconds of clipping): medians over the first steps of the job.
-
-    At least two steps, and up to SHARE of the predicted time or LEAST_SECONDS. Of three and more the first is left out:
-    it warms up.
-    """
-    rates: list[float] = []
-    clips: list[float] = []
-    started = time.monotonic()
-    for step in range(1, min(parts.plan.total_steps, MOST_STEPS) + 1):
-        groups = [parts.groups[i] for i in step_rows(parts.plan, step)]
-        drop_gradients(parts)
-        begun = time.monotonic()
-        accumulate(parts, groups, parts.plan.micro_batch_tokens, step)
-        done = time.monotonic()
-        torch.nn.utils.clip_grad_norm_(list(parts.tuner.trainable().values()), math.inf)
-        clips.append(time.monotonic() - done)
-        rates.append((done - begun) / work.of(groups))
-        whole = rates[-1] * work.of(parts.groups) * parts.plan.n_epochs
-        if len(rates) >= 2 and time.monotonic() - started > max(LEAST_SECONDS, SHARE * whole):
-            break
-    counted = slice(1, None) if len(rates) > 2 else slice(None)
-    return statistics.median(rates[counted]), statistics.median(clips[counted])
+def is_noisy(parts: Parts) -> bool:
+    """Whether steps have dropout or noise on the embeddings."""
+    return parts.policy.embedding_noise is not None or bool(dropouts_of(parts.policy.model))
 
 
 def probe_optimizer(build: Build, parameters: dict[str, nn.Parameter]) -> tuple[int, float]:

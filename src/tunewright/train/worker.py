@@ -7,13 +7,15 @@ Ctrl-C) = finish the step, save a checkpoint, exit 75. Exit codes: 0 succeeded, 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -70,10 +72,7 @@ def attempt(run: Run, events: EventWriter, home: str | None, stop: Stop) -> int:
     """One attempt, from its first event to its `end` event."""
     started = time.monotonic()
     try:
-        # imported here, so that the lock and worker.json exist within milliseconds
-        from tunewright.train.run import run_job
-
-        data = run_job(run, find_home(home), events, stop)
+        data = import_run_job()(run, find_home(home), events, stop)
         events.write("message", "The job has successfully completed")
         events.write("end", "succeeded", {**data, "wall_seconds": time.monotonic() - started})
         events.close()
@@ -81,6 +80,28 @@ def attempt(run: Run, events: EventWriter, home: str | None, stop: Stop) -> int:
     except Exception as e:  # noqa: BLE001 the last line of defence: everything becomes one event and one exit code
         traceback.print_exc()
         return report(events, as_known(e))
+
+
+def import_run_job() -> Callable[..., dict[str, Any]]:
+    """run.run_job. Imported late, so that the lock and worker.json exist within milliseconds.
+
+    Nothing of what 3,000 modules leave in memory is garbage: looking for it takes a fifth of the time of importing them
+    and most of the time of every later look.
+    """
+    gc.disable()
+    try:
+        from tunewright.train.run import run_job
+    finally:
+        gc.freeze()
+        gc.enable()
+    return run_job
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: everything is written, and taking the interpreter apart would take a second."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def as_known(error: Exception) -> TunewrightError:
@@ -116,4 +137,4 @@ def report(events: EventWriter, error: TunewrightError) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
