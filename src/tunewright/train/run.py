@@ -127,6 +127,7 @@ def run_once(
         trainable=sum(p.numel() for p in tuner.trainable().values()),
         versions=versions(path.kernels),
     )
+    tuner.begin(plan.total_steps, plan.total_steps // plan.n_epochs)
     optimizer_class, optimizer_options = row(OPTIMIZERS, spec.optimizer)
     build = partial(optimizer_class.build, lr=plan.learning_rate, options=optimizer_options)
     schedule, schedule_options = row(SCHEDULES, spec.schedule)

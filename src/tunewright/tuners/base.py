@@ -39,8 +39,9 @@ class Options(BaseModel):
 class Tuner:
     """One method of deciding what is trained. A subclass overrides the moments it needs; there is one level only.
 
-    Order in a run: attach (once), [load (continuing from an artefact)], then per step before_step, on_gradients (after
-    the last micro-batch's backward, before clipping), penalty (added once a step), after_step; save at checkpoints.
+    Order in a run: attach (once), [load (continuing from an artefact)], begin, then per step before_step, penalty (added
+    once a step), on_gradients (after the last backward, before clipping), after_step (not when the update was skipped);
+    save at checkpoints.
     """
 
     card: ClassVar[TunerCard]
@@ -57,8 +58,11 @@ class Tuner:
         """Name -> parameter of everything that is trained, in a stable order."""
         raise NotImplementedError
 
+    def begin(self, total_steps: int, steps_per_epoch: int) -> None:
+        """Once, before the first step and before a checkpoint is loaded: how long the job is."""
+
     def before_step(self, step: int) -> None:
-        """Before the step's first forward. step: 1-based."""
+        """Before the step's first forward. step: 1-based. May come again for the same step, which then starts anew."""
 
     def on_gradients(self, step: int) -> None:
         """After the step's backward, before clipping."""
@@ -75,6 +79,13 @@ class Tuner:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What resuming needs and JSON should not hold (scores, masks of single weights), not part of the artefact."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what tensors() gave; called after load() and load_state()."""
 
     @contextmanager
     def off(self) -> Iterator[None]:
