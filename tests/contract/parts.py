@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 from tunewright.core.example import Example, Group
 from tunewright.models.heads import Head
+from tunewright.models.policy import Policy
+from tunewright.objectives.sft import SFT
+from tunewright.ops.packing import collate
+
+# where the defaults have nothing to train in the tiny model, which has no biases
+OPTIONS: dict[str, dict[str, Any]] = {"bitfit": {"add_biases": True}}
 
 
 def instance(table: Any, name: str) -> Any:
     """The row's part with its default options."""
     part = table.load(name)
-    return part(part.Options())
+    return part(part.Options(**OPTIONS.get(name, {})))
+
+
+def prepared(tuner: Any, model: Any) -> Any:
+    """The attached model, its tuner having seen the data if it asks for any."""
+    if tuner.card.needs_data:
+        tuner.prepare(lambda n: row_gradients(model, groups_for(SFT.card)[:n]))
+    return model
+
+
+def row_gradients(model: Any, groups: list[Group]) -> Iterator[None]:
+    """The gradient of each row's summed loss, in turn."""
+    for group in groups:
+        SFT(SFT.Options())(Policy(model), collate([group]))["loss"].total.backward()
+        yield
 
 
 def head_for(card: Any) -> Head | None:

@@ -7,7 +7,7 @@ Adapters stay apart from the base: each changes only the rows of the requests th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,19 @@ class Pair:
 class ServeLinear(nn.Linear):
     """An nn.Linear whose product may be packed and which adds the adapters' parts. Inference only."""
 
-    def __init__(self, linear: nn.Linear, routing: Routing, pack: bool) -> None:
+    def __init__(self, linear: nn.Linear, routing: Routing, pack: bool, twin: ServeLinear | None = None) -> None:
+        """twin: a layer with the same weight, already packed as this one would be."""
         nn.Module.__init__(self)  # the weights are taken over, not made
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         self.routing = routing
         self.pairs: dict[str, Pair] = {}
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16) if pack else None
+        if twin is not None:
+            self.packed = twin.packed
+        else:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16) if pack else None
         if not pack:
-            self.weight = linear.weight
+            self.weight = linear.weight if twin is None else twin.weight
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [1, T, in]. Returns [1, T, out]."""
@@ -96,15 +100,26 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def prepare(model: nn.Module) -> Routing:
-    """Replace the model's linear layers and norms, in place, by their serving forms; returns the layers' routing."""
+def prepare(model: nn.Module, twin: nn.Module | None = None, differs: Collection[str] = ()) -> Routing:
+    """Replace the model's linear layers and norms, in place, by their serving forms; returns the layers' routing.
+
+    twin: a prepared model of the same base in the same dtype; its tensors are shared, but for the names in `differs`.
+    """
     routing = Routing()
-    for parent in list(model.modules()):
+    theirs = {} if twin is None else dict(twin.named_modules())
+    for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, ServeLinear(child, routing, can_pack(child.weight)))
+                full = f"{path}.{name}".lstrip(".")
+                same: Any = None if f"{full}.weight" in differs else theirs.get(full)
+                setattr(parent, name, ServeLinear(child, routing, can_pack(child.weight), same))
             elif type(child).__name__ in _NORMS:
                 setattr(parent, name, ServeNorm(child))
+    if twin is not None:
+        shared = dict(twin.named_parameters())
+        for name, p in model.named_parameters():
+            if name in shared and name not in differs:
+                p.data = shared[name].data
     return routing
 
 

@@ -185,7 +185,7 @@ def optimize(parts: Parts, step: int, groups: Sequence[Group], state: State) -> 
     limit = parts.spec.max_grad_norm or math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
     if math.isfinite(means["loss"]) and math.isfinite(norm):
-        parts.optimizer.step()
+        parts.tuner.update(parts.optimizer, step)
         torch.autograd.graph.increment_version(parameters)  # fused optimizers forget to, and the fast path relies on it
         parts.tuner.after_step(step)
         state.skipped, state.bad_rows = 0, []
