@@ -15,8 +15,9 @@ from torch import nn
 from tunewright.core.errors import CheckpointError, SpecError
 from tunewright.models.loader import load_model
 from tunewright.ops.noise import KeyedDropout
+from tunewright.tuners.adapter_files import saved_shape
 from tunewright.tuners.lora import LoRA
-from tunewright.tuners.peft_adapter import merge_adapter, saved_shape
+from tunewright.tuners.peft_adapter import merge_adapter
 
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 

@@ -20,5 +20,8 @@ TUNERS = Table(
         "vera": "tunewright.tuners.vera:VeRA",
         "oft": "tunewright.tuners.oft:OFT",
         "ia3": "tunewright.tuners.ia3:IA3",
+        "houlsby": "tunewright.tuners.bottleneck:Houlsby",
+        "pfeiffer": "tunewright.tuners.bottleneck:Pfeiffer",
+        "parallel": "tunewright.tuners.bottleneck:Parallel",
     },
 )

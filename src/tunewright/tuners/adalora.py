@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from tunewright.core.errors import CheckpointError
 from tunewright.tuners import base
+from tunewright.tuners.adapter_files import WEIGHTS, check_same_shape, read_config, write_adapter
 from tunewright.tuners.base import TunerCard
 from tunewright.tuners.files import copy_into, read_tensors
-from tunewright.tuners.peft_adapter import WEIGHTS, PeftTuner, check_same_shape, read_config, write_adapter
+from tunewright.tuners.peft_adapter import PeftTuner
 from tunewright.tuners.targets import Dropout, Targets, target_fields
 
 SMOOTHING = 0.85  # beta_1 and beta_2 of the paper, in all its experiments
@@ -175,12 +176,12 @@ class AdaLoRA(PeftTuner):
             key: _cut(key, t, kept[key.rpartition(".lora_")[0]]) if ".lora_" in key else t
             for key, t in self.in_file().items()
         }
-        write_adapter(folder, config, base, tensors)
+        write_adapter(folder, config.to_dict(), base, tensors)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Triplets that the file has not are off. Raises as PeftTuner.load."""
-        check_same_shape(self.model.peft_config["default"], folder)
+        check_same_shape(self.model.peft_config["default"].to_dict(), folder)
         tensors, pattern = read_tensors(folder / WEIGHTS), read_config(folder).get("rank_pattern") or {}
         mine = self.in_file()
         for key in [k for k in tensors if ".lora_" in k and k in mine and pattern]:

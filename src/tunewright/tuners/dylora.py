@@ -17,9 +17,10 @@ from tunewright.core.durable import read_json, write_json
 from tunewright.core.errors import SpecError
 from tunewright.ops.runtime import derive_seed
 from tunewright.tuners import base
+from tunewright.tuners.adapter_files import CONFIG, WEIGHTS, saved_shape
 from tunewright.tuners.base import TunerCard
 from tunewright.tuners.files import read_tensors
-from tunewright.tuners.peft_adapter import CONFIG, WEIGHTS, PeftTuner, saved_shape
+from tunewright.tuners.peft_adapter import PeftTuner
 from tunewright.tuners.targets import Dropout, Targets, target_fields
 
 
@@ -65,6 +66,7 @@ class DyLoRA(PeftTuner):
         wrapped = super().attach(model, seed)
         self.layers = [m for m in wrapped.modules() if hasattr(m, "lora_A")]
         self.kept: list[Tensor] = []
+        self.still: list[Tensor] = []
         return wrapped
 
     def rank(self, step: int) -> int:
@@ -92,7 +94,8 @@ class DyLoRA(PeftTuner):
                 layer.lora_B["default"].weight.grad[:, : b - 1] = 0  # type: ignore[index,union-attr]
 
     def after_step(self, step: int) -> None:
-        _copy(self._still(self.rank(step)), self.still)
+        if self.still:
+            _copy(self._still(self.rank(step)), self.still)
         self.still = []
 
     def _still(self, b: int) -> list[Tensor]:

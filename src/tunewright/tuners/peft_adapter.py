@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import Tensor, nn
 
-from tunewright.core.errors import CheckpointError, SpecError
+from tunewright.core.errors import SpecError
 from tunewright.ops.noise import KeyedDropout
 from tunewright.ops.runtime import quiet
 from tunewright.tuners import base
+from tunewright.tuners.adapter_files import WEIGHTS, check_same_shape, method_of, read_config, write_adapter
 from tunewright.tuners.files import copy_into, read_tensors
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 # layers of an encoder-decoder that run on its source: the encoder's, and keys and values of the attention to it
 SOURCE_SIDE = re.compile(r"\.encoder\.|\.EncDecAttention\.[kv]$|\.encoder_attn\.[kv]_proj$")
-# our option -> peft's field: what must agree when training goes on from a saved adapter
-SHAPE = {
-    "r": "r",
-    "initial_r": "init_r",
-    "alpha": "lora_alpha",
-    "block_size": "oft_block_size",
-    "target_modules": "target_modules",
-    "feedforward_modules": "feedforward_modules",
-}
-SETS = ("target_modules", "feedforward_modules", "exclude_modules")  # peft keeps them as sets, a file sorted
 
 
 class PeftTuner(base.Tuner):
@@ -65,11 +51,11 @@ class PeftTuner(base.Tuner):
 
     def save(self, folder: Path, base: str) -> None:
         """peft's two files: adapter_config.json and adapter_model.safetensors."""
-        write_adapter(folder, self.model.peft_config["default"], base, self.in_file())
+        write_adapter(folder, self.model.peft_config["default"].to_dict(), base, self.in_file())
 
     def load(self, folder: Path) -> None:
         """Raises CheckpointError if the files are unreadable, SpecError if they are of another method or shape."""
-        check_same_shape(self.model.peft_config["default"], folder)
+        check_same_shape(self.model.peft_config["default"].to_dict(), folder)
         copy_into(self.in_file(), read_tensors(folder / WEIGHTS), "the adapter")
 
     def merge(self) -> nn.Module:
@@ -96,71 +82,18 @@ def key_dropout(model: nn.Module, p: float) -> None:
                 getattr(module, kind)["default"] = KeyedDropout(p, name, two_sides and bool(SOURCE_SIDE.search(name)))
 
 
-def write_adapter(folder: Path, config: PeftConfig, base: str, tensors: dict[str, Tensor]) -> None:
-    """PEFT's two files. base: the base model's name or folder, as the config will say it."""
-    saved = {**config.to_dict(), "base_model_name_or_path": base, "inference_mode": True}
-    saved |= {key: sorted(saved[key]) for key in SETS if isinstance(saved.get(key), set | list)}
-    (folder / CONFIG).write_text(json.dumps(saved, indent=2, sort_keys=True, default=_plain) + "\n")
-    save_file({k: t.detach().contiguous() for k, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises CheckpointError if it is missing or is no adapter's."""
-    try:
-        config = json.loads((folder / CONFIG).read_bytes())
-        known = {"peft_type", "target_modules"} <= config.keys()
-    except (OSError, ValueError, AttributeError) as e:
-        raise CheckpointError(f"'{folder.name}' is not an adapter: its {CONFIG} cannot be read.") from e
-    if not known:
-        raise CheckpointError(f"'{folder.name}' is not an adapter: its {CONFIG} says no method or no target_modules.")
-    return config
-
-
-def method_of(config: dict[str, Any]) -> str:
-    """What an adapter is, from its config: lora, rslora, dora, adalora, vera, oft, ia3 or another of peft's."""
-    variant = {"dora": config.get("use_dora"), "rslora": config.get("use_rslora")}
-    return next((name for name, is_so in variant.items() if is_so), str(config["peft_type"]).lower())
-
-
-def shape_of(config: dict[str, Any]) -> dict[str, Any]:
-    """{"method", and the options of SHAPE that the method has}, from a config as it is in a file."""
-    found = {ours: config[theirs] for ours, theirs in SHAPE.items() if config.get(theirs) is not None}
-    plain = {k: sorted(v) if isinstance(v, list | set) else v for k, v in found.items()}
-    return {"method": method_of(config), **plain}
-
-
-def saved_shape(folder: Path) -> dict[str, Any]:
-    """shape_of a saved adapter. Raises CheckpointError if it cannot be read."""
-    return shape_of(read_config(folder))
-
-
-def check_same_shape(config: PeftConfig, folder: Path) -> None:
-    """Raise SpecError, naming both values, if a saved adapter cannot be continued with this configuration."""
-    plain = {k: getattr(v, "value", v) for k, v in config.to_dict().items()}
-    mine, theirs = shape_of(plain), saved_shape(folder)
-    differing = [
-        f"{k} is {theirs.get(k)} there and {mine.get(k)} in this job"
-        for k in {**mine, **theirs}
-        if mine.get(k) != theirs.get(k)
-    ]
-    if differing:
-        raise SpecError(
-            f"The adapter to continue from does not fit this job's tuner: {'; '.join(differing)}. "
-            "Use the same tuner with the same values in its options.",
-            param="tuner",
-        )
-
-
 def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """`model` with a saved adapter folded into its weights, as a plain model again (load it in float32).
 
-    Raises CheckpointError if the files cannot be read.
+    Raises CheckpointError if the files cannot be read, SpecError if it is of a method that has no place in the weights.
     """
-    read_config(folder)
+    config = read_config(folder)
+    if config["peft_type"] not in PeftType.__members__:
+        raise SpecError(
+            f"'{folder.name}' is an adapter of the method {method_of(config)}, which cannot be folded into the "
+            "weights. Continue it with its own tuner.",
+            param="tuner",
+        )
     read_tensors(folder / WEIGHTS)  # peft would look for a pickle file if this one were missing
     with quiet():
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()  # type: ignore[arg-type,operator]
