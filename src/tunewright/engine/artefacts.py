@@ -1,8 +1,8 @@
 """What is loaded: base models with adapters over them, and whole models; the least recently used idle one goes first.
 
-An adapter that is plain LoRA shares its base with everything else that runs there. Any other peft adapter is merged
-into a copy of the base, and served like a whole model. A delta is set in a copy of the base that shares every tensor it
-does not change with what is loaded of that base already.
+An adapter that is plain LoRA shares its base with everything else that runs there. Any other adapter is merged (or, a
+bottleneck, put) into a copy of the base, and served like a whole model. A delta is set in a copy of the base that
+shares every tensor it does not change with what is loaded of that base already.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tunewright.engine.kv_cache import KVCache
 from tunewright.engine.scheduler import Limits
 from tunewright.models.layouts import PACKED, layout_of
 from tunewright.models.loader import load_model, materialise
+from tunewright.tuners.bottleneck import insert_saved, is_bottleneck
 from tunewright.tuners.delta import apply_delta, is_delta, read_delta
 
 _TOKENIZERS = 16
@@ -190,18 +191,17 @@ class Artefacts:
             if is_delta(target.adapter):
                 differs = _set_delta(net, target.adapter)
             else:
-                net, differs = _merge_adapter(net, target.adapter), None
+                net, differs = _put_adapter(net, target.adapter), None
         net.set_attn_implementation(attention.register())
         net.requires_grad_(False)
-        twin = None if differs is None else self._twin(target)
-        routing = linear.prepare(net, None if twin is None else twin.net, _either(differs, twin))
+        routing = linear.prepare(net, [] if differs is None else self._kin(target), differs or frozenset())
         return Model(net.eval(), routing, KVCache(target.context), differs)
 
-    def _twin(self, target: Target) -> Model | None:
-        """A loaded model of the same base, to share tensors with: the one that differs least."""
+    def _kin(self, target: Target) -> list[tuple[nn.Module, frozenset[str]]]:
+        """Loaded models of the same base, each with the names of its own tensors."""
         base = target.key.split(" + ")[0]
-        loaded = [m for key, m in self.models.items() if key.split(" + ")[0] == base and m.differs is not None]
-        return min(loaded, key=lambda m: len(m.differs or ()), default=None)
+        found = [m for key, m in self.models.items() if key.split(" + ")[0] == base]
+        return [(m.net, m.differs) for m in found if m.differs is not None]
 
     def _room(self, held: OrderedDict[str, Any], limit: int, is_idle: Any, drop: Any) -> bool:
         """Make room for one more of `held` by dropping the oldest idle one; False if all are in use."""
@@ -223,8 +223,10 @@ class Artefacts:
         gc.collect()  # a module graph has cycles; its memory should go now, not some day
 
 
-def _merge_adapter(net: Any, folder: Path) -> Any:
-    """The model with a peft adapter folded into its weights."""
+def _put_adapter(net: Any, folder: Path) -> Any:
+    """The model with a saved adapter: bottlenecks as modules of it, anything of peft's folded into its weights."""
+    if is_bottleneck(folder):
+        return insert_saved(net, folder)
     from peft import PeftModel  # seldom needed, and its import would double the engine's start
 
     _untie(net)
@@ -237,11 +239,6 @@ def _set_delta(net: nn.Module, folder: Path) -> frozenset[str]:
     apply_delta(net, delta)
     own = {id(p) for name, p in net.named_parameters() if name in delta}
     return frozenset(name for name, p in net.named_parameters(remove_duplicate=False) if id(p) in own)
-
-
-def _either(differs: frozenset[str] | None, twin: Model | None) -> frozenset[str]:
-    """Tensors that two models of one base cannot share."""
-    return (differs or frozenset()) | ((twin.differs or frozenset()) if twin else frozenset())
 
 
 def _untie(net: Any) -> None:
