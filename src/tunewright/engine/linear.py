@@ -7,7 +7,7 @@ Adapters stay apart from the base: each changes only the rows of the requests th
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,26 +100,32 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def prepare(model: nn.Module, twin: nn.Module | None = None, differs: Collection[str] = ()) -> Routing:
+def prepare(
+    model: nn.Module, kin: Sequence[tuple[nn.Module, Collection[str]]] = (), own: Collection[str] = ()
+) -> Routing:
     """Replace the model's linear layers and norms, in place, by their serving forms; returns the layers' routing.
 
-    twin: a prepared model of the same base in the same dtype; its tensors are shared, but for the names in `differs`.
+    kin: prepared models of the same base in the same dtype, each with the names of the tensors that are its own; what
+    neither has of its own is shared. own: this model's.
     """
     routing = Routing()
-    theirs = {} if twin is None else dict(twin.named_modules())
+    layers = {
+        path: m
+        for net, differs in kin
+        for path, m in net.named_modules()
+        if isinstance(m, ServeLinear) and not {f"{path}.weight"} & {*differs, *own}
+    }
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                full = f"{path}.{name}".lstrip(".")
-                same: Any = None if f"{full}.weight" in differs else theirs.get(full)
-                setattr(parent, name, ServeLinear(child, routing, can_pack(child.weight), same))
+                twin = layers.get(f"{path}.{name}".lstrip("."))
+                setattr(parent, name, ServeLinear(child, routing, can_pack(child.weight), twin))
             elif type(child).__name__ in _NORMS:
                 setattr(parent, name, ServeNorm(child))
-    if twin is not None:
-        shared = dict(twin.named_parameters())
-        for name, p in model.named_parameters():
-            if name in shared and name not in differs:
-                p.data = shared[name].data
+    tensors = {n: p for net, differs in kin for n, p in net.named_parameters() if n not in differs and n not in own}
+    for name, p in model.named_parameters():
+        if name in tensors:
+            p.data = tensors[name].data
     return routing
 
 

@@ -22,9 +22,9 @@ ATTENTION, REST, VECTORS = "attention", "feed-forward", "norms"
 class HalfFineTuning(Full):
     """Half of each layer's matrices train in a round, another half in the next; the others keep their bits.
 
-    Half of the attention's matrices, of the other matrices and of the norms (the paper's choice by category), drawn from
-    (seed, round); of an odd number half of the layers train one more. Embeddings, last norm and head always train. What
-    is frozen loses its optimizer state.
+    Of the attention's matrices, of the other matrices and of the norms half train (the paper's choice by category),
+    drawn from (seed, round); of an odd number half of the layers train one more. Embeddings, last norm and head always
+    do. What is frozen loses its optimizer state.
     """
 
     class Options(base.Options):
@@ -71,11 +71,10 @@ class HalfFineTuning(Full):
         """Names of the parameters that do not train in a round, a function of (seed, round)."""
         frozen: set[str] = set()
         for kind, layers in self._kinds.items():
-            drawn = self._order([str(i) for i in range(len(layers))], number, kind)
-            for at, units in enumerate(layers):
-                # of an odd number half of the layers, drawn as well, train one more
-                n = len(units) // 2 + (len(units) % 2 and drawn.index(str(at)) % 2)
-                first = {unit[0]: unit for unit in units}
+            odd = self._order([units[0][0] for units in layers if len(units) % 2], number, kind)
+            one_more = set(odd[: len(odd) // 2])
+            for first in ({unit[0]: unit for unit in units} for units in layers if units):
+                n = len(first) // 2 + (next(iter(first)) in one_more)
                 frozen.update(name for key in self._order(list(first), number, kind)[n:] for name in first[key])
         return frozenset(frozen)
 
