@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 import tiny
 from tunewright.core.errors import CheckpointError, Diverged, SpecError, UserError
 from tunewright.core.example import Group
+from tunewright.models.fast_llama import FastLlama
+from tunewright.models.fast_serves import why_not
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.objectives.sft import SFT
@@ -56,15 +59,20 @@ def build(name: str, tuner: Tuner, **options: Any) -> torch.optim.Optimizer:
     return rule.build(tuner.trainable(), LR, rule.Options(**options))
 
 
-def step(tuner: Tuner, model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
-    """What the loop does in a step."""
+def step(
+    tuner: Tuner, model: nn.Module, optimizer: torch.optim.Optimizer, number: int, policy: Policy | None = None
+) -> float:
+    """What the loop does in a step; returns the loss."""
     optimizer.zero_grad(set_to_none=True)
     tuner.before_step(number)
     batch = collate(GROUPS)
-    (SFT(SFT.Options())(Policy(model), batch)["loss"].total / batch.weights_T.sum()).backward()
+    loss = SFT(SFT.Options())(policy or Policy(model), batch)["loss"].total / batch.weights_T.sum()
+    loss.backward()
     tuner.on_gradients(number)
     tuner.update(optimizer, number)
+    torch.autograd.graph.increment_version(list(tuner.trainable().values()))
     tuner.after_step(number)
+    return loss.item()
 
 
 def promised(name: str, tuner: Any, model: nn.Module, number: int) -> dict[str, Tensor]:
@@ -421,3 +429,37 @@ def test_entries_chosen_elsewhere_are_taken_over_or_refused(tiny_model_dir: Path
 
 def no_data(n: int) -> Iterator[None]:
     raise AssertionError("what load() brought is not chosen again")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SELECTING))
+def test_the_fast_path_says_the_same(name: str, tmp_path: Path, tiny_model_dir: Path, kernels: Any) -> None:
+    """Losses of five steps, so that it also takes over what changed; Qwen2, which has biases of its own for BitFit."""
+    folder = tiny_model_dir
+    options: dict[str, Any] = {}
+    if name == "bitfit":
+        folder, options = build_qwen(tmp_path / "qwen", tiny_model_dir), {"add_biases": False}
+    losses: dict[bool, list[float]] = {}
+    for is_fast in (False, True):
+        model = load_model(folder)
+        tuner = attach(name, model, **options)
+        assert why_not(model, torch.float32) is None
+        policy = Policy(model, fast=FastLlama(model, torch.float32, kernels) if is_fast else None)
+        rule = build("adamw", tuner, weight_decay=0.1)
+        losses[is_fast] = [step(tuner, model, rule, number, policy) for number in range(1, 6)]
+        with tuner.off(), torch.no_grad():
+            batch = collate(GROUPS)
+            total = SFT(SFT.Options())(policy, batch)["loss"].total.item()
+            losses[is_fast].append(total / batch.weights_T.sum().item())
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
+    assert losses[True][4] < losses[True][0] - 1e-3
+    assert losses[True][5] == pytest.approx(losses[True][0], abs=1e-5)
+
+
+def build_qwen(folder: Path, tokenizer: Path) -> Path:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**{**tiny.SMALL, "vocab_size": 481})).save_pretrained(folder)
+    shutil.copy(tokenizer / "tokenizer.json", folder)
+    return folder

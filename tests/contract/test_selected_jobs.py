@@ -176,3 +176,29 @@ def test_a_damaged_choice_is_made_again(base: Home) -> None:
     attempt(run, base, 2)
     assert any("is damaged and is made again" in e.message for e in run.events())
     assert weights(run) == weights(other)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", ["bert", "t5"])
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_classifiers_and_encoder_decoders(home: Home, family: str, tuner: str) -> None:
+    """A job of each, continued; a head for rows is trained whole and is in the delta."""
+    tiny.build_reader(home.models / family, family)
+    rows: list[dict[str, Any]] = tiny.label_rows(18)
+    if family == "t5":
+        rows = [{"prompt": r["text"], "completion": r["label"]} for r in rows]
+    tiny.write_rows(home.root / "train.jsonl", rows)
+    fields: dict[str, Any] = {"head": "classify", "objective": "classify"} if family == "bert" else {}
+    if tuner == "bitfit" and family == "bert":
+        fields["tuner"] = "bitfit"  # has biases of its own
+    first = new_run(home, tuner, model=family, **fields)
+    attempt(first, home)
+    losses = [row[1] for row in story(first)]
+    if tuner in DELTAS:
+        delta = read_delta(first.result)
+        heads = {key for key in delta if "classifier" in key}
+        assert heads == ({"classifier.weight", "classifier.bias"} if family == "bert" else set())
+    again = new_run(home, tuner, model=first.job().name, **fields, n_epochs=1)
+    attempt(again, home)
+    assert story(again)[0][1] < losses[0]
