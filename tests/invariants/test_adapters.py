@@ -15,8 +15,9 @@ from test_loop import losses, make_groups, make_parts, weights_hash
 from torch import Tensor, nn
 
 import engine_kit as kit
-from tunewright.core.errors import Interrupted
+from tunewright.core.errors import Interrupted, SpecError
 from tunewright.core.home import Home
+from tunewright.core.spec import Part as Chosen
 from tunewright.engine.engine import Engine
 from tunewright.models.fast_llama import FastLlama
 from tunewright.models.fast_serves import why_not
@@ -27,6 +28,7 @@ from tunewright.ops.kernels import Kernels
 from tunewright.ops.packing import pack
 from tunewright.train.checkpoint import State, load_newest
 from tunewright.train.loop import train
+from tunewright.train.run import row
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
 from tunewright.tuners.bottleneck import insert_saved, is_bottleneck
@@ -197,6 +199,11 @@ def test_the_fast_path_says_what_the_plain_modules_say(tiny_model_dir: Path, ker
         assert loss == pytest.approx(wanted, abs=1e-5)
         for key, g in theirs.items():
             assert (grads[key] - g).norm() <= 1e-4 * g.norm() + 1e-7, key
+
+
+def test_options_that_do_not_go_together_are_one_clear_error() -> None:
+    with pytest.raises(SpecError, match=r"^tuner 'dylora': lowest is 5, above r 4\.$"):
+        row(TUNERS, Chosen(name="dylora", options={"r": 4, "lowest": 5}))
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from torch import nn
 
@@ -188,7 +189,11 @@ def run_once(
 def row(table: Any, chosen: Any) -> tuple[Any, Any]:
     """(the table's entry, its validated options)."""
     entry = table.load(chosen.name)
-    return entry, entry.Options(**chosen.options)
+    try:
+        return entry, entry.Options(**chosen.options)
+    except ValidationError as e:  # options that do not go together; each alone was checked before
+        text = "; ".join(error["msg"].removeprefix("Value error, ") for error in e.errors())
+        raise SpecError(f"{table.kind} '{chosen.name}': {text}.", param=table.kind) from e
 
 
 def part(table: Any, chosen: Any) -> Any:

@@ -64,9 +64,9 @@ class Around(nn.Module):
         """The inner layer's: some models look at its dtype."""
         return self.base_layer.weight  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x, and the result: [..., width] ([..., in] of a linear layer before the bottleneck)."""
-        y = self.base_layer(x)
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        """x: [..., in]; returns [..., width]. rest: what else the module takes (in Bloom the residual)."""
+        y = self.base_layer(x, *rest)
         if not self.on:
             return y
         z = x if self.beside else y
