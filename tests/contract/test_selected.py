@@ -231,6 +231,7 @@ def test_child_tuning_f_draws_its_share_and_keeps_the_expectation(tiny_model_dir
     other: Any = attach("child_f", load_model(tiny_model_dir), seed=1)
     assert not torch.equal(other.mask("w", p, 1), tuner.mask("w", p, 1))
     assert not torch.equal(tuner.mask("v", p, 1), tuner.mask("w", p, 1))
+    assert attach("child_f", load_model(tiny_model_dir), p=1.0).mask("w", p, 1).all()  # type: ignore[attr-defined]
 
 
 def test_child_tuning_f_is_the_same_however_the_update_is_cut(

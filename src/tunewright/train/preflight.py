@@ -78,7 +78,7 @@ def preflight(parts: Parts, build: Build, peak: meter.Peak) -> Plan:
     build: makes the job's optimizer over given parameters. Raises OutOfMemory when no setting fits.
     """
     parts.policy.model.train()
-    trainable = parts.tuner.trainable()
+    trainable = parts.tuner.at_once()
     limit = int(MARGIN * meter.limit(parse_bytes(parts.spec.max_memory) if parts.spec.max_memory else None))
     state, update = probe_optimizer(build, trainable)
     state = max(0, state - state_bytes(parts.optimizer))

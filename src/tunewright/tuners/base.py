@@ -61,6 +61,10 @@ class Tuner:
         """Name -> parameter of everything that is trained, in a stable order."""
         raise NotImplementedError
 
+    def at_once(self) -> dict[str, nn.Parameter]:
+        """Those of trainable() that have gradients and optimizer state at the same time: what memory must hold."""
+        return self.trainable()
+
     def begin(self, total_steps: int, steps_per_epoch: int) -> None:
         """Once, before the first step and before a checkpoint is loaded: how long the job is."""
 

@@ -32,7 +32,7 @@ class BitFit(WholeTensors):
         mergeable=True,
         identity_at_start=True,
         works_on_nf4=False,
-        default_lr=5e-3,
+        default_lr=2e-3,
     )
 
     def choose(self, model: nn.Module) -> list[str]:

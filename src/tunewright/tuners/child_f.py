@@ -14,6 +14,7 @@ from tunewright.tuners import base
 from tunewright.tuners.base import TunerCard
 from tunewright.tuners.full import Full
 
+LEVELS = 1 << 15
 AT_ONCE = 1 << 24  # numbers whose old values are kept while they are updated
 
 
@@ -53,7 +54,7 @@ class ChildTuningF(Full):
             held = {name: (p.detach().clone(), self.mask(name, p, step)) for name, p in some.items()}
             for name, p in some.items():
                 grad = gradients.pop(name)
-                p.grad = None if grad is None else grad.mul_(held[name][1]).mul_(1 / self.options.p)
+                p.grad = None if grad is None else grad.mul_(held[name][1]).mul_(LEVELS / self._level)
             optimizer.step()
             for name, p in some.items():
                 old, mask = held[name]
@@ -63,7 +64,14 @@ class ChildTuningF(Full):
     def mask(self, name: str, p: Tensor, step: int) -> Tensor:
         """Bool in the shape of `p`: the child network of a step, a function of (seed, step, name)."""
         generator = torch.Generator(p.device).manual_seed(derive_seed("child", self._seed, step, name))
-        return torch.empty(p.shape, dtype=torch.bool, device=p.device).bernoulli_(self.options.p, generator=generator)
+        # draws of 15 bits, several times as fast as bernoulli_
+        drawn = torch.empty(p.shape, dtype=torch.int16, device=p.device).random_(generator=generator)
+        return drawn >= LEVELS - self._level
+
+    @property
+    def _level(self) -> int:
+        """A weight trains in so many of LEVELS draws."""
+        return max(1, round(self.options.p * LEVELS))
 
 
 def _sets(parameters: dict[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:

@@ -50,6 +50,9 @@ class HalfFineTuning(Full):
             p.register_post_accumulate_grad_hook(partial(self._drop, name))
         return model
 
+    def at_once(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.trainable().items() if name not in self.frozen}
+
     def begin(self, total_steps: int, steps_per_epoch: int) -> None:
         self._steps = self.options.round_steps or steps_per_epoch
 
