@@ -94,6 +94,7 @@ def test_a_child_goes_on_with_its_parents_adapter() -> None:
     assert build(parent)[0].tuner.options == {"r": 4, "alpha": 8}
     assert build(parent, tunewright={"tuner": {"name": "lora", "alpha": 2}})[0].tuner.options == {"r": 4, "alpha": 2}
     assert build(parent, tunewright={"tuner": "full"})[0].tuner.name == "full"
+    assert build(parent.model_copy(update={"kind": "delta"}))[0].tuner.options == {"r": 4, "alpha": 8}
     whole = parent.model_copy(update={"kind": "weights"})
     assert build(whole)[0].tuner.options == {"r": 16, "alpha": 32}
 

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from tunewright.core.example import Example, Group
 from tunewright.models.heads import Head
+from tunewright.models.policy import Policy
+from tunewright.objectives.sft import SFT
+from tunewright.ops.packing import collate
+
+# where the defaults have nothing to train in the tiny model, which has no biases
+OPTIONS: dict[str, dict[str, Any]] = {"bitfit": {"add_biases": True}}
 
 
 def instance(table: Any, name: str) -> Any:
     """The row's part with its default options."""
     part = table.load(name)
-    return part(part.Options())
+    return part(part.Options(**OPTIONS.get(name, {})))
+
+
+def prepared(tuner: Any, model: Any) -> Any:
+    """The attached model, its tuner having seen the data if it asks for any."""
+    if tuner.card.needs_data:
+        tuner.prepare(lambda n: row_gradients(model, groups_for(SFT.card)[:n]))
+    return model
+
+
+def row_gradients(model: Any, groups: list[Group]) -> Iterator[None]:
+    """The gradient of each row's summed loss, in turn."""
+    for group in groups:
+        SFT(SFT.Options())(Policy(model), collate([group]))["loss"].total.backward()
+        yield
 
 
 def head_for(card: Any) -> Head | None:
@@ -39,3 +66,26 @@ def groups_for(card: Any, n: int = 6, vocab: int = 470) -> list[Group]:
                 examples.append(Example(ids, (0.0,) * len(ids), source=i + 1, label=float(i % 2)))
         groups.append(Group(tuple(examples), prefix=len(prompt)))
     return groups
+
+
+def with_adapter(model: Any, folder: Path) -> Any:
+    """A plain model with a saved adapter over it: by peft, or by hooks that compute our own format's formula."""
+    from peft import PeftModel, PeftType
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if config["peft_type"] in PeftType.__members__:
+        return PeftModel.from_pretrained(model, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in config["target_modules"]:
+        key = f"base_model.model.{name}.adapter"
+        w = {k: tensors[f"{key}_{k}"] for k in ("down.weight", "down.bias", "up.weight", "up.bias")}
+        model.get_submodule(name).register_forward_hook(partial(bottleneck, w=w, config=config))
+    return model
+
+
+def bottleneck(module: Any, inputs: Any, y: torch.Tensor, w: dict[str, torch.Tensor], config: Any) -> torch.Tensor:
+    """y + scale * (up f(down z + b) + c), in float64."""
+    z = (inputs[0] if config["form"] == "parallel" else y).double()
+    f = getattr(torch.nn.functional, config["activation"])
+    inner = f(z @ w["down.weight"].double().T + w["down.bias"].double())
+    return (y + config["scale"] * (inner @ w["up.weight"].double().T + w["up.bias"].double())).to(y.dtype)

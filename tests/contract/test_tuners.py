@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from parts import groups_for, instance
-from peft import PeftModel
+from parts import groups_for, instance, prepared, with_adapter
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +29,7 @@ KINDS = {"adapter", "delta", "weights", "recipe"}
 
 def attached(name: str, folder: Path, seed: int = 0) -> tuple[Tuner, nn.Module]:
     tuner = instance(TUNERS, name)
-    return tuner, tuner.attach(load_model(folder), seed)
+    return tuner, prepared(tuner, tuner.attach(load_model(folder), seed))
 
 
 def shaken(name: str, folder: Path, seed: int = 0) -> tuple[Tuner, nn.Module]:
@@ -39,12 +39,28 @@ def shaken(name: str, folder: Path, seed: int = 0) -> tuple[Tuner, nn.Module]:
     with torch.no_grad():
         for p in tuner.trainable().values():
             p.add_(0.05 * torch.randn(p.shape, generator=g))
+    tuner.after_step(1)
     return tuner, model
 
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     return model(IDS).logits
+
+
+def with_delta(base: Path, folder: Path) -> nn.Module:
+    """A plain model with a delta in it, from the format's own description."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tensors = load_file(folder / "delta.safetensors")
+    state = model.state_dict()
+    for name, what in json.loads((folder / "delta_config.json").read_text())["tensors"].items():
+        if what["kind"] == "sparse":
+            state[name].view(-1)[tensors[f"{name}|at"].long()] = tensors[f"{name}|values"]
+        elif what["kind"] == "whole":
+            state[name].copy_(tensors[name])
+        else:
+            model.get_submodule(name.removesuffix(".bias")).bias = nn.Parameter(tensors[name])
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +83,16 @@ def test_exactly_what_is_trained_asks_for_gradients(name: str, tiny_model_dir: P
     trained = tuner.trainable()
     assert trained
     assert all(p.requires_grad and p.dtype == torch.float32 for p in trained.values())
-    assert {id(p) for p in trained.values()} == {id(p) for p in model.parameters() if p.requires_grad}
+    asking = {n for n, p in model.named_parameters() if p.requires_grad}
+    if tuner.card.needs_data:  # the chosen entries of a tensor are a parameter of their own
+        assert {n.removesuffix(".selected") for n in trained} <= asking
+    else:
+        assert {id(p) for p in trained.values()} == {id(p) for n, p in model.named_parameters() if n in asking}
 
 
 def test_master_weights_are_float32_over_a_bfloat16_base(name: str, tiny_model_dir: Path) -> None:
     tuner = instance(TUNERS, name)
-    tuner.attach(load_model(tiny_model_dir, torch.bfloat16), 0)
+    prepared(tuner, tuner.attach(load_model(tiny_model_dir, torch.bfloat16), 0))
     assert {p.dtype for p in tuner.trainable().values()} == {torch.float32}
 
 
@@ -82,7 +102,7 @@ def test_attach_is_a_function_of_the_seed_and_draws_nothing_else(name: str, tiny
     assert torch.equal(torch.random.get_rng_state(), state)
     assert list(a) == list(b) == list(c)
     assert all(torch.equal(a[k], b[k]) for k in a)
-    if TUNERS.load(name).card.artefact == "adapter":
+    if any("lora_A" in k for k in a):  # others begin at constants
         assert any(not torch.equal(a[k], c[k]) for k in a)
 
 
@@ -114,7 +134,8 @@ def test_gradients_through_a_policy_survive_a_look_at_the_base(name: str, tiny_m
 
     def grads() -> dict[str, Tensor]:
         out = {k: p.grad.clone() for k, p in tuner.trainable().items() if p.grad is not None}
-        model.zero_grad()
+        for p in tuner.trainable().values():
+            p.grad = None
         return out
 
     objective(policy, batch)["loss"].total.backward()
@@ -123,7 +144,8 @@ def test_gradients_through_a_policy_survive_a_look_at_the_base(name: str, tiny_m
         objective(policy, batch)
     objective(policy, batch)["loss"].total.backward()
     after = grads()
-    assert set(alone) == set(after) == set(tuner.trainable())
+    frozen = getattr(tuner, "frozen", set())  # for this round
+    assert set(alone) == set(after) == set(tuner.trainable()) - frozen
     assert all(torch.equal(alone[k], after[k]) for k in alone)
 
 
@@ -133,6 +155,7 @@ def test_saved_and_loaded_is_the_original(name: str, tiny_model_dir: Path, tmp_p
     fresh, fresh_model = attached(name, tiny_model_dir, seed=9)
     fresh.load(tmp_path)
     fresh.load_state(json.loads(json.dumps(tuner.state())))
+    fresh.load_tensors(tuner.tensors())
     mine, theirs = tuner.trainable(), fresh.trainable()
     assert all(torch.equal(mine[k], theirs[k]) for k in mine)
     assert torch.equal(logits(fresh_model), logits(model))
@@ -147,12 +170,13 @@ def test_only_safetensors_and_text_are_written(name: str, tiny_model_dir: Path, 
 
 
 def test_the_artefact_opens_without_us(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """An adapter opens with peft, whole weights with transformers, and they say the same."""
+    """An adapter opens with peft (our own format with a few lines of torch), whole weights with transformers."""
     tuner, model = shaken(name, tiny_model_dir)
     tuner.save(tmp_path, str(tiny_model_dir))
     openers: dict[str, Any] = {
-        "adapter": lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path),
+        "adapter": lambda: with_adapter(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path),
         "weights": lambda: AutoModelForCausalLM.from_pretrained(tmp_path),
+        "delta": lambda: with_delta(tiny_model_dir, tmp_path),
     }
     opened = openers[tuner.card.artefact]().eval()
     torch.testing.assert_close(logits(opened), logits(model), atol=1e-5, rtol=1e-5)
@@ -178,7 +202,7 @@ def test_merged_is_adapted(name: str, tiny_model_dir: Path, tmp_path: Path) -> N
 def test_a_damaged_artefact_is_one_clear_error_and_changes_nothing(
     name: str, tiny_model_dir: Path, tmp_path: Path, damage: str
 ) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     tuner, model = shaken(name, tiny_model_dir)
     if damage != "empty folder":
@@ -201,10 +225,13 @@ def test_training_at_the_default_rate_lowers_the_loss(name: str, tiny_model_dir:
     optimizer = torch.optim.AdamW(tuner.trainable().values(), lr=tuner.card.default_lr)
     batch = collate(groups_for(SFT.card))
     losses = []
-    for _ in range(12):
+    for step in range(1, 13):
+        tuner.before_step(step)
         loss = SFT(SFT.Options())(Policy(model), batch)["loss"].total / batch.weights_T.sum()
         loss.backward()
-        optimizer.step()
+        tuner.on_gradients(step)
+        tuner.update(optimizer, step)
+        tuner.after_step(step)
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.01

@@ -84,7 +84,8 @@ def story(run: Run) -> tuple[list[tuple[Any, ...]], str, list[int]]:
     keys = ("step", "train_loss", "train_mean_token_accuracy", "grad_norm", "lr", "valid_loss", "full_valid_loss")
     steps = [tuple(e.data.get(k) for k in keys) for e in events if e.type == "metrics"]
     epochs = [e.data["step"] for e in events if e.type == "checkpoint" and e.data["kind"] == "epoch"]
-    return steps, sha256_file(run.result / "adapter_model.safetensors"), epochs
+    (weights,) = run.result.glob("*.safetensors")
+    return steps, sha256_file(weights), epochs
 
 
 def warnings(run: Run) -> list[str]:

@@ -20,10 +20,11 @@ OOM = [7, 130]
 class Golden:
     """The uninterrupted runs: what they say, how often they came by each place, how long they took."""
 
-    def __init__(self, machine: Machine, **faults: Any) -> None:
+    def __init__(self, machine: Machine, spec: dict[str, Any] | None = None, **faults: Any) -> None:
         self.machine = machine
+        self.spec = spec or {}
         self.faults = faults
-        run = machine.new_run()
+        run = machine.new_run(**self.spec)
         started = time.monotonic()
         machine.finish(run, **faults)
         self.seconds = time.monotonic() - started
@@ -34,7 +35,7 @@ class Golden:
 
     def check(self, *attempts: dict[str, Any]) -> None:
         """The same job, with these faults in its attempts, and then left alone."""
-        run = self.machine.new_run()
+        run = self.machine.new_run(**self.spec)
         for faults in attempts:
             assert self.machine.attempt(run, **self.faults, **faults) in (-signal.SIGKILL, 0)
         self.machine.finish(run, **self.faults)
@@ -117,3 +118,13 @@ def test_a_damaged_checkpoint_is_set_aside(golden: Golden) -> None:
     assert story(run) == golden.story
     assert any("damaged" in e.message and e.level == "warn" for e in run.events())
     assert newest.with_name(f"{newest.name}.damaged").exists()
+
+
+CHOOSING = [{"name": "fishmask", "k": 400}, {"name": "half", "round_steps": 4}]
+
+
+@pytest.mark.parametrize("tuner", CHOOSING, ids=[t["name"] for t in CHOOSING])
+def test_deltas_and_whole_weights_are_as_exact(machine: Machine, tuner: dict[str, Any]) -> None:
+    """Killed in the saves (the first is that of what was chosen) and between steps."""
+    golden = Golden(machine, {"tuner": tuner, "optimizer": {"name": "adamw", "weight_decay": 0.1}})
+    golden.check({"kill": ["save", 1]}, killed(golden, "save", 1), killed(golden, "pack", 1))

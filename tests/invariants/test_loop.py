@@ -30,6 +30,7 @@ from tunewright.train.loop import Parts, train
 from tunewright.train.optim import OPTIMIZERS
 from tunewright.train.optim.schedules import Linear
 from tunewright.train.plan import Plan, order, resolve
+from tunewright.tuners.base import Tuner
 from tunewright.tuners.lora import LoRA
 
 EPOCHS, BATCH, ROWS = 2, 4, 10
@@ -52,6 +53,7 @@ def make_parts(
     attempt: int = 1,
     stop: Callable[[], bool] = lambda: False,
     *,
+    tuner: Tuner | None = None,
     optimizer: str = "adamw",
     dropout: float = 0.0,
     neftune_alpha: float = 0.0,
@@ -70,14 +72,14 @@ def make_parts(
         }
     )
     groups = make_groups()
-    tuner = LoRA(LoRA.Options(r=4, alpha=8, dropout=dropout))
+    tuner = tuner or LoRA(LoRA.Options(r=4, alpha=8, dropout=dropout))
     torch_dtype = choose_dtype(dtype)
     model = tuner.attach(load_model(model_dir, torch_dtype), seed=5)
     plan = resolve(
         spec,
         groups,
         groups[:3],
-        LoRA.card,
+        tuner.card,
         dtype=dtype,
         threads=1,
         context=512,
@@ -85,6 +87,7 @@ def make_parts(
         trainable=1,
         versions={},
     )
+    tuner.begin(plan.total_steps, plan.total_steps // EPOCHS)
     options = Linear.Options(warmup=2)
     rule = OPTIMIZERS.load(optimizer)
     run = Run(folder)

@@ -160,7 +160,7 @@ def test_a_bfloat16_step_points_the_same_way(tiny_model_dir: Path, groups: list[
 
 def test_merged_weights_in_a_job_that_continues(tiny_model_dir: Path, groups: list[Group], tmp_path: Path) -> None:
     """Full tuning from an adapter starts from base + adapter."""
-    from tunewright.tuners.lora import merge_adapter
+    from tunewright.tuners.peft_adapter import merge_adapter
 
     tuner, model = lora(tiny_model_dir)
     tuner.save(tmp_path, str(tiny_model_dir))

@@ -15,7 +15,9 @@ from torch import nn
 from tunewright.core.errors import CheckpointError, SpecError
 from tunewright.models.loader import load_model
 from tunewright.ops.noise import KeyedDropout
-from tunewright.tuners.lora import LoRA, merge_adapter, saved_shape
+from tunewright.tuners.adapter_files import saved_shape
+from tunewright.tuners.lora import LoRA
+from tunewright.tuners.peft_adapter import merge_adapter
 
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
@@ -41,7 +43,8 @@ def test_chosen_targets(tiny_model_dir: Path, tmp_path: Path) -> None:
     ]
     assert {s[0] for k, s in shapes.items() if "lora_A" in k} == {4}
     tuner.save(tmp_path, "base")
-    assert saved_shape(tmp_path) == {"r": 4, "alpha": 6, "target_modules": ["layers.0.mlp.up_proj", "v_proj"]}
+    targets = ["layers.0.mlp.up_proj", "v_proj"]
+    assert saved_shape(tmp_path) == {"method": "lora", "r": 4, "alpha": 6, "target_modules": targets}
 
 
 @pytest.mark.parametrize("target", ["q_porj", "lm_head", "embed_tokens", "proj", ""])
@@ -97,7 +100,7 @@ def test_an_adapter_without_safetensors_is_never_unpickled(tiny_model_dir: Path,
         merge_adapter(load_model(tiny_model_dir), tmp_path)
     with pytest.raises(CheckpointError):
         attached(tiny_model_dir)[0].load(tmp_path)
-    with pytest.raises(CheckpointError, match="is not a LoRA adapter"):
+    with pytest.raises(CheckpointError, match="is not an adapter"):
         saved_shape(tmp_path / "nowhere")
 
 

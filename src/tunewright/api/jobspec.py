@@ -28,11 +28,12 @@ COMMON = ("n_epochs", "batch_size", "learning_rate_multiplier")
 def build_spec(request: CreateJob, describe: Mapping[str, Any], start: Artefact | None = None) -> JobSpec:
     """The complete, checked spec of a request. Raises one UserError (SpecError) that lists what is wrong.
 
-    start: what the job continues from; an adapter goes on with its own tuner and options, unless the request differs.
+    start: what the job continues from; an adapter or delta goes on with its own tuner and options, unless the request
+        differs.
     """
     own = dict(request.tunewright or {})
     _check_own_keys(own)
-    if start is not None and start.kind == "adapter":
+    if start is not None and start.kind in ("adapter", "delta"):
         own["tuner"] = _inherited(start.tuner, own.get("tuner"))
     hyper = hyperparameters(request)
     objective = _objective(request, own, hyper, describe)

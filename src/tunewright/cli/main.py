@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "train": "tunewright.cli.commands.train:train",
     "chat": "tunewright.cli.commands.chat:chat",
     "models": "tunewright.cli.commands.models:models",
+    "merge": "tunewright.cli.commands.merge:merge",
     "jobs": "tunewright.cli.commands.jobs:jobs",
     "log": "tunewright.cli.commands.log:log",
     "data": "tunewright.cli.commands.data:app",

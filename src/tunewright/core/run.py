@@ -9,6 +9,7 @@ runs/<job id>/
   worker.log               what the workers printed
   checkpoints/step-000030/ artefact/, optimizer state, trainer.json, MANIFEST.json
   result/                  the artefact that the job leaves
+  prepared/                what the tuner chose to train by looking at the data, if it does
   labels.json              the classes of a classification job, in order
   step_metrics.csv         OpenAI's result file
   lock                     held by the worker
@@ -56,7 +57,8 @@ class JobFile(BaseModel):
 class Artefact(BaseModel):
     """artefact.json: what a folder of weights is, so that the engine can serve it.
 
-    kind: `adapter` (peft files over `base`), `weights` (a whole model), later `delta` and `recipe`.
+    kind: `adapter` (peft files over `base`), `delta` (values that differ from `base`), `weights` (a whole model), later
+        `recipe`.
     base: the catalogue name or folder of the base model, or BASE_IS_START; None when kind is weights.
     decoding: default sampling parameters from the job's task.
     head: what the model answers with: `lm` (tokens), `classify` or `regress`. labels: its classes, in order.
@@ -96,6 +98,10 @@ class Run:
     @property
     def result(self) -> Path:
         return self.folder / "result"
+
+    @property
+    def prepared(self) -> Path:
+        return self.folder / "prepared"
 
     @property
     def metrics_csv(self) -> Path:

@@ -1,7 +1,8 @@
 """What is loaded: base models with adapters over them, and whole models; the least recently used idle one goes first.
 
-An adapter that is plain LoRA shares its base with everything else that runs there. Any other peft adapter is merged
-into a copy of the base, and served like a whole model.
+An adapter that is plain LoRA shares its base with everything else that runs there. Any other adapter is merged (or, a
+bottleneck, put) into a copy of the base, and served like a whole model. A delta is set in a copy of the base that
+shares every tensor it does not change with what is loaded of that base already.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from tunewright.engine.kv_cache import KVCache
 from tunewright.engine.scheduler import Limits
 from tunewright.models.layouts import PACKED, layout_of
 from tunewright.models.loader import load_model, materialise
+from tunewright.tuners.bottleneck import insert_saved, is_bottleneck
+from tunewright.tuners.delta import apply_delta, is_delta, read_delta
 
 _TOKENIZERS = 16
 
@@ -34,7 +37,8 @@ _TOKENIZERS = 16
 class Target:
     """Everything a request needs to know about the weights it asks for, before they are loaded.
 
-    folder: the model's own weights. adapter: peft files to apply over them; merged: into a copy, not beside it.
+    folder: the model's own weights. adapter: peft files or a delta to apply over them; merged: into a copy, not beside
+    it.
     key, adapter_key: change when the files do. context: tokens that fit. decoding: the artefact's defaults.
     """
 
@@ -50,11 +54,15 @@ class Target:
 
 @dataclass(eq=False)
 class Model:
-    """A loaded model. adapters: key -> bytes, least recently used first. pins: running sequences by adapter key."""
+    """A loaded model. adapters: key -> bytes, least recently used first. pins: running sequences by adapter key.
+
+    differs: names of the tensors that are not its base's; None if that is not known.
+    """
 
     net: nn.Module
     routing: linear.Routing
     kv: KVCache
+    differs: frozenset[str] | None
     adapters: OrderedDict[str, int] = field(default_factory=OrderedDict)
     pins: Counter[str] = field(default_factory=Counter)
 
@@ -91,8 +99,9 @@ class Artefacts:
             )
         if record.kind == "weights":
             return self._target(folder, None, record.decoding)
-        if record.kind != "adapter":
-            raise UserError(f"A model of kind '{record.kind}' cannot be served; use adapter or weights.", param="model")
+        if record.kind not in ("adapter", "delta"):
+            kinds = "adapter, delta or weights"
+            raise UserError(f"A model of kind '{record.kind}' cannot be served; use {kinds}.", param="model")
         return self._target(self._base(record.base or str(base)), folder, record.decoding)
 
     def acquire(self, target: Target) -> Model | None:
@@ -141,7 +150,7 @@ class Artefacts:
 
     def _target(self, folder: Path, adapter: Path | None, decoding: dict[str, Any]) -> Target:
         own = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else folder
-        merged = adapter is not None and not linear.is_plain_lora(adapter)
+        merged = adapter is not None and (is_delta(adapter) or not linear.is_plain_lora(adapter))
         key = _stamp(folder, "config.json")
         adapter_key = "" if adapter is None else _stamp(adapter, ARTEFACT)
         config = read_json(folder / "config.json")
@@ -175,16 +184,24 @@ class Artefacts:
                 code="unsupported_model",
                 param="model",
             )
+        net.requires_grad_(False)
+        differs: frozenset[str] | None = frozenset()
         if target.merged and target.adapter is not None:
-            from peft import PeftModel  # seldom needed, and its import would double the engine's start
-
             _verify(target.adapter)
-            _untie(net)
-            net = PeftModel.from_pretrained(net, target.adapter, is_trainable=False).merge_and_unload()
+            if is_delta(target.adapter):
+                differs = _set_delta(net, target.adapter)
+            else:
+                net, differs = _put_adapter(net, target.adapter), None
         net.set_attn_implementation(attention.register())
         net.requires_grad_(False)
-        routing = linear.prepare(net)
-        return Model(net.eval(), routing, KVCache(target.context))
+        routing = linear.prepare(net, [] if differs is None else self._kin(target), differs or frozenset())
+        return Model(net.eval(), routing, KVCache(target.context), differs)
+
+    def _kin(self, target: Target) -> list[tuple[nn.Module, frozenset[str]]]:
+        """Loaded models of the same base, each with the names of its own tensors."""
+        base = target.key.split(" + ")[0]
+        found = [m for key, m in self.models.items() if key.split(" + ")[0] == base]
+        return [(m.net, m.differs) for m in found if m.differs is not None]
 
     def _room(self, held: OrderedDict[str, Any], limit: int, is_idle: Any, drop: Any) -> bool:
         """Make room for one more of `held` by dropping the oldest idle one; False if all are in use."""
@@ -204,6 +221,24 @@ class Artefacts:
     def _evict(self, key: str) -> None:
         del self.models[key]
         gc.collect()  # a module graph has cycles; its memory should go now, not some day
+
+
+def _put_adapter(net: Any, folder: Path) -> Any:
+    """The model with a saved adapter: bottlenecks as modules of it, anything of peft's folded into its weights."""
+    if is_bottleneck(folder):
+        return insert_saved(net, folder)
+    from peft import PeftModel  # seldom needed, and its import would double the engine's start
+
+    _untie(net)
+    return PeftModel.from_pretrained(net, folder, is_trainable=False).merge_and_unload()
+
+
+def _set_delta(net: nn.Module, folder: Path) -> frozenset[str]:
+    """Set a delta in the model; returns every name of the tensors that it changed (a tied tensor has two)."""
+    delta = read_delta(folder)
+    apply_delta(net, delta)
+    own = {id(p) for name, p in net.named_parameters() if name in delta}
+    return frozenset(name for name, p in net.named_parameters(remove_duplicate=False) if id(p) in own)
 
 
 def _untie(net: Any) -> None:

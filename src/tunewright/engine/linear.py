@@ -7,7 +7,7 @@ Adapters stay apart from the base: each changes only the rows of the requests th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,19 @@ class Pair:
 class ServeLinear(nn.Linear):
     """An nn.Linear whose product may be packed and which adds the adapters' parts. Inference only."""
 
-    def __init__(self, linear: nn.Linear, routing: Routing, pack: bool) -> None:
+    def __init__(self, linear: nn.Linear, routing: Routing, pack: bool, twin: ServeLinear | None = None) -> None:
+        """twin: a layer with the same weight, already packed as this one would be."""
         nn.Module.__init__(self)  # the weights are taken over, not made
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         self.routing = routing
         self.pairs: dict[str, Pair] = {}
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16) if pack else None
+        if twin is not None:
+            self.packed = twin.packed
+        else:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16) if pack else None
         if not pack:
-            self.weight = linear.weight
+            self.weight = linear.weight if twin is None else twin.weight
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [1, T, in]. Returns [1, T, out]."""
@@ -96,15 +100,32 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def prepare(model: nn.Module) -> Routing:
-    """Replace the model's linear layers and norms, in place, by their serving forms; returns the layers' routing."""
+def prepare(
+    model: nn.Module, kin: Sequence[tuple[nn.Module, Collection[str]]] = (), own: Collection[str] = ()
+) -> Routing:
+    """Replace the model's linear layers and norms, in place, by their serving forms; returns the layers' routing.
+
+    kin: prepared models of the same base in the same dtype, each with the names of the tensors that are its own; what
+    neither has of its own is shared. own: this model's.
+    """
     routing = Routing()
-    for parent in list(model.modules()):
+    layers = {
+        path: m
+        for net, differs in kin
+        for path, m in net.named_modules()
+        if isinstance(m, ServeLinear) and not {f"{path}.weight"} & {*differs, *own}
+    }
+    for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, ServeLinear(child, routing, can_pack(child.weight)))
+                twin = layers.get(f"{path}.{name}".lstrip("."))
+                setattr(parent, name, ServeLinear(child, routing, can_pack(child.weight), twin))
             elif type(child).__name__ in _NORMS:
                 setattr(parent, name, ServeNorm(child))
+    tensors = {n: p for net, differs in kin for n, p in net.named_parameters() if n not in differs and n not in own}
+    for name, p in model.named_parameters():
+        if name in tensors:
+            p.data = tensors[name].data
     return routing
 
 

@@ -48,8 +48,8 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
 class Product:
     """What both forms share: sizes, buffers, and where each layer's rows and ranks lie.
 
-    weights: [n_i, k] of the layers that read the same input. ranks: r_i, 0 for a layer without an update. rows: for each
-    layer the rows of the product's output that are its own.
+    weights: [n_i, k] of the layers that read the same input. ranks: r_i, 0 for a layer without an update. rows: for
+    each layer the rows of the product's output that are its own.
     """
 
     def __init__(

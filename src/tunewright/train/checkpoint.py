@@ -4,6 +4,7 @@ checkpoints/step-000030/
   artefact/               what the engine serves (the tuner's files, tokenizer, artefact.json)
   optimizer.safetensors   '<parameter>|<slot>' -> tensor
   trainer.json            the loop's State and the tuner's own state
+  tuner.safetensors       the tuner's own tensors, if it has any (AdaLoRA's scores)
   MANIFEST.json           size and sha256 of each file
 """
 
@@ -73,6 +74,8 @@ def save_checkpoint(
     def fill(folder: Path) -> None:
         write_artefact(folder / "artefact")
         save_file(optimizer_state(optimizer, names), folder / "optimizer.safetensors")
+        if tensors := tuner.tensors():
+            save_file(tensors, folder / "tuner.safetensors")
         write_json(folder / "trainer.json", {"kind": kind, "state": asdict(state), "tuner": tuner.state()})
 
     run.checkpoints.mkdir(exist_ok=True)
@@ -107,6 +110,8 @@ def load_newest(
             tensors = load_file(folder / "optimizer.safetensors")
             tuner.load(folder / "artefact")
             tuner.load_state(saved["tuner"])
+            own = folder / "tuner.safetensors"
+            tuner.load_tensors(load_file(own) if own.exists() else {})
             load_optimizer_state(optimizer, tuner.trainable(), tensors)
         except (CheckpointError, OSError, ValueError, KeyError) as e:
             aside = folder.with_name(f"{folder.name}.damaged")

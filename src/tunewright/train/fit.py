@@ -140,7 +140,7 @@ def _calibrate(parts: Parts, room: Room, peak: meter.Peak, tokens: int) -> float
     counted = room.activations(_tokens(short), parts.plan.checkpointing, parts.plan.dtype)
     if used is None:
         return 4.0
-    before = room.fixed - room.state - parameter_bytes(parts.tuner.trainable())
+    before = room.fixed - room.state - parameter_bytes(parts.tuner.at_once())
     return CAUTION * max(0.5, (used - before) / counted)
 
 

@@ -184,7 +184,7 @@ def optimize(parts: Parts, step: int, groups: Sequence[Group], state: State) -> 
     parts.tuner.on_gradients(step)
     norm = clip(parameters, parts.spec.max_grad_norm or math.inf)
     if math.isfinite(means["loss"]) and math.isfinite(norm):
-        parts.optimizer.step()
+        parts.tuner.update(parts.optimizer, step)
         torch.autograd.graph.increment_version(parameters)  # fused optimizers forget to, and the fast path relies on it
         parts.tuner.after_step(step)
         state.skipped, state.bad_rows = 0, []

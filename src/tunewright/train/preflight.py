@@ -34,7 +34,7 @@ from tunewright.train import meter
 from tunewright.train.fit import Room, drop_gradients, fitting
 from tunewright.train.loop import EVALUATED_AT_ONCE, Parts, accumulate, add, means_of
 from tunewright.train.plan import Plan, step_rows
-from tunewright.tuners.base import parameter_bytes
+from tunewright.tuners.base import TunerCard, parameter_bytes
 
 Build = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 MARGIN = 0.95  # of the memory that is there
@@ -43,7 +43,7 @@ SAVE_PROBE = 8 << 20
 MOST_STEPS, LEAST_SECONDS, SHARE = 20, 1.0, 0.02  # of the time for measuring steps
 BASE_SHARE = 0.02  # of the whole work, for the base model's loss on validation rows
 BASE_ROWS = 32  # training rows that say it where there are none
-_COUNTED = {"adapter": "lora", "weights": "full"}
+_COUNTED = {"adapter": "lora", "delta": "full", "weights": "full"}
 
 
 def room_left(max_memory: str | None) -> float:
@@ -51,19 +51,21 @@ def room_left(max_memory: str | None) -> float:
     return MARGIN * meter.limit(parse_bytes(max_memory) if max_memory else None) - meter.resident()
 
 
-def room_to_load(folder: Path, full: bool, dtype: torch.dtype, chosen: str, max_memory: str | None) -> torch.dtype:
+def room_to_load(folder: Path, card: TunerCard, dtype: torch.dtype, chosen: str, max_memory: str | None) -> torch.dtype:
     """The dtype to load the base in: `auto` becomes bfloat16 where float32 would leave no room.
 
-    full: all weights are trained. chosen: the job's dtype. Raises OutOfMemory when even the weights do not fit.
+    card: the tuner's. chosen: the job's dtype. Raises OutOfMemory when even the weights do not fit.
     """
     limit = room_left(max_memory)
     n = memory.stored_parameters(folder)
-    size = 12 if full else dtype.itemsize  # with gradients and at least one moment
-    if n * size > 0.8 * limit and not full and chosen == "auto" and dtype == torch.float32:
+    full = card.artefact == "weights"
+    # with gradients and at least one moment; or with the scores by which the data chooses; or alone
+    size = 12 if full else 8 if card.needs_data else 4 if card.float32_base else dtype.itemsize
+    if n * size > 0.8 * limit and not card.float32_base and chosen == "auto" and dtype == torch.float32:
         dtype, size = torch.bfloat16, 2
     if n * size > limit:
-        what = "weights, gradients and optimizer" if full else "weights"
-        smaller = " Use the tuner 'lora'." if full and n * 2.5 < limit else " Choose a smaller model."
+        what = "weights, gradients and optimizer" if full else "weights and their scores" if size == 8 else "weights"
+        smaller = " Use the tuner 'lora'." if card.float32_base and n * 2.5 < limit else " Choose a smaller model."
         smaller += f" The job itself allows max_memory {max_memory}." if max_memory else ""
         raise OutOfMemory(
             f"This job does not fit into memory: the {what} of {n:,} parameters alone need {n * size / 1e9:.1f} GB, "
@@ -78,7 +80,7 @@ def preflight(parts: Parts, build: Build, peak: meter.Peak) -> Plan:
     build: makes the job's optimizer over given parameters. Raises OutOfMemory when no setting fits.
     """
     parts.policy.model.train()
-    trainable = parts.tuner.trainable()
+    trainable = parts.tuner.at_once()
     limit = int(MARGIN * meter.limit(parse_bytes(parts.spec.max_memory) if parts.spec.max_memory else None))
     state, update = probe_optimizer(build, trainable)
     state = max(0, state - state_bytes(parts.optimizer))

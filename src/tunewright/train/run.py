@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from torch import nn
 
@@ -45,22 +46,27 @@ from tunewright.train.loop import Parts, announce_checkpoint, train
 from tunewright.train.optim import OPTIMIZERS, SCHEDULES
 from tunewright.train.plan import Plan, rate_factor, resolve
 from tunewright.train.preflight import Build, preflight, room_left, room_to_load
+from tunewright.train.prepare import prepare
 from tunewright.train.rows import load_groups
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
-from tunewright.tuners.lora import merge_adapter
+from tunewright.tuners.delta import merge_delta
+from tunewright.tuners.peft_adapter import merge_adapter
 
 COUNT_FROM_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}
+MERGE = {"adapter": merge_adapter, "delta": merge_delta}
 CSV_HEADER = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
 @dataclass(frozen=True)
 class Start:
-    """What the job starts from. weights: the model folder; adapter: an adapter to continue, or None."""
+    """What the job starts from. weights: the model folder. over: an adapter or delta over it to continue, or None;
+    record: what it is."""
 
     weights: Path
-    adapter: Path | None
+    over: Path | None
     base: str
+    record: Artefact | None = None
 
 
 def run_job(run: Run, home: Home, events: EventWriter, stop: Callable[[], bool]) -> dict[str, Any]:
@@ -103,8 +109,7 @@ def run_once(
 
     tuner: Tuner = part(TUNERS, spec.tuner)
     if earlier is None:
-        full = tuner.card.artefact == "weights"
-        dtype = room_to_load(start.weights, full, dtype, spec.dtype, spec.max_memory)
+        dtype = room_to_load(start.weights, tuner.card, dtype, spec.dtype, spec.max_memory)
     events.write("phase", "Loading the model", {"name": "loading", "done": 0, "total": 1})
     head = job_head(run, spec)
     if head is not None:
@@ -117,6 +122,7 @@ def run_once(
     )
     events.write("message", path.why)
     policy = Policy(model, autocast, fast=path.forward, embedding_noise=neftune(model, spec.neftune_alpha))
+    prepare(run, tuner, policy, objective, groups, spec.seed or 0, events, stop)
     plan = earlier or resolve(
         spec,
         groups,
@@ -130,6 +136,7 @@ def run_once(
         trainable=sum(p.numel() for p in tuner.trainable().values()),
         versions=versions(path.kernels),
     )
+    tuner.begin(plan.total_steps, plan.total_steps // plan.n_epochs)
     optimizer_class, optimizer_options = row(OPTIMIZERS, spec.optimizer)
     build = partial(optimizer_class.build, lr=plan.learning_rate, options=optimizer_options)
     schedule, schedule_options = row(SCHEDULES, spec.schedule)
@@ -185,7 +192,11 @@ def run_once(
 def row(table: Any, chosen: Any) -> tuple[Any, Any]:
     """(the table's entry, its validated options)."""
     entry = table.load(chosen.name)
-    return entry, entry.Options(**chosen.options)
+    try:
+        return entry, entry.Options(**chosen.options)
+    except ValidationError as e:  # options that do not go together; each alone was checked before
+        text = "; ".join(error["msg"].removeprefix("Value error, ") for error in e.errors())
+        raise SpecError(f"{table.kind} '{chosen.name}': {text}.", param=table.kind) from e
 
 
 def part(table: Any, chosen: Any) -> Any:
@@ -200,8 +211,8 @@ def find_start(run: Run, job: JobFile, home: Home, events: EventWriter) -> Start
     if job.start and artefact and artefact.kind == "weights":
         return Start(run.folder / job.start, None, BASE_IS_START)
     events.write("phase", f"Preparing the base model {job.base}", {"name": "base", "done": 0, "total": 1})
-    adapter = run.folder / job.start if job.start else None
-    return Start(materialise(job.base, home), adapter, job.base)
+    over = run.folder / job.start if job.start else None
+    return Start(materialise(job.base, home), over, job.base, artefact)
 
 
 def context_length(folder: Path) -> int:
@@ -215,14 +226,22 @@ def context_length(folder: Path) -> int:
 
 
 def attach(start: Start, tuner: Tuner, spec: JobSpec, dtype: torch.dtype, head: Head | None) -> nn.Module:
-    """Load the weights and make them trainable."""
+    """Load the weights and make them trainable. Raises SpecError if the tuner cannot go on from what is there."""
     whole = tuner.card.artefact == "weights"
+    if start.record is not None and not whole and start.record.kind != tuner.card.artefact:
+        was = start.record
+        raise SpecError(
+            f"The model to continue from is of kind '{was.kind}' (tuner {was.tuner.get('name')}); the tuner "
+            f"'{spec.tuner.name}' goes on from kind '{tuner.card.artefact}' only. Use the same tuner, or one that "
+            "trains all weights (full).",
+            param="tuner",
+        )
     model = load_model(start.weights, torch.float32 if tuner.card.float32_base else dtype, head).to(device())
-    if start.adapter is not None and whole:
-        model = merge_adapter(model, start.adapter)
+    if start.over is not None and start.record is not None and whole:
+        model = MERGE[start.record.kind](model, start.over)
     model = tuner.attach(model, seed=spec.seed or 0)
-    if start.adapter is not None and not whole:
-        tuner.load(start.adapter)
+    if start.over is not None and not whole:
+        tuner.load(start.over)
     return model
 
 

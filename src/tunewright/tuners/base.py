@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ class TunerCard:
 
     artefact: `adapter`, `delta`, `weights` or `recipe`. default_lr: learning rate when the job says `auto`.
     float32_base: load the base in float32 (it is what is trained); else in the dtype of the computation.
+    needs_data: what is trained is chosen in prepare(), by the gradients of some rows.
     """
 
     title: str
@@ -28,6 +29,7 @@ class TunerCard:
     works_on_nf4: bool
     default_lr: float
     float32_base: bool = False
+    needs_data: bool = False
 
 
 class Options(BaseModel):
@@ -37,10 +39,12 @@ class Options(BaseModel):
 
 
 class Tuner:
-    """One method of deciding what is trained. A subclass overrides the moments it needs; there is one level only.
+    """One method of deciding what is trained. A subclass overrides the moments it needs; there is one level only
+    (and at most one class between, for what several share: PeftTuner, Full, WholeTensors, Entries).
 
-    Order in a run: attach (once), [load (continuing from an artefact)], then per step before_step, on_gradients (after
-    the last micro-batch's backward, before clipping), penalty (added once a step), after_step; save at checkpoints.
+    Order in a run: attach (once), [load (continuing from an artefact)], [prepare], begin, then per step before_step,
+    penalty (added once a step), on_gradients (after the last backward, before clipping), update and after_step (not
+    when the update is skipped); save at checkpoints.
     """
 
     card: ClassVar[TunerCard]
@@ -57,8 +61,22 @@ class Tuner:
         """Name -> parameter of everything that is trained, in a stable order."""
         raise NotImplementedError
 
+    def at_once(self) -> dict[str, nn.Parameter]:
+        """Those of trainable() that have gradients and optimizer state at the same time: what memory must hold."""
+        return self.trainable()
+
+    def begin(self, total_steps: int, steps_per_epoch: int) -> None:
+        """Once, before the first step and before a checkpoint is loaded: how long the job is."""
+
+    def prepare(self, gradients: Callable[[int], Iterator[None]]) -> None:
+        """Where the card says `needs_data`: once in a job, after attach and before trainable() is asked for.
+
+        gradients(n): goes through n rows in turn; at each, the gradient of that row's summed loss has been added to
+        the model's parameters, which it leaves to its caller to drop.
+        """
+
     def before_step(self, step: int) -> None:
-        """Before the step's first forward. step: 1-based."""
+        """Before the step's first forward. step: 1-based. May come again for the same step, which then starts anew."""
 
     def on_gradients(self, step: int) -> None:
         """After the step's backward, before clipping."""
@@ -66,6 +84,10 @@ class Tuner:
     def penalty(self) -> Tensor | None:
         """A scalar added once a step to the loss, or None."""
         return None
+
+    def update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """The optimizer's update, after clipping. Overridden where it must not move or remember everything."""
+        optimizer.step()
 
     def after_step(self, step: int) -> None:
         """After the optimizer's update."""
@@ -75,6 +97,13 @@ class Tuner:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What resuming needs and JSON should not hold (scores, masks of single weights), not part of the artefact."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what tensors() gave; called after load() and load_state()."""
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tunewright.core.errors import CheckpointError
 
@@ -22,7 +23,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"The weights file {path.name} is damaged: {e}") from e
 
 
-def copy_into(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], what: str) -> None:
+def copy_into(parameters: Mapping[str, Tensor], tensors: dict[str, Tensor], what: str) -> None:
     """Set the parameters from tensors of the same names and shapes. Raises CheckpointError and changes nothing else."""
     wrong = sorted(set(parameters) ^ set(tensors))
     wrong += [k for k in parameters if k in tensors and parameters[k].shape != tensors[k].shape]

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tunewright.core.errors import SpecError, did_you_mean
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's layers are Conv1D: a linear layer with its weight transposed
+
+# options that several tuners have
+Targets = Annotated[
+    Literal["all-linear"] | list[str],
+    Field(description="names of linear layers, or all-linear: each one of the blocks, not the LM head"),
+]
+Dropout = Annotated[
+    float,
+    Field(ge=0, le=0.9, description="share of the adapter's inputs that is zero in a step; without the fast path"),
+]
 
 
 def task_type(model: Any) -> str:
@@ -40,17 +51,17 @@ def linear_layers(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def lora_config(model: Any, wanted: str | list[str]) -> dict[str, Any]:
-    """The fields of peft's LoraConfig that depend on the model: targets, what is saved whole, the task.
+def target_fields(model: Any, wanted: str | list[str], tuner: str) -> dict[str, Any]:
+    """The fields of peft's configs that depend on the model: targets, what is saved whole, the task.
 
-    wanted: `all-linear` or names of layers. Raises SpecError if the model has no such layer.
+    wanted: `all-linear` or names of layers. tuner: its name, for errors. Raises SpecError for an unknown layer.
     """
     layers = linear_layers(model)
     leaves = sorted({name.rpartition(".")[2] for name in layers})
     for target in [] if wanted == "all-linear" else wanted:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
+        if not any(is_target(name, [target]) for name in layers):
             raise SpecError(
-                f"tuner 'lora', option target_modules: the model has no linear layer '{target}' that can be adapted."
+                f"tuner '{tuner}', option target_modules: the model has no linear layer '{target}' that can be adapted."
                 f"{did_you_mean(target, leaves)} It has: {', '.join(leaves)}.",
                 param="tuner",
             )
@@ -63,10 +74,16 @@ def lora_config(model: Any, wanted: str | list[str]) -> dict[str, Any]:
         "target_modules": targets,
         "modules_to_save": whole or None,
         "exclude_modules": within or None,
-        "fan_in_fan_out": all(isinstance(m, Conv1D) for name, m in layers.items() if _is_target(name, targets)),
+        "fan_in_fan_out": all(isinstance(m, Conv1D) for name, m in layers.items() if is_target(name, targets)),
         "task_type": task_type(model),
     }
 
 
-def _is_target(name: str, targets: list[str]) -> bool:
+def full_names(model: Any, targets: list[str]) -> list[str]:
+    """The full names of the layers that the targets stand for."""
+    return [name for name in linear_layers(model) if is_target(name, targets)]
+
+
+def is_target(name: str, targets: list[str]) -> bool:
+    """Whether a module's full name is one of the targets, or ends with one."""
     return any(name == t or name.endswith(f".{t}") for t in targets)

@@ -11,7 +11,8 @@ from torch import nn
 from tunewright.train.optim.base import Card, Options, decay_groups
 
 # parts of the names of embeddings and heads: tables of rows, not maps between hidden spaces
-NOT_HIDDEN = ("embed", "wte", "wpe", "lm_head", "shared", "classifier", "score", "head.")
+# (and columns of single entries that a tuner has selected)
+NOT_HIDDEN = (".selected", "embed", "wte", "wpe", "lm_head", "shared", "classifier", "score", "head.")
 
 
 class Muon:

@@ -1,0 +1,71 @@
+"""Every adapter on every kind of model: it starts as the base, learns, comes back from its files; or says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_families import built, groups_of, is_head, load, our_loss  # noqa: F401 a fixture
+from torch import nn
+
+import tiny
+from tunewright.core.errors import SpecError
+from tunewright.core.example import Group
+from tunewright.models.policy import Policy
+from tunewright.objectives.classify import Classify
+from tunewright.objectives.sft import SFT
+from tunewright.ops.packing import collate
+from tunewright.tuners import TUNERS
+
+pytestmark = pytest.mark.slow
+ADAPTERS = [name for name in TUNERS if TUNERS.load(name).card.artefact == "adapter"]
+OPTIONS: dict[str, dict[str, Any]] = {"oft": {"block_size": 8}, "vera": {"r": 16}}
+# what a tuner cannot do, and how its error begins
+REFUSED = {
+    ("oft", "gpt2"): "tuner 'oft' cannot rotate",
+    ("parallel", "bert"): "tuner 'parallel': no MLP was found",
+    ("parallel", "roberta"): "tuner 'parallel': no MLP was found",
+    ("houlsby", "mixtral"): "tuner 'houlsby': no MLP output was found",
+    ("pfeiffer", "mixtral"): "tuner 'pfeiffer': no MLP output was found",
+    ("ia3", "mixtral"): "tuner 'ia3' does not know",
+}
+
+
+def loss(family: str, model: nn.Module, groups: list[Group]) -> float:
+    objective: Any = Classify(Classify.Options()) if is_head(family) else SFT(SFT.Options())
+    batch = collate(groups)
+    return float(objective(Policy(model), batch)["loss"].total) / objective.weights(batch)["loss"]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_it_starts_as_the_base_learns_and_comes_back(built: Any, tmp_path: Path, family: str, name: str) -> None:  # noqa: F811
+    part = TUNERS.load(name)
+    tuner, groups = part(part.Options(**OPTIONS.get(name, {}))), groups_of(family)
+    if (name, family) in REFUSED:
+        with pytest.raises(SpecError, match=REFUSED[name, family]):
+            tuner.attach(load(family, built(family)), 0)
+        return
+    base = load(family, built(family))
+    before = our_loss(family, base, groups)
+    model = tuner.attach(load(family, built(family)), 0)
+    assert our_loss(family, model, groups) == pytest.approx(before, abs=1e-6)
+    trained = tuner.trainable()
+    model.zero_grad()
+    optimizer = torch.optim.AdamW(trained.values(), lr=part.card.default_lr)
+    for _ in range(6):
+        our_loss(family, model, groups)
+        optimizer.step()
+        optimizer.zero_grad()
+    after = our_loss(family, model, groups)
+    assert all(p.grad is not None for p in trained.values())
+    assert after < before
+    with tuner.off(), torch.no_grad():
+        assert loss(family, model, groups) == pytest.approx(before, abs=1e-6)
+    tuner.save(tmp_path, "base")
+    fresh = part(part.Options(**OPTIONS.get(name, {})))
+    again = fresh.attach(load(family, built(family)), 5)
+    fresh.load(tmp_path)
+    assert our_loss(family, again, groups) == pytest.approx(after, abs=1e-6)
