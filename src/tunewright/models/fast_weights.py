@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,13 +71,17 @@ class Linear:
     def updates(self) -> list[LowRank | None]:
         """The low-rank matrices that are on at present."""
         return [
-            None if low is None or layer.disable_adapters else low
+            None
+            if low is None or layer.disable_adapters
+            else replace(low, scale=layer.scaling[layer.active_adapters[0]])  # type: ignore[index]
             for low, layer in zip(self.low, self.layers, strict=True)
         ]
 
-    def places(self) -> tuple[int, ...]:
-        """Where the matrices that are on at present lie in memory."""
-        return tuple(p.data_ptr() for low in self.updates() if low is not None for p in (low.a, low.b))
+    def places(self) -> tuple[Any, ...]:
+        """Where the matrices that are on at present lie in memory, and their scales."""
+        return tuple(
+            value for u in self.updates() if u is not None for value in (u.a.data_ptr(), u.b.data_ptr(), u.scale)
+        )
 
     def all_parameters(self) -> list[nn.Parameter]:
         """What is trained, updates that are off included."""

@@ -20,7 +20,10 @@ def merge(
     suffix: Annotated[str, typer.Option(help="In the new model's name.")] = "",
     home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
 ) -> None:
-    """Make one model of several adapters of one base and print its name; it is served like any other."""
+    """Make one model of several adapters of one base; print its name.
+
+    It is served like any other.
+    """
     from tunewright.core.errors import UserError
     from tunewright.core.home import find_home
     from tunewright.jobs.combined import combine_models
