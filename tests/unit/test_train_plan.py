@@ -7,6 +7,7 @@ import pytest
 from tunewright.core.errors import SpecError
 from tunewright.core.example import Example, Group
 from tunewright.core.spec import parse_spec
+from tunewright.train.fit import fullest_step
 from tunewright.train.plan import Plan, auto_batch_size, auto_epochs, resolve, step_rows, valid_rows
 from tunewright.tuners.base import TunerCard
 
@@ -39,6 +40,17 @@ def test_each_epoch_sees_every_row_once(n: int, batch: int, epochs: int) -> None
         rows = [i for step in seen[e * per_epoch : (e + 1) * per_epoch] for i in step]
         assert sorted(rows) == list(range(n))
     assert all(len(s) == batch for i, s in enumerate(seen) if (i + 1) % per_epoch)
+
+
+@pytest.mark.parametrize(("n", "batch", "epochs"), [(10, 4, 3), (33, 8, 2), (7, 8, 1)])
+def test_the_fullest_step_is_one_that_comes(n: int, batch: int, epochs: int) -> None:
+    plan = plan_of(n, batch_size=batch, n_epochs=epochs)
+    lengths = [2 + 7 * i % 31 for i in range(n)]
+    groups = [Group((Example((1,) * k, (1.0,) * k, i + 1),)) for i, k in enumerate(lengths)]
+    steps = [step_rows(plan, s) for s in range(1, plan.total_steps + 1)]
+    found = fullest_step(plan, groups)
+    assert found in steps
+    assert sum(lengths[i] for i in found) == max(sum(lengths[i] for i in rows) for rows in steps)
 
 
 def test_order_differs_by_epoch_and_seed_and_is_repeatable() -> None:

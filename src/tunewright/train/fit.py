@@ -20,6 +20,7 @@ from tunewright.models import memory
 from tunewright.models.memory import CHECKPOINTING, Setting
 from tunewright.train import meter
 from tunewright.train.loop import Parts, accumulate
+from tunewright.train.plan import Plan, order
 from tunewright.tuners.base import parameter_bytes
 
 SMALLEST = 128
@@ -54,8 +55,9 @@ def fitting(parts: Parts, room: Room, peak: meter.Peak) -> Iterator[Parts]:
     ratio = 0.0  # measured against counted, unknown at first
     dtype = parts.plan.dtype
     least = float("inf")
-    for tokens, checkpointing in settings(parts):
-        heavy = heaviest(parts.groups, tokens, parts.plan.batch_size)
+    fullest = fullest_step(parts.plan, parts.groups)
+    for tokens, checkpointing in settings(parts, fullest):
+        heavy = heaviest_of(parts, fullest, tokens)
         counted = room.activations(_tokens(heavy), checkpointing, dtype)
         tried = with_setting(parts, tokens, checkpointing)
         if not ratio and room.fixed + counted > 0.4 * room.limit:
@@ -71,7 +73,7 @@ def fitting(parts: Parts, room: Room, peak: meter.Peak) -> Iterator[Parts]:
     raise OutOfMemory(refusal(parts, room, least, max(ratio, 0.1)))
 
 
-def settings(parts: Parts) -> list[tuple[int, str]]:
+def settings(parts: Parts, fullest: Sequence[int]) -> list[tuple[int, str]]:
     """(micro-batch tokens, checkpointing), the fastest first. What the job fixes is kept, but a micro-batch may shrink.
 
     Sizes at which the heaviest micro-batch is the same one appear once.
@@ -82,9 +84,27 @@ def settings(parts: Parts) -> list[tuple[int, str]]:
     sizes_ = [first]
     while sizes_[-1] // 2 >= SMALLEST:
         sizes_.append(sizes_[-1] // 2)
-    distinct = {_tokens(heaviest(parts.groups, t, parts.plan.batch_size)): t for t in reversed(sizes_)}
+    distinct = {_tokens(heaviest_of(parts, fullest, t)): t for t in reversed(sizes_)}
     found = [(t, kind) for t in distinct.values() for kind in kinds]
     return sorted(found, key=lambda s: RECOMPUTING[s[1]] * next(c for t, c in FEW_ROWS if s[0] >= t))
+
+
+def fullest_step(plan: Plan, groups: Sequence[Group]) -> list[int]:
+    """The rows of the job's step that has the most tokens."""
+    lengths, most, rows = sizes(groups)[:, TOKENS], 0, []
+    for epoch in range(plan.n_epochs):
+        ordered = order(plan.seed, epoch, plan.n_rows)
+        sums = np.add.reduceat(lengths[ordered], np.arange(0, plan.n_rows, plan.batch_size))
+        if sums.max() > most:
+            at = int(sums.argmax()) * plan.batch_size
+            most, rows = sums.max(), ordered[at : at + plan.batch_size].tolist()
+    return rows
+
+
+def heaviest_of(parts: Parts, fullest: Sequence[int], tokens: int) -> list[Group]:
+    """The heaviest micro-batch of the job: its fullest step where that is one micro-batch, else one as full as can be."""
+    whole = [parts.groups[i] for i in fullest]
+    return whole if _tokens(whole) <= tokens else heaviest(parts.groups, tokens, parts.plan.batch_size)
 
 
 def heaviest(groups: Sequence[Group], tokens: int, batch_size: int) -> list[Group]:
