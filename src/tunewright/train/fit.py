@@ -102,7 +102,7 @@ def fullest_step(plan: Plan, groups: Sequence[Group]) -> list[int]:
 
 
 def heaviest_of(parts: Parts, fullest: Sequence[int], tokens: int) -> list[Group]:
-    """The heaviest micro-batch of the job: its fullest step where that is one micro-batch, else one as full as can be."""
+    """The job's heaviest micro-batch: its fullest step where that is one micro-batch, else one as full as can be."""
     whole = [parts.groups[i] for i in fullest]
     return whole if _tokens(whole) <= tokens else heaviest(parts.groups, tokens, parts.plan.batch_size)
 
