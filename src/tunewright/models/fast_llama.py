@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tunewright.models.fast_serves import WINDOWS, head_dim, tiles_fit
-from tunewright.models.fast_weights import Layer, Norm, Room, norm_parameters
+from tunewright.models.fast_weights import Layer, Linear, Norm, Room, norm_parameters
 from tunewright.models.layouts import causal_lm, decoder_of
 from tunewright.models.policy import head_of
 from tunewright.ops.attention import segment_attention
@@ -67,17 +67,17 @@ class Packed:
 class Kept:
     """What the backward of a layer needs of its forward; only x is kept when the layer is computed again.
 
+    What the norms made of x and mid is always made again: writing it to memory and reading it there takes as long.
+
     small: [2 + heads, T] float32, 1/rms of both norms and the attention's log-sum-exp. graph: attention without tiles.
     """
 
     x: Tensor
     small: Tensor | None = None
-    xn: Tensor | None = None
     qkv: Tensor | None = None
     attended: Tensor | None = None
     graph: tuple[Tensor, Tensor] | None = None
     mid: Tensor | None = None
-    xn2: Tensor | None = None
     gu: Tensor | None = None
 
 
@@ -176,11 +176,11 @@ class FastLlama:
         """(hidden [T, D], what each layer keeps, the last layer's output, 1/rms of it)."""
         x = self.embedding[b.tokens_T].to(self.dtype)
         x[b.n :] = 0
-        h = torch.empty(b.total, max(layer.down.product.wide_in for layer in self.layers), dtype=self.dtype)
+        own = self._own_room(b)
         lowest = self.lowest() if keep else len(self.layers)
         kept: list[Kept] = []
         for i, layer in enumerate(self.layers):
-            x, k = self._layer(layer, x, b, h)
+            x, k = self._layer(layer, x, b, own)
             if i >= lowest:
                 again = {"none": False, "selective": i % 2 == 1, "full": True}[self.checkpointing]
                 kept.append(Kept(k.x) if again else k)
@@ -193,13 +193,18 @@ class FastLlama:
             return 0
         return min((i for i, layer in enumerate(self.layers) if layer.trained), default=len(self.layers))
 
-    def _layer(self, w: Layer, x: Tensor, b: Packed, h: Tensor) -> tuple[Tensor, Kept]:
-        """(the layer's output, all that its backward needs). h: memory for the input of down."""
-        qkv_in, o_in, gu_in, d = w.qkv.product.wide_in, w.o.product.wide_in, w.gate_up.product.wide_in, x.shape[1]
+    def _own_room(self, b: Packed) -> Room:
+        """Memory for one layer's inputs of its products, used again by the next layer."""
+        return Room(b.total, max(_inputs(layer) for layer in self.layers), self.dtype)
+
+    def _layer(self, w: Layer, x: Tensor, b: Packed, own: Room) -> tuple[Tensor, Kept]:
+        """(the layer's output, all that its backward needs)."""
+        own.at = 0
+        o_in, d = w.o.product.wide_in, x.shape[1]
         gu_out = w.gate_up.product.n + BLOCK  # without the spare columns rows would share few sets of the cache
-        room = Room(b.total, qkv_in + self.shape.v.stop + o_in + d + gu_in + gu_out, self.dtype)
+        room = Room(b.total, self.shape.v.stop + o_in + d + gu_out, self.dtype)
         small = torch.empty(2 + self.shape.heads, b.total)
-        xn = self._rmsnorm(x, w.norm1.weight, room.take(qkv_in), small[0])
+        xn = self._rmsnorm(x, w.norm1.weight, own.take(w.qkv.product.wide_in), small[0])
         qkv = room.take(self.shape.v.stop)
         w.qkv.product.forward(xn, qkv)
         if w.qkv.bias is not None:
@@ -209,13 +214,12 @@ class FastLlama:
         graph = self._attention(qkv, attended, small[2:], b)
         mid = room.take(d)
         w.o.product.forward(attended, mid, "add", x)
-        xn2 = self._rmsnorm(mid, w.norm2.weight, room.take(gu_in), small[1])
-        gu = room.take(gu_out)
-        h = h[:, : w.down.product.wide_in]
+        xn2 = self._rmsnorm(mid, w.norm2.weight, own.take(w.gate_up.product.wide_in), small[1])
+        gu, h = room.take(gu_out), own.take(w.down.product.wide_in)
         w.gate_up.product.forward(xn2, gu, "swiglu", h)
         out = torch.empty(b.total, d, dtype=self.dtype)
         w.down.product.forward(h, out, "add", mid)
-        return out, Kept(x, small, xn, qkv, attended, graph, mid, xn2, gu)
+        return out, Kept(x, small, qkv, attended, graph, mid, gu)
 
     def _rmsnorm(self, x: Tensor, weight: Tensor, to: Tensor, rstd: Tensor) -> Tensor:
         sizes = (rstd, x.shape[0], x.shape[1])
@@ -254,19 +258,19 @@ class FastLlama:
         found: list[list[Tensor]] = []
         d, widest = last.shape[1], max(layer.down.product.wide_out for layer in self.layers)
         turns = [torch.empty(b.total, widest, dtype=self.dtype) for _ in range(2)]
-        h = torch.empty(b.total, max(layer.down.product.wide_in for layer in self.layers), dtype=self.dtype)
+        own = self._own_room(b)
         scratch = Room(b.total, max(_scratch(layer, d) for layer in self.layers), self.dtype)
         dx = turns[0][:, : self.layers[-1].down.product.wide_out]
         g_norm = self._rmsnorm_backward(grad, last, self.norm, rstd, None, dx)
         for i in range(len(self.layers) - 1, lowest - 1, -1):
             layer, k = self.layers[i], kept.pop()
             if k.gu is None:
-                _, k = self._layer(layer, k.x, b, h)
+                _, k = self._layer(layer, k.x, b, own)
             turns.reverse()
             below = self.layers[i - 1].down.product.wide_out if i > lowest else d
             to = turns[0][:, :below] if i > lowest or self.embedding.requires_grad or layer.norm1.trained else None
-            scratch.at = 0
-            found.append(self._layer_backward(layer, k, b, dx, to, h[:, : layer.down.product.wide_in], scratch))
+            scratch.at = own.at = 0
+            found.append(self._layer_backward(layer, k, b, dx, to, own, scratch))
             if to is not None:
                 dx = to
         g_embedding = [self._embedding_gradient(b, dx[: b.n, :d])] if self.embedding.requires_grad else []
@@ -279,20 +283,19 @@ class FastLlama:
         return grad_VD
 
     def _layer_backward(
-        self, w: Layer, k: Kept, b: Packed, dx: Tensor, to: Tensor | None, h: Tensor, scratch: Room
+        self, w: Layer, k: Kept, b: Packed, dx: Tensor, to: Tensor | None, own: Room, scratch: Room
     ) -> list[Tensor]:
         """dx: gradient of the layer's output, wide_out columns of `down`. to: where its input's goes, or None."""
-        assert k.small is not None and k.xn is not None and k.mid is not None and k.xn2 is not None
-        assert k.attended is not None and k.gu is not None
+        assert k.small is not None and k.mid is not None and k.attended is not None and k.gu is not None
         rstd1, rstd2, lse = k.small[0], k.small[1], k.small[2:]
-        dgu = scratch.take(w.gate_up.product.wide_out)
+        dgu, h = scratch.take(w.gate_up.product.wide_out), own.take(w.down.product.wide_in)
         w.down.product.backward(dx, dgu, "swiglu_backward", k.gu, h)
         if w.down.low_rank:
             w.down.product.forward(h, None)
         g_down = w.down.gradients(h, dx)
         dn = scratch.take(k.x.shape[1])
         w.gate_up.product.backward(dgu, dn)
-        g_gate_up = w.gate_up.gradients(k.xn2, dgu)
+        g_gate_up = w.gate_up.gradients(self._normed_again(k.mid, w.norm2, rstd2, w.gate_up, own), dgu)
         dmid = scratch.take(w.o.product.wide_out)
         g_norm2 = self._rmsnorm_backward(dn, k.mid, w.norm2, rstd2, dx, dmid)
         dout = scratch.take(w.o.product.k)
@@ -307,8 +310,17 @@ class FastLlama:
         else:
             w.qkv.product.backward(dqkv, dn)
             g_norm1 = self._rmsnorm_backward(dn, k.x, w.norm1, rstd1, dmid, to)
-        g_qkv = w.qkv.gradients(k.xn, dqkv)
+        g_qkv = w.qkv.gradients(self._normed_again(k.x, w.norm1, rstd1, w.qkv, own), dqkv)
         return [*g_qkv, *g_o, *g_gate_up, *g_down, *g_norm1, *g_norm2]
+
+    def _normed_again(self, x: Tensor, norm: Norm, rstd: Tensor, linear: Linear, own: Room) -> Tensor | None:
+        """The input of `linear` as the forward had it, where a gradient needs it."""
+        if not linear.trained:
+            return None
+        xn = self._rmsnorm(x, norm.weight, own.take(linear.product.wide_in), rstd)
+        if linear.low_rank:
+            linear.product.forward(xn, None)
+        return xn
 
     def _rmsnorm_backward(
         self, dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor | None, to: Tensor
@@ -332,6 +344,11 @@ class FastLlama:
         sizes = self._attention_sizes(k.qkv, k.attended, lse, b)  # type: ignore[arg-type]
         to = (dqkv, dqkv[:, s.k], dqkv[:, s.v], dqkv.stride(0))
         self.kernels("attention_backward_tiles", *sizes, dout, dout.stride(0), *to)
+
+
+def _inputs(w: Layer) -> int:
+    """Columns of the inputs of one layer's products that its backward makes again."""
+    return w.qkv.product.wide_in + w.gate_up.product.wide_in + w.down.product.wide_in
 
 
 def _scratch(w: Layer, d: int) -> int:

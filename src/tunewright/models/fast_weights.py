@@ -97,8 +97,10 @@ class Linear:
         """What is trained, in the order of gradients()."""
         return [p for u in self.product.updates if u is not None for p in (u.a, u.b)] + self.whole  # type: ignore[misc]
 
-    def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
-        """Of parameters(), float32."""
+    def gradients(self, x: Tensor | None, dy: Tensor) -> list[Tensor]:
+        """Of parameters(), float32. x: may be None where nothing is trained."""
+        if x is None:
+            return []
         low = self.product.gradients(x, dy) if self.low_rank else []
         found = [g for pair in low if pair is not None for g in pair]
         if not self.whole:
