@@ -72,6 +72,16 @@ def _tokenizer() -> Any:
     )
 
 
+# widths that are multiples of a tile; 3 query heads to a key/value head, as SmolLM2
+TILED: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 320,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 3,
+}
+
+
 def build_tiny_model(folder: Path | str, seed: int = 0, **changes: Any) -> Path:
     """Write config, safetensors, tokenizer and generation_config of a 2-layer Llama; returns the folder.
 

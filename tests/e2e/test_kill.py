@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from faults import STEPS, Machine, story
 
+import tiny
+from tunewright.ops.kernels import Kernels
+
 pytestmark = pytest.mark.slow
 # found by looking: the tiny rows have about 40 to 110 tokens, so this leaves one or two of them in a micro-batch
 OOM = [7, 130]
@@ -118,6 +121,25 @@ def test_a_damaged_checkpoint_is_set_aside(golden: Golden) -> None:
     assert story(run) == golden.story
     assert any("damaged" in e.message and e.level == "warn" for e in run.events())
     assert newest.with_name(f"{newest.name}.damaged").exists()
+
+
+@pytest.fixture(scope="module")
+def on_tiles(tmp_path_factory: pytest.TempPathFactory, kernels: Kernels) -> Iterator[Machine]:
+    if not kernels.tiles:
+        pytest.skip("this processor has no AMX tiles")
+    root = tmp_path_factory.mktemp("tiles")
+    made = Machine(root / "home", tiny.build_tiny_model(root / "model", **tiny.TILED))
+    yield made
+    made.close()
+
+
+def test_the_fast_path_on_tiles_is_as_exact(on_tiles: Machine) -> None:
+    """In bfloat16, killed in saves, between micro-batches, and after memory ran out."""
+    for faults in ({}, {"oom": OOM}):
+        golden = Golden(on_tiles, {"dtype": "bfloat16", "threads": 2}, **faults)
+        assert golden.plan["versions"]["kernels"] == "tiles"
+        golden.check(killed(golden, "save", 0), killed(golden, "pack", 0))
+        golden.check(killed(golden, "pack", 1))
 
 
 CHOOSING = [{"name": "fishmask", "k": 400}, {"name": "half", "round_steps": 4}]

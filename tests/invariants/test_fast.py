@@ -26,15 +26,6 @@ from tunewright.ops.prefix import share_prefixes
 from tunewright.train.fast import choose_path
 from tunewright.tuners.full import Full
 
-# widths that are multiples of a tile; 3 query heads to a key/value head, as SmolLM2
-TILED: dict[str, Any] = {
-    "hidden_size": 192,
-    "intermediate_size": 320,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 3,
-}
-
 
 @pytest.fixture(scope="module")
 def groups(tiny_model_dir: Path) -> list[Group]:
@@ -194,7 +185,7 @@ def test_weights_that_an_optimizer_moved_are_read_again(
 def tiled(tmp_path: Path, kernels: Kernels) -> Path:
     if not kernels.tiles:
         pytest.skip("this processor has no AMX tiles")
-    return tiny.build_tiny_model(tmp_path / "tiled", **TILED)
+    return tiny.build_tiny_model(tmp_path / "tiled", **tiny.TILED)
 
 
 def rounded(folder: Path) -> tuple[nn.Module, nn.Module]:
