@@ -52,6 +52,7 @@ def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
 def _unusual(layer: LoraLayer) -> str | None:
     found = {
         "more than one adapter": len(layer.active_adapters) > 1,
+        "three matrices (AdaLoRA)": hasattr(layer, "lora_E"),
         "DoRA or another variant": any(bool(v) for v in (layer.lora_variant or {}).values()),
         "dropout": any(not isinstance(d, nn.Identity) for d in layer.lora_dropout.values()),
         "a bias in its update": any(layer.lora_bias.values()),

@@ -83,8 +83,6 @@ class AdaLoRA(PeftTuner):
         self.layers = {name: m for name, m in wrapped.named_modules() if hasattr(m, "lora_E")}
         self.scores = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.triplets().items()}
         self.pruned, self.on = False, dict[str, Tensor]()
-        for layer in self.layers.values():
-            layer.lora_variant["default"] = "svd"  # type: ignore[operator]  # says that this is more than a product B A
         return wrapped
 
     def begin(self, total_steps: int, steps_per_epoch: int) -> None:
