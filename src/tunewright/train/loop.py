@@ -177,7 +177,7 @@ def optimize(parts: Parts, step: int, groups: Sequence[Group], state: State) -> 
 
     A loss or gradient that is not finite skips the update (train/recovery.py).
     """
-    parameters = list(parts.tuner.trainable().values())
+    parameters = trained(parts.optimizer)
     for group in parts.optimizer.param_groups:
         group["lr"] = parts.rate(step)
     means = parts.with_room(step, "train", groups, lambda tokens: gradients(parts, step, groups, tokens, state))
@@ -193,6 +193,11 @@ def optimize(parts: Parts, step: int, groups: Sequence[Group], state: State) -> 
         state.alarms += 1
         skip(parts.run, parts.plan, parts.events, state, step, rows_of(groups))
     return means, norm
+
+
+def trained(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """All that is trained. The tuner knows it too, but looks through the whole model for it."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def clip(parameters: list[torch.nn.Parameter], limit: float) -> float:
@@ -218,7 +223,7 @@ def gradients(parts: Parts, step: int, groups: Sequence[Group], tokens: int, sta
         penalty = parts.tuner.penalty()
         if penalty is not None:
             (penalty * state.loss_scale).backward()
-        fits = scaling.unscale(parts.tuner.trainable().values(), state)
+        fits = scaling.unscale(trained(parts.optimizer), state)
         if fits or not math.isfinite(sums["loss"]):
             return means_of(sums, weights)
 
