@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from tunewright.core.errors import OutOfMemory, is_out_of_memory
 from tunewright.core.example import Group
@@ -24,6 +23,7 @@ from tunewright.train.plan import Plan, order
 from tunewright.tuners.base import parameter_bytes
 
 SMALLEST = 128
+STARTS = 32  # micro-batches that are filled to find the fullest
 CAUTION = 1.15  # on what a small micro-batch says of a large one
 # what a step costs against the fastest setting: recomputing layers, and less efficient products of few rows
 RECOMPUTING = {"none": 1.0, "selective": 1.17, "full": 1.34}
@@ -108,16 +108,27 @@ def heaviest_of(parts: Parts, fullest: Sequence[int], tokens: int) -> list[Group
 
 
 def heaviest(groups: Sequence[Group], tokens: int, batch_size: int) -> list[Group]:
-    """The fullest micro-batch that a step could have: the longest groups, filled up with the longest that still fit."""
+    """The fullest micro-batch that a step could have: a group and the longest that still fit, from several starts."""
     lengths = sizes(groups)[:, TOKENS]
-    chosen, room, shortest = [], tokens, int(lengths.min())
-    for i in np.argsort(-lengths, kind="stable"):
-        if len(chosen) == batch_size or (chosen and room < shortest):
+    longest_first = np.argsort(-lengths, kind="stable")
+    negative = -lengths[longest_first]
+    starts = np.unique(np.linspace(0, len(lengths) - 1, STARTS).astype(int))
+    found = [_filled(negative, int(start), tokens, batch_size) for start in starts]
+    fullest = max(found, key=lambda places: (-negative[places].sum(), (negative[places] ** 2).sum()))
+    return [groups[int(i)] for i in longest_first[fullest]]
+
+
+def _filled(negative: np.ndarray, start: int, tokens: int, batch_size: int) -> list[int]:
+    """Places in the ascending negative lengths: the start, and after it each first one for which there is room."""
+    places, room, at = [start], tokens + int(negative[start]), start + 1
+    while len(places) < batch_size:
+        at = max(at, int(np.searchsorted(negative, -room)))
+        if at >= len(negative):
             break
-        if not chosen or lengths[i] <= room:
-            chosen.append(int(i))
-            room -= int(lengths[i])
-    return [groups[i] for i in chosen]
+        places.append(at)
+        room += int(negative[at])
+        at += 1
+    return places
 
 
 def with_setting(parts: Parts, tokens: int, checkpointing: str) -> Parts:
@@ -128,7 +139,8 @@ def with_setting(parts: Parts, tokens: int, checkpointing: str) -> Parts:
 def run_heaviest(parts: Parts, heavy: Sequence[Group], peak: meter.Peak) -> int | None:
     """Bytes at the peak of forward and backward over the heaviest micro-batch; None when memory ran out.
 
-    Where steps have several micro-batches, the gradients of earlier ones are there while it runs.
+    Where steps have several micro-batches it is run twice: the gradients of the first are there in the second, and the
+    allocator's holes.
     """
     longest = np.sort(sizes(parts.groups)[:, TOKENS])[-parts.plan.batch_size :].sum()
     several = longest > parts.plan.micro_batch_tokens and parts.plan.batch_size > 1
@@ -136,9 +148,8 @@ def run_heaviest(parts: Parts, heavy: Sequence[Group], peak: meter.Peak) -> int 
     meter.release()
     peak.restart()
     try:
-        for p in parts.tuner.trainable().values() if several else ():
-            p.grad = torch.zeros_like(p)
-        accumulate(parts, heavy, max(parts.plan.micro_batch_tokens, _tokens(heavy)), step=0)
+        for _ in range(2 if several else 1):
+            accumulate(parts, heavy, max(parts.plan.micro_batch_tokens, _tokens(heavy)), step=0)
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
