@@ -19,7 +19,7 @@ from tunewright.objectives.sft import SFT
 from tunewright.ops.packing import collate
 from tunewright.tuners import TUNERS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 ADAPTERS = [name for name in TUNERS if TUNERS.load(name).card.artefact == "adapter"]
 OPTIONS: dict[str, dict[str, Any]] = {"oft": {"block_size": 8}, "vera": {"r": 16}}
 # what a tuner cannot do, and how its error begins

@@ -340,8 +340,9 @@ def test_hidden_states_that_the_plain_modules_made_take_the_plain_head(
     ],
 )
 def test_the_path_is_chosen_and_told(
-    tiny_model_dir: Path, tmp_path: Path, wanted: str, room: float, name: str, why: str
+    tiny_model_dir: Path, pytestconfig: pytest.Config, kernels: Kernels, wanted: str, room: float, name: str, why: str
 ) -> None:
     _, model = lora(tiny_model_dir)
-    chosen = choose_path(model, torch.float32, 1, tmp_path, wanted, room)
+    compiled = pytestconfig.rootpath / ".pytest_cache" / "kernels"
+    chosen = choose_path(model, torch.float32, 1, compiled, wanted, room)
     assert (chosen.name, chosen.forward is None) == (name, name == "plain") and why in chosen.why
