@@ -120,8 +120,6 @@ class TileProduct(Product):
         self, kernels: Kernels, weights: Sequence[Tensor], ranks: Sequence[int], rows: Sequence[Tensor | slice]
     ) -> None:
         super().__init__(kernels, weights, ranks, rows)
-        self._down, self._low_back = (torch.zeros(self.r * self.k, dtype=self.dtype) for _ in range(2))
-        self._up, self._low = (torch.zeros(self.r * self.n, dtype=self.dtype) for _ in range(2))
         self._weights = [w.contiguous() for w in weights]
         self._places = [_place(rows) for rows in self.rows]
         self._addresses = torch.zeros(self.n // 16, dtype=torch.int64)
@@ -131,7 +129,7 @@ class TileProduct(Product):
         self.set_updates([None] * len(ranks))
 
     def set_updates(self, updates: Sequence[LowRank | None]) -> None:
-        """The updates as structs of C (tiles.h, Update and Updated): nine numbers of 8 bytes each."""
+        """The updates as structs of C (linear.h, Update and Updated), numbers of 8 bytes each."""
         super().set_updates(updates)
         table, self._sizes, at = [], [], 0
         for update, (first, spread), ranks in zip(self.updates, self._places, self.ranks, strict=True):
@@ -143,14 +141,11 @@ class TileProduct(Product):
             self._sizes.append(n * r)
             at += n * r
         self._table = torch.tensor(table)
-        packed = (self._down, self._low, self._up, self._low_back)
-        sizes = (len(table), self.k, self.n, self.r)
-        self.record = torch.tensor([self._table.data_ptr(), *sizes, *(t.data_ptr() for t in packed)])
+        self.record = torch.tensor([self._table.data_ptr(), len(table), self.k, self.n, self.r])
 
     @staticmethod
     def refresh(kernels: Kernels, products: Sequence[Product]) -> None:
-        records = torch.stack([p.record for p in products if isinstance(p, TileProduct)])
-        kernels("pack_updates_tiles", records, len(records))
+        """Nothing: each product reads the matrices themselves."""
 
     def set_weights(self, weights: Sequence[Tensor]) -> None:
         for own, weight in zip(self._weights, weights, strict=True):
@@ -159,29 +154,19 @@ class TileProduct(Product):
 
     def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         other, h = (extra[0], None) if epilogue == "add" else (None, extra[0] if extra else None)
-        self._run(x, self.k, self._down, 0, self._low, self.n, y, epilogue, other, h)
+        self._run(x, 0, y, epilogue, other, h)
 
     def backward(self, dy: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         other, h = extra if extra else (None, None)
-        self._run(dy, self.n, self._up, 1, self._low_back, self.k, dx, epilogue, other, h)
+        self._run(dy, 1, dx, epilogue, other, h)
 
     def _run(
-        self,
-        x: Tensor,
-        k: int,
-        narrow: Tensor,
-        turned: int,
-        low: Tensor,
-        n: int,
-        y: Tensor | None,
-        epilogue: Epilogue,
-        other: Tensor | None,
-        h: Tensor | None,
+        self, x: Tensor, turned: int, y: Tensor | None, epilogue: Epilogue, other: Tensor | None, h: Tensor | None
     ) -> None:
         def ld(t: Tensor | None) -> int:
             return 0 if t is None else t.stride(0)
 
-        given = (x, ld(x), x.shape[0], k, self.r, narrow, self._addresses, self.k, turned, low, 0 if y is None else n)
+        given = (x, ld(x), x.shape[0], self.record, turned, self._addresses, self.k, int(y is None))
         self.kernels("linear_tiles", *given, y, ld(y), _EPILOGUES[epilogue], other, ld(other), h, ld(h))
 
     def gradients(self, x: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor] | None]:

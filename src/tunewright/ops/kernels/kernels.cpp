@@ -49,18 +49,17 @@ extern "C" int pack_tiles(P to, P src, I ld, I columns, I k, I across, I threads
   pack((bf16 *)to, (bf16 *)src, ld, columns, k, across != 0, int(threads));
   return 0;
 }
-extern "C" int linear_tiles(P x, I ldx, I rows, I k, I r, P down, P weights, I ldw, I turned, P low, I n, P y, I ldy,
-                             I epilogue, P other, I ldother, P h, I ldh, I threads) {
-  Linear l{(bf16 *)x, ldx, rows, k, r, (bf16 *)down, {(bf16 **)weights, ldw}, turned != 0, (bf16 *)low, n, (bf16 *)y, ldy,
+extern "C" int linear_tiles(P x, I ldx, I rows, P product, I turned, P weights, I ldw, I narrow_only, P y, I ldy, I epilogue,
+                             P other, I ldother, P h, I ldh, I threads) {
+  const Updated &u = *(Updated *)product;
+  const I k = turned ? u.n : u.k, n = narrow_only ? 0 : turned ? u.k : u.n;
+  Linear l{(bf16 *)x, ldx, rows, k, u.r, {(bf16 **)weights, ldw}, turned != 0, nullptr, nullptr, n, (bf16 *)y, ldy,
            int(epilogue), (bf16 *)other, ldother, (bf16 *)h, ldh};
-  return !linear(l, int(threads));
+  return !linear(l, u, int(threads));
 }
 extern "C" int outer_tiles(P p, I ldp, P q, I ldq, P g, I rows, I r, I n, P turned, P along, I threads) {
   outer({(bf16 *)p, ldp, (bf16 *)q, ldq, (float *)g, rows, r, n, (bf16 *)turned, (bf16 *)along}, int(threads));
   return 0;
-}
-extern "C" int pack_updates_tiles(P products, I count, I threads) {
-  return !pack_all_updates((Updated *)products, count, int(threads));
 }
 extern "C" int update_gradients_tiles(P product, P x, I ldx, P dy, I lddy, I rows, P da, P db, I threads) {
   return !update_gradients(*(Updated *)product, (bf16 *)x, ldx, (bf16 *)dy, lddy, rows, (float *)da, (float *)db, int(threads));

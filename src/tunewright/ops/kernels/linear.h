@@ -2,6 +2,44 @@
 #pragma once
 #include "tiles.h"
 
+// ---- low-rank updates of a product: y += scale * (x A^T) B^T for each of the layers that share its input
+
+struct Update {  // one layer's. Ranks [r0, r0 + r) of the product are its own; its row i is the product's column(i).
+  const float *a, *b;  // [r, k], [n, r]; null while it is off
+  int64_t r0, r, n, first, spread;
+  int64_t db;  // where the gradient of b begins
+  double scale;
+  int64_t column(int64_t i) const { return first + i / 16 * spread + i % 16; }
+};
+struct Updated {  // a product: k -> n with r ranks in all
+  const Update *updates;
+  int64_t count, k, n, r;
+};
+
+// All updates of a product as rows of bf16: a [r, k], and b [n, r] with the scale in it. Called by all threads at once.
+static void gather(const Updated &u, bf16 *a, bf16 *b) {
+#pragma omp for schedule(static)
+  for (int64_t j = 0; j < u.r; j++) memset(a + j * u.k, 0, 2 * u.k);
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < u.n; i++) memset(b + i * u.r, 0, 2 * u.r);
+  for (int64_t w = 0; w < u.count; w++) {
+    const Update &x = u.updates[w];
+    if (!x.a) continue;
+#pragma omp for schedule(static) nowait
+    for (int64_t j = 0; j < x.r; j++)
+      for (int64_t i = 0; i < u.k; i += 16) store16(a + (x.r0 + j) * u.k + i, _mm512_loadu_ps(x.a + j * u.k + i));
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < x.n; i++) {
+      bf16 *to = b + x.column(i) * u.r + x.r0;
+      int64_t j = 0;
+      for (; j + 16 <= x.r; j += 16)
+        store16(to + j, _mm512_mul_ps(_mm512_loadu_ps(x.b + i * x.r + j), _mm512_set1_ps(float(x.scale))));
+      for (; j < x.r; j++) store(to[j], float(x.scale) * x.b[i * x.r + j]);
+    }
+  }
+#pragma omp barrier
+}
+
 // ---- linear layers: y = [x, u] * W, u = x * A kept in the columns after x
 
 enum Epilogue { STORE, ADD, SWIGLU, SWIGLU_BACKWARD };
@@ -9,10 +47,9 @@ enum Epilogue { STORE, ADD, SWIGLU, SWIGLU_BACKWARD };
 struct Linear {
   bf16 *x;  // [rows, k + r], stride ldx; columns k.. are written
   int64_t ldx, rows, k, r;
-  const bf16 *down;  // packed [k -> r], null without LoRA
-  Weights weights;   // n rows of k, or with `turned` k rows of n
+  Weights weights;  // n rows of k, or with `turned` k rows of n
   bool turned;
-  const bf16 *low;  // packed [r -> n], panel by panel
+  const bf16 *down, *low;  // the updates packed: [k -> r] and [r -> n], panel by panel
   int64_t n;
   bf16 *y;  // [rows, n], stride ldy
   int64_t ldy;
@@ -134,7 +171,19 @@ static void wide(const Linear l, int64_t m, int64_t end, int64_t from, int64_t t
   if (before_t >= 0) finish<E>(l, room[1 - turn], before_t, before_n, 0, 32);
 }
 
-static bool linear(const Linear &l, int threads) {  // false: no memory
+// B tiles of x [columns, k] (across) or [k, columns] (along), panel by panel. Called by all threads at once.
+static void pack_shared(bf16 *to, const bf16 *x, int64_t columns, int64_t k, bool across) {
+  const int64_t ld = across ? k : columns;
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < columns / 32 * (k / 32); i++)
+    for (int64_t t = 0; t < 2; t++) {
+      const int64_t n = i / (k / 32) * 32 + 16 * t, depth = i % (k / 32) * 32;
+      if (across) tile_across(to + (2 * i + t) * TILE, x + n * ld + depth, ld);
+      else tile_along(to + (2 * i + t) * TILE, x + depth * ld + n, ld);
+    }
+}
+
+static bool linear(Linear l, const Updated &u, int threads) {  // false: no memory
   static constexpr void (*WIDE[])(const Linear, int64_t, int64_t, int64_t, int64_t, bf16 *, int64_t) = {
       wide<STORE>, wide<ADD>, wide<SWIGLU>, wide<SWIGLU_BACKWARD>};
   // threads share the columns, so that each packs weights of its own; many threads share the rows too
@@ -143,12 +192,19 @@ static bool linear(const Linear &l, int threads) {  // false: no memory
   while (threads % (2 * columns) == 0 && all >= 8 * columns) columns *= 2;
   const int64_t own = (all + columns - 1) / columns, parts = std::max<int64_t>(1, (own * l.panel() + IN_L2 - 1) / IN_L2);
   const int64_t across = (own + parts - 1) / parts * 32, high = threads / columns;
-  const Rooms rooms(2 * across / 32 * l.panel(), threads);
-  if (!rooms.all) return false;
+  const Rooms rooms(2 * across / 32 * l.panel(), threads), low(4 * l.r * (u.k + u.n) + 256, 1);
+  if (!rooms.all || !low.all) return false;
+  Room room(low, 0);
+  bf16 *a = room.take<bf16>(l.r * u.k), *b = room.take<bf16>(l.r * u.n);
+  bf16 *packed_a = room.take<bf16>(l.r * u.k), *packed_b = room.take<bf16>(l.r * u.n);
+  l.down = l.turned ? packed_b : packed_a, l.low = l.turned ? packed_a : packed_b;
 #pragma omp parallel num_threads(threads)
   {
     Tiles on;
     if (l.r) {
+      gather(u, a, b);
+      if (l.n || !l.turned) pack_shared(packed_a, a, l.turned ? u.k : l.r, l.turned ? l.r : u.k, !l.turned);
+      if (l.n || l.turned) pack_shared(packed_b, b, l.turned ? l.r : u.n, l.turned ? u.n : l.r, !l.turned);
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < blocks; t++) narrow(l, 32 * t);
     }

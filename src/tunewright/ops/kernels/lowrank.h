@@ -1,6 +1,6 @@
-// Products over all tokens, p^T q: gradients of weights and of low-rank updates; and the packing of those updates.
+// Products over all tokens, p^T q: gradients of weights and of low-rank updates.
 #pragma once
-#include "tiles.h"
+#include "linear.h"
 
 // ---- g[r, n] (float) = p[rows, r]^T * q[rows, n]
 
@@ -68,46 +68,6 @@ static void outer(const Outer &o, int threads) {
       add_panel(o, o.along + 2 * j * blocks * TILE, j, i, std::min(i + HIGH, o.r), 0, blocks);
     }
   }
-}
-
-// ---- low-rank updates of a product: y += scale * (x A^T) B^T for each of the layers that share its input
-
-struct Update {  // one layer's. Ranks [r0, r0 + r) of the product are its own; its row i is the product's column(i).
-  const float *a, *b;  // [r, k], [n, r]; null while it is off
-  int64_t r0, r, n, first, spread;
-  int64_t db;  // where the gradient of b begins
-  double scale;
-  int64_t column(int64_t i) const { return first + i / 16 * spread + i % 16; }
-};
-struct Updated {  // a product: k -> n with r ranks, and its packed operands [k -> r], [r -> n], [n -> r], [r -> k]
-  const Update *updates;
-  int64_t count, k, n, r;
-  bf16 *down, *low, *up, *low_back;
-};
-
-static void pack_updates(const Updated &u, bf16 *room) {
-  bf16 *a = room, *b = a + u.r * u.k;
-  memset(room, 0, 2 * u.r * (u.k + u.n));
-  for (int64_t w = 0; w < u.count; w++) {
-    const Update &x = u.updates[w];
-    if (!x.a) continue;
-    for (int64_t j = 0; j < x.r * u.k; j++) store(a[x.r0 * u.k + j], x.a[j]);
-    for (int64_t i = 0; i < x.n; i++)
-      for (int64_t j = 0; j < x.r; j++) store(b[x.column(i) * u.r + x.r0 + j], float(x.scale) * x.b[i * x.r + j]);
-  }
-  pack(u.down, a, u.k, u.r, u.k, true, 1);
-  pack(u.low, b, u.r, u.n, u.r, true, 1);
-  pack(u.up, b, u.r, u.r, u.n, false, 1);
-  pack(u.low_back, a, u.k, u.k, u.r, false, 1);
-}
-static bool pack_all_updates(const Updated *all, int64_t count, int threads) {  // false: no memory
-  int64_t most = 0;
-  for (int64_t i = 0; i < count; i++) most = std::max(most, all[i].r * (all[i].k + all[i].n));
-  const Rooms rooms(2 * most, threads);
-  if (!rooms.all) return false;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < count; i++) pack_updates(all[i], Room(rooms, omp_get_thread_num()).take<bf16>(most));
-  return true;
 }
 
 // A layer's db from its columns of g in the panels [j0, j1).
