@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from tunewright.core.example import Example, Group
 from tunewright.models.loader import load_model
+from tunewright.models.policy import Policy
+from tunewright.objectives.sft import SFT
+from tunewright.ops.packing import pack
 from tunewright.tuners.base import Tuner
 from tunewright.tuners.lora import LoRA
 
@@ -70,3 +73,18 @@ def assert_relative(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: 
     for k in want:
         assert (got[k] - want[k]).norm() <= tolerance * want[k].norm(), k
         assert want[k].norm() > 0, k
+
+
+def step(policy: Policy, groups: list[Group], budget: int = 10**6) -> tuple[float, dict[str, Tensor]]:
+    """(loss, gradients by parameter name) of one optimizer step."""
+    objective = SFT(SFT.Options())
+    batches = pack(groups, budget)
+    weight = sum(objective.weights(b)["loss"] for b in batches)
+    loss = 0.0
+    for batch in batches:
+        part = objective(policy, batch)["loss"].total / weight
+        part.backward()
+        loss += part.item()
+    found = {k: p.grad.clone() for k, p in policy.model.named_parameters() if p.grad is not None}
+    policy.model.zero_grad()
+    return loss, found

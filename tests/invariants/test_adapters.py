@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from plain import assert_relative, plain_loss, plain_model
+from plain import assert_relative, plain_loss, plain_model, step
 from test_loop import losses, make_groups, make_parts, weights_hash
-from torch import Tensor, nn
+from torch import nn
 
 import engine_kit as kit
 from tunewright.core.errors import Interrupted, SpecError
@@ -23,9 +23,7 @@ from tunewright.models.fast_llama import FastLlama
 from tunewright.models.fast_serves import why_not
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
-from tunewright.objectives.sft import SFT
 from tunewright.ops.kernels import Kernels
-from tunewright.ops.packing import pack
 from tunewright.train.checkpoint import State, load_newest
 from tunewright.train.loop import train
 from tunewright.train.run import row
@@ -74,21 +72,6 @@ def shaken(name: str, folder: Path, size: float = 0.05) -> tuple[Tuner, nn.Modul
     return tuner, model
 
 
-def step(policy: Policy, budget: int = 10**6) -> tuple[float, dict[str, Tensor]]:
-    """(loss, gradients by parameter name) of the rows of test_loop as one step."""
-    objective = SFT(SFT.Options())
-    batches = pack(make_groups(), budget)
-    weight = sum(objective.weights(b)["loss"] for b in batches)
-    loss = 0.0
-    for batch in batches:
-        part = objective(policy, batch)["loss"].total / weight
-        part.backward()
-        loss += part.item()
-    found = {k: p.grad.clone() for k, p in policy.model.named_parameters() if p.grad is not None}
-    policy.model.zero_grad()
-    return loss, found
-
-
 def test_no_adapter_is_left_out() -> None:
     assert set(ADAPTERS) == set(SMALL)
 
@@ -111,7 +94,7 @@ def test_loss_and_gradients_are_peft_s(name: str, tiny_model_dir: Path, tmp_path
         loss, of_penalty = wanted.item(), dict.fromkeys(tuner.trainable(), 0.0)
     wanted.backward()
     theirs = {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}
-    got, grads = step(Policy(model))
+    got, grads = step(Policy(model), make_groups())
     assert got == pytest.approx(loss, abs=1e-5)
     assert_relative({k: g + of_penalty[k] for k, g in grads.items()}, theirs, 1e-4)
 
@@ -191,9 +174,10 @@ def test_the_fast_path_says_what_the_plain_modules_say(tiny_model_dir: Path, ker
     """In a step at each rank, too."""
     tuner, model = shaken(name, tiny_model_dir)
     fast, plain = Policy(model, fast=FastLlama(model, torch.float32, kernels)), Policy(model)
+    groups = make_groups()
     for at in (1, 2, 3):
         tuner.before_step(at)
-        (loss, grads), (wanted, theirs) = step(fast), step(plain)
+        (loss, grads), (wanted, theirs) = step(fast, groups), step(plain, groups)
         tuner.on_gradients(at)
         tuner.after_step(at)
         assert loss == pytest.approx(wanted, abs=1e-5)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from plain import assert_relative, lora, plain_loss, plain_model, rows_to_groups
+from plain import assert_relative, lora, plain_loss, plain_model, rows_to_groups, step
 from torch import Tensor, nn
 
 import tiny
@@ -21,7 +21,7 @@ from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.objectives.sft import SFT
 from tunewright.ops.kernels import Kernels
-from tunewright.ops.packing import collate, pack
+from tunewright.ops.packing import collate
 from tunewright.ops.prefix import share_prefixes
 from tunewright.train.fast import choose_path
 from tunewright.tuners.full import Full
@@ -30,21 +30,6 @@ from tunewright.tuners.full import Full
 @pytest.fixture(scope="module")
 def groups(tiny_model_dir: Path) -> list[Group]:
     return rows_to_groups(tiny_model_dir, tiny.sft_rows(7))
-
-
-def step(policy: Policy, groups: list[Group], budget: int = 10**6) -> tuple[float, dict[str, Tensor]]:
-    """(loss, gradients by parameter name) of one optimizer step."""
-    objective = SFT(SFT.Options())
-    batches = pack(groups, budget)
-    weight = sum(objective.weights(b)["loss"] for b in batches)
-    loss = 0.0
-    for batch in batches:
-        part = objective(policy, batch)["loss"].total / weight
-        part.backward()
-        loss += part.item()
-    found = {k: p.grad.clone() for k, p in policy.model.named_parameters() if p.grad is not None}
-    policy.model.zero_grad()
-    return loss, found
 
 
 def fast(model: nn.Module, kernels: Kernels, dtype: torch.dtype = torch.float32) -> Policy:

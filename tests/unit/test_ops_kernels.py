@@ -123,7 +123,7 @@ def products(kernels: Kernels, kind: type[Product], x: Tensor, dy: Tensor, weigh
     """(y, dx, gradients) of two layers with ranks 8 and 16 that read the same x."""
     product = kind(kernels, [weights[:64], weights[64:]], [8, 16], [slice(0, 64), slice(64, 160)])
     product.set_updates(updates)
-    kind.refresh(kernels, [product])
+    product.refresh()
     into, back = x.new_empty(x.shape[0], product.wide_in), x.new_empty(x.shape[0], product.wide_out)
     into[:, :128], back[:, :160] = x, dy
     y, dx = torch.empty(x.shape[0], 160, dtype=x.dtype), torch.empty_like(x)

@@ -48,7 +48,6 @@ class FastBert:
         body: Any = getattr(model, "bert")  # noqa: B009
         self.checkpointing = "none"
         self.head: TileHead | None = None
-        self.tiles = False
         self.heads: int = body.config.num_attention_heads
         self.embeddings = Embeddings(body.embeddings)
         self.layers = [Layer(layer, self.heads, dtype) for layer in body.encoder.layer]

@@ -97,7 +97,7 @@ class FastLlama:
         config = decoder.config
         self.kernels, self.dtype = kernels, dtype
         self.tiles = runs_on_tiles(model, dtype, kernels)
-        self._kind = kind = TileProduct if self.tiles else TorchProduct
+        kind = TileProduct if self.tiles else TorchProduct
         window = WINDOWS[config.model_type](decoder)
         hd = head_dim(config)
         self.shape = Shape(
@@ -139,19 +139,19 @@ class FastLlama:
         if not self._seen or on != self._seen[0]:
             for linear in self._low_rank:
                 linear.product.set_updates(linear.updates())
-        if self._low_rank:
-            self._kind.refresh(self.kernels, [linear.product for linear in self._low_rank])
+        for linear in self._low_rank:
+            linear.product.refresh()
         for part in self._whole:
             part.refresh()
         self._seen = (on, values)
 
     @property
     def weights(self) -> tuple[Any, ...]:
-        """Which values of the trained weights are packed at present."""
+        """Which values of the trained weights count at present."""
         return self._seen
 
     def require(self, weights: tuple[Any, ...]) -> None:
-        """Have those values packed that a forward used, after a switch was off and on again in between.
+        """Have those values that a forward used, after a switch was off and on again in between.
 
         Raises RuntimeError if the weights themselves have changed since.
         """

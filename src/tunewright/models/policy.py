@@ -18,7 +18,7 @@ from tunewright.ops.types import Batch
 
 
 class Fast(Protocol):
-    """Computes what Policy.hidden returns, sooner. head: the LM head packed for its kernels, if it is."""
+    """Computes what Policy.hidden returns, sooner. head: the LM head for its kernels, if they serve it."""
 
     checkpointing: str
     head: TileHead | None

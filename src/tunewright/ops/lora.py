@@ -77,10 +77,8 @@ class Product:
         """Which matrices are the updates from now on; refresh() takes over their values. None: that layer has none."""
         self.updates = list(updates)
 
-    @staticmethod
-    def refresh(kernels: Kernels, products: Sequence[Product]) -> None:
-        """Take over the present values of the updates of all these products."""
-        raise NotImplementedError
+    def refresh(self) -> None:
+        """Take over the present values of the updates, where a copy of them is kept."""
 
     def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         """x [tokens, wide_in] -> y [tokens, n]. add: plus extra[0]. swiglu: y is gate and up, extra[0] gets h.
@@ -142,10 +140,6 @@ class TileProduct(Product):
             at += n * r
         self._table = torch.tensor(table)
         self.record = torch.tensor([self._table.data_ptr(), len(table), self.k, self.n, self.r])
-
-    @staticmethod
-    def refresh(kernels: Kernels, products: Sequence[Product]) -> None:
-        """Nothing: each product reads the matrices themselves."""
 
     def set_weights(self, weights: Sequence[Tensor]) -> None:
         for own, weight in zip(self._weights, weights, strict=True):
@@ -210,13 +204,7 @@ class TorchProduct(Product):
         for rows, weight in zip(self.rows, weights, strict=True):
             self._wide_NK[rows, : self.k] = weight.to(self.dtype)
 
-    @staticmethod
-    def refresh(kernels: Kernels, products: Sequence[Product]) -> None:
-        for product in products:
-            assert isinstance(product, TorchProduct)
-            product._take_over()
-
-    def _take_over(self) -> None:
+    def refresh(self) -> None:
         a_RK, b_NR = self._a_RK.zero_(), self._wide_NK[:, self.k :].zero_()
         for update, rows, ranks in zip(self.updates, self.rows, self.ranks, strict=True):
             if update is not None:

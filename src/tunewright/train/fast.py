@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tunewright.models.bert import FastBert, serves
 from tunewright.models.fast_llama import FastLlama, runs_on_tiles
 from tunewright.models.fast_serves import copied_bytes, why_not
+from tunewright.models.policy import Fast
 from tunewright.ops.kernels import KernelsMissing, load_kernels
 
 FAST, PLAIN = "fast", "plain"
@@ -17,16 +19,15 @@ FAST, PLAIN = "fast", "plain"
 
 @dataclass(frozen=True)
 class Chosen:
-    """name: `fast` or `plain`. forward: what a Policy takes as `fast`. why: one sentence for the job's events."""
+    """name: `fast` or `plain`. forward: what a Policy takes as `fast`. why: one sentence for the job's events.
+
+    kernels: what the numbers depend on: `tiles`, `torch` or `none`.
+    """
 
     name: str
-    forward: FastLlama | None
+    forward: Fast | None
     why: str
-
-    @property
-    def kernels(self) -> str:
-        """What the numbers depend on: `tiles`, `torch` or `none`."""
-        return "none" if self.forward is None else "tiles" if self.forward.tiles else "torch"
+    kernels: str = "none"
 
 
 def choose_path(model: nn.Module, dtype: torch.dtype, threads: int, folder: Path, wanted: str, room: float) -> Chosen:
@@ -37,6 +38,8 @@ def choose_path(model: nn.Module, dtype: torch.dtype, threads: int, folder: Path
     """
     if wanted == PLAIN:
         return Chosen(PLAIN, None, "The plain modules run, as was asked or decided.")
+    if serves(model, dtype):
+        return Chosen(FAST, FastBert(model, dtype), "The fast path for encoders runs, on torch's products.", "torch")
     reason = why_not(model, dtype)
     if reason is not None:
         return Chosen(PLAIN, None, f"The plain modules run: {reason}.")
@@ -49,5 +52,5 @@ def choose_path(model: nn.Module, dtype: torch.dtype, threads: int, folder: Path
         text = f"its copy of the weights would take {more / 1e9:.1f} of the {max(room, 0) / 1e9:.1f} GB that are left"
         return Chosen(PLAIN, None, f"The plain modules run: {text}.")
     forward = FastLlama(model, dtype, kernels)
-    how = "AMX tiles" if forward.tiles else "torch's products"
-    return Chosen(FAST, forward, f"The fast path runs, on {how}.")
+    name, how = ("tiles", "AMX tiles") if forward.tiles else ("torch", "torch's products")
+    return Chosen(FAST, forward, f"The fast path runs, on {how}.", name)

@@ -39,7 +39,6 @@ from tunewright.ops.runtime import be_deterministic, choose_dtype, device, set_t
 from tunewright.train import meter
 from tunewright.train.checkpoint import State, list_checkpoints, load_newest
 from tunewright.train.describe import describe
-from tunewright.train.encoder import choose_encoder
 from tunewright.train.fast import choose_path
 from tunewright.train.labels import job_head
 from tunewright.train.loop import Parts, announce_checkpoint, train
@@ -117,9 +116,7 @@ def run_once(
     model = attach(start, tuner, spec, dtype, head)
     autocast = None if dtype == torch.float32 else dtype
     wanted, room = (earlier.path, math.inf) if earlier else (spec.path, room_left(spec.max_memory))
-    path = choose_encoder(model, dtype, wanted) or choose_path(
-        model, dtype, threads, home.cache / "kernels", wanted, room
-    )
+    path = choose_path(model, dtype, threads, home.cache / "kernels", wanted, room)
     events.write("message", path.why)
     policy = Policy(model, autocast, fast=path.forward, embedding_noise=neftune(model, spec.neftune_alpha))
     prepare(run, tuner, policy, objective, groups, spec.seed or 0, events, stop)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -135,59 +135,50 @@ class Bottleneck(base.Tuner):
         raise SpecError("A bottleneck adapter cannot be folded into the base's weights: it is not linear.")
 
 
-class Houlsby(Bottleneck):
-    """Two bottlenecks a layer, after the attention and after the MLP."""
+class Width(base.Options):
+    size: int = Field(64, ge=1, le=8192, description="width of the bottleneck")
 
-    class Options(base.Options):
-        size: int = Field(64, ge=1, le=8192, description="width of the bottleneck")
-        activation: Literal["relu", "gelu", "silu"] = Field("gelu", description="between down and up")
 
-    form = "houlsby"
-    card: ClassVar[TunerCard] = TunerCard(
-        title="Bottleneck adapters (Houlsby)",
+Activation = Annotated[Literal["relu", "gelu", "silu"], Field(description="between down and up")]
+
+
+def _card(form: str) -> TunerCard:
+    return TunerCard(
+        title=f"Bottleneck adapters ({form})",
         artefact="adapter",
         mergeable=False,
         identity_at_start=True,
         works_on_nf4=True,
         default_lr=1e-3,
     )
+
+
+class Houlsby(Bottleneck):
+    """Two bottlenecks a layer, after the attention and after the MLP."""
+
+    class Options(Width):
+        activation: Activation = "gelu"
+
+    form, card = "houlsby", _card("Houlsby")
 
 
 class Pfeiffer(Bottleneck):
     """One bottleneck a layer, after the MLP."""
 
-    class Options(base.Options):
-        size: int = Field(64, ge=1, le=8192, description="width of the bottleneck")
-        activation: Literal["relu", "gelu", "silu"] = Field("relu", description="between down and up")
+    class Options(Width):
+        activation: Activation = "relu"
 
-    form = "pfeiffer"
-    card: ClassVar[TunerCard] = TunerCard(
-        title="Bottleneck adapters (Pfeiffer)",
-        artefact="adapter",
-        mergeable=False,
-        identity_at_start=True,
-        works_on_nf4=True,
-        default_lr=1e-3,
-    )
+    form, card = "pfeiffer", _card("Pfeiffer")
 
 
 class Parallel(Bottleneck):
     """One bottleneck a layer, beside the MLP: it reads what the MLP reads."""
 
-    class Options(base.Options):
-        size: int = Field(64, ge=1, le=8192, description="width of the bottleneck")
-        activation: Literal["relu", "gelu", "silu"] = Field("relu", description="between down and up")
+    class Options(Width):
+        activation: Activation = "relu"
         scale: float = Field(4.0, gt=0, le=100, description="factor on what the bottleneck adds")
 
-    form = "parallel"
-    card: ClassVar[TunerCard] = TunerCard(
-        title="Bottleneck adapters (parallel)",
-        artefact="adapter",
-        mergeable=False,
-        identity_at_start=True,
-        works_on_nf4=True,
-        default_lr=1e-3,
-    )
+    form, card = "parallel", _card("parallel")
 
 
 def places(model: Any, form: str) -> list[str]:

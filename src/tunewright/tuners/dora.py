@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tunewright.tuners import base
 from tunewright.tuners.base import TunerCard
 from tunewright.tuners.peft_adapter import PeftTuner
-from tunewright.tuners.targets import Dropout, Targets, target_fields
+from tunewright.tuners.targets import Dropout, Targets, lora_config
 
 
 class DoRA(PeftTuner):
@@ -40,9 +40,7 @@ class DoRA(PeftTuner):
     )
 
     def config(self, model: nn.Module, seed: int) -> LoraConfig:
-        o = self.options
-        fields = target_fields(model, o.target_modules, "dora")
-        return LoraConfig(r=o.r, lora_alpha=o.alpha, lora_dropout=o.dropout, bias="none", use_dora=True, **fields)
+        return lora_config(self.options, model, "dora", use_dora=True)
 
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         wrapped = super().attach(model, seed)

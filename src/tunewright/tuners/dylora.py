@@ -21,7 +21,7 @@ from tunewright.tuners.adapter_files import CONFIG, WEIGHTS, saved_shape
 from tunewright.tuners.base import TunerCard
 from tunewright.tuners.files import read_tensors
 from tunewright.tuners.peft_adapter import PeftTuner
-from tunewright.tuners.targets import Dropout, Targets, target_fields
+from tunewright.tuners.targets import Dropout, Targets, lora_config
 
 
 class DyLoRA(PeftTuner):
@@ -57,10 +57,8 @@ class DyLoRA(PeftTuner):
     )
 
     def config(self, model: nn.Module, seed: int) -> LoraConfig:
-        o = self.options
         self.seed = seed
-        fields = target_fields(model, o.target_modules, "dylora")
-        return LoraConfig(r=o.r, lora_alpha=o.alpha, lora_dropout=o.dropout, bias="none", **fields)
+        return lora_config(self.options, model, "dylora")
 
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         wrapped = super().attach(model, seed)

@@ -11,7 +11,7 @@ from torch import nn
 from tunewright.tuners import base
 from tunewright.tuners.base import TunerCard
 from tunewright.tuners.peft_adapter import PeftTuner
-from tunewright.tuners.targets import Dropout, Targets, target_fields
+from tunewright.tuners.targets import Dropout, Targets, lora_config
 
 
 class LoRA(PeftTuner):
@@ -33,6 +33,4 @@ class LoRA(PeftTuner):
     )
 
     def config(self, model: nn.Module, seed: int) -> LoraConfig:
-        o = self.options
-        fields = target_fields(model, o.target_modules, "lora")
-        return LoraConfig(r=o.r, lora_alpha=o.alpha, lora_dropout=o.dropout, bias="none", **fields)
+        return lora_config(self.options, model, "lora")

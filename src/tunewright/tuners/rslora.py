@@ -13,7 +13,7 @@ from torch import nn
 from tunewright.tuners import base
 from tunewright.tuners.base import TunerCard
 from tunewright.tuners.peft_adapter import PeftTuner
-from tunewright.tuners.targets import Dropout, Targets, target_fields
+from tunewright.tuners.targets import Dropout, Targets, lora_config
 
 
 class RankStabilisedLoRA(PeftTuner):
@@ -35,6 +35,4 @@ class RankStabilisedLoRA(PeftTuner):
     )
 
     def config(self, model: nn.Module, seed: int) -> LoraConfig:
-        o = self.options
-        fields = target_fields(model, o.target_modules, "rslora")
-        return LoraConfig(r=o.r, lora_alpha=o.alpha, lora_dropout=o.dropout, bias="none", use_rslora=True, **fields)
+        return lora_config(self.options, model, "rslora", use_rslora=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from peft import LoraConfig
 from pydantic import Field
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -77,6 +78,12 @@ def target_fields(model: Any, wanted: str | list[str], tuner: str) -> dict[str, 
         "fan_in_fan_out": all(isinstance(m, Conv1D) for name, m in layers.items() if is_target(name, targets)),
         "task_type": task_type(model),
     }
+
+
+def lora_config(o: Any, model: nn.Module, tuner: str, **more: Any) -> LoraConfig:
+    """peft's LoRA with a tuner's r, alpha, dropout and target_modules. Raises SpecError for an unknown layer."""
+    fields = target_fields(model, o.target_modules, tuner)
+    return LoraConfig(r=o.r, lora_alpha=o.alpha, lora_dropout=o.dropout, bias="none", **more, **fields)
 
 
 def full_names(model: Any, targets: list[str]) -> list[str]:
