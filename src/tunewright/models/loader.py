@@ -25,6 +25,7 @@ from tunewright.models import gguf
 from tunewright.models.catalogue import ModelInfo, check_config, resolve
 from tunewright.models.heads import Head, auto_class, head_names
 from tunewright.models.probe import settle_layout
+from tunewright.models.stored import stored_weights
 from tunewright.ops.runtime import derive_seed, quiet
 
 Progress = Callable[[str, int, int], None]
@@ -94,6 +95,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, head: Head | No
             param="model",
         )
     model.config.use_cache = False
+    model.config._name_or_path = str(folder)
     model.eval()
     settle_layout(model, scores=head is not None)
     return model
@@ -107,15 +109,17 @@ def _open(folder: Path, dtype: torch.dtype, head: Head | None) -> Any:
                 folder, local_files_only=True, trust_remote_code=False, **({} if head is None else head.config)
             )
             _without_dropout(config)
+            with torch.device("meta"):
+                kind = type(auto_class(head, config).from_config(config))
             torch.manual_seed(derive_seed("head", head.seed if head else 0))
-            return auto_class(head, config).from_pretrained(
-                folder,
+            return kind.from_pretrained(
+                None,
                 config=config,
+                state_dict=stored_weights(folder),
                 dtype=dtype,
                 attn_implementation="eager",
                 local_files_only=True,
                 trust_remote_code=False,
-                use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=head is not None,
             )

@@ -40,7 +40,8 @@ Build = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 MARGIN = 0.95  # of the memory that is there
 PROBED = 1 << 24  # elements of a parameter that stand for the rest of it when the optimizer is timed
 SAVE_PROBE = 8 << 20
-MOST_STEPS, LEAST_SECONDS, SHARE = 20, 1.0, 0.02  # of the time for measuring steps
+LEAST_SECONDS, MOST_SECONDS, SHARE = 1.0, 5.0, 0.02  # of the predicted time, for measuring steps
+MOST_STEPS = 20
 BASE_SHARE = 0.02  # of the whole work, for the base model's loss on validation rows
 BASE_ROWS = 32  # training rows that say it where there are none
 _COUNTED = {"adapter": "lora", "delta": "full", "weights": "full"}
@@ -156,7 +157,7 @@ class Steps:
 
 
 def measure_steps(parts: Parts, work: Work) -> Steps:
-    """Medians over steps that take up to SHARE of the predicted time, or LEAST_SECONDS; one at least.
+    """Medians over steps that take up to SHARE of the predicted time, within LEAST_ and MOST_SECONDS; one at least.
 
     Of three and more the first is left out: it warms up.
     """
@@ -177,7 +178,7 @@ def measure_steps(parts: Parts, work: Work) -> Steps:
         add(weights, part[1])
         rows += len(groups)
         whole = rates[-1] * work.of(parts.groups) * parts.plan.n_epochs
-        if time.monotonic() - started > max(LEAST_SECONDS, SHARE * whole):
+        if time.monotonic() - started > max(LEAST_SECONDS, min(MOST_SECONDS, SHARE * whole)):
             break
     counted = slice(1, None) if len(rates) > 2 else slice(None)
     return Steps(statistics.median(rates[counted]), statistics.median(clips[counted]), sums, weights, rows)
