@@ -4,7 +4,7 @@
 
 One job a method and seed through the real worker, at the method's own defaults. Each leaves one JSON file under
 results/methods/, keyed by a hash of the method's code and of these settings: what is there is not run again, so Ctrl-C
-loses nothing. At the end docs/methods.md is written from the files.
+loses nothing. At the end docs/methods.md and docs/papers.md are written from the files.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from benchmarks.figures import machine
 from benchmarks.methods_page import PAGE, write_page
 from benchmarks.methods_score import Judge, answers_of
 from benchmarks.ours import Place, own_parser, placed
+from benchmarks.papers_page import PAGE as PAPERS
+from benchmarks.papers_page import write_papers
 from benchmarks.process import Outcome, RivalFailed
 from benchmarks.settings import save, say, stop_like_ctrl_c
 from tunewright.core.durable import sha256_file
@@ -213,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 say("Stopped. What was measured is kept; the same command goes on.")
                 return 130
     write_page(RESULTS)
-    say(f"{PAGE} is written." + (f" {failed} runs failed." if failed else ""))
+    write_papers(RESULTS)
+    say(f"{PAGE} and {PAPERS} are written." + (f" {failed} runs failed." if failed else ""))
     return 1 if failed else 0
 
 
