@@ -59,6 +59,9 @@ struct Linear {
   bf16 *h;  // SWIGLU and SWIGLU_BACKWARD: where silu(gate) * up goes
   int64_t ldh;
 
+  // Gate and up lie in blocks of 32 x 32 one after the other, not row by row: only finish() reads them, a block at once.
+  bf16 *gate_up(bf16 *from, int64_t t, int64_t n, int64_t columns) const { return from + (t / 32 * (columns / 32) + n / 32) * 1024; }
+
   int64_t blocks() const { return (k + r) / 32; }
   int64_t panel() const { return 2 * blocks() * TILE; }
   // Where line i of block b of a panel's weights lies.
@@ -87,11 +90,12 @@ static inline void finish(const Linear &l, const float *c, int64_t t, int64_t n,
       store16(y + n + 16, b);
     }
     // past the caches: gate and up are read again only in the backward
-    if (E == SWIGLU) _mm512_stream_si512((__m512i *)(y + n), (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    if (E == SWIGLU) _mm512_stream_si512((__m512i *)(l.gate_up(l.y, t, n, l.n) + 32 * i), (__m512i)_mm512_cvtne2ps_pbh(b, a));
     if (E == SWIGLU) store16(l.h + (t + i) * l.ldh + n / 2, _mm512_mul_ps(_mm512_mul_ps(a, sigmoid16(a)), b));
     if (E == SWIGLU_BACKWARD)
       for (int64_t j = 0; j < 2; j++) {
-        __m512 g = load16(o + 2 * n + 32 * j), u = load16(o + 2 * n + 32 * j + 16), s = sigmoid16(g), d = j ? b : a;
+        const bf16 *gu = l.gate_up((bf16 *)l.other, t, 2 * n + 32 * j, 2 * l.n) + 32 * i;
+        __m512 g = load16(gu), u = load16(gu + 16), s = sigmoid16(g), d = j ? b : a;
         __m512 silu = _mm512_mul_ps(g, s), slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
         store16(y + 2 * n + 32 * j, _mm512_mul_ps(_mm512_mul_ps(d, u), slope));
         store16(y + 2 * n + 32 * j + 16, _mm512_mul_ps(d, silu));
@@ -109,8 +113,9 @@ static inline void fetch(const Linear &l, int64_t t, int64_t n) {
   if (E == SWIGLU) __builtin_prefetch(l.h + t * l.ldh + n / 2, 1);
   if (E == SWIGLU_BACKWARD) {
     __builtin_prefetch(l.h + t * l.ldh + n, 1);
-    __builtin_prefetch(l.other + t * l.ldother + 2 * n, 0);
-    __builtin_prefetch(l.other + t * l.ldother + 2 * n + 32, 0);
+    const bf16 *gu = l.gate_up((bf16 *)l.other, t, 2 * n, 2 * l.n) + 32 * (t % 32);
+    __builtin_prefetch(gu, 0);
+    __builtin_prefetch(gu + 1024, 0);
   }
   if (E == ADD) __builtin_prefetch(l.other + t * l.ldother + n, 0);
 }
