@@ -49,20 +49,27 @@ extern "C" int pack_tiles(P to, P src, I ld, I columns, I k, I across, I threads
   pack((bf16 *)to, (bf16 *)src, ld, columns, k, across != 0, int(threads));
   return 0;
 }
-extern "C" int linear_tiles(P x, I ldx, I rows, P product, I turned, P weights, I ldw, I narrow_only, P y, I ldy, I epilogue,
-                             P other, I ldother, P h, I ldh, I threads) {
-  const Updated &u = *(Updated *)product;
-  const I k = turned ? u.n : u.k, n = narrow_only ? 0 : turned ? u.k : u.n;
-  Linear l{(bf16 *)x, ldx, rows, k, u.r, {(bf16 **)weights, ldw}, turned != 0, nullptr, nullptr, n, (bf16 *)y, ldy,
-           int(epilogue), (bf16 *)other, ldother, (bf16 *)h, ldh};
-  return !linear(l, u, int(threads));
+extern "C" int linear_tiles(P product, P x, I ldx, P u, I rows, I turned, P weights, I ldw, P y, I ldy, I epilogue, P other,
+                             I ldother, P h, I ldh, I threads) {
+  const Updated &p = *(Updated *)product;
+  const I k = turned ? p.n : p.k, out = turned ? p.k : p.n, wide = epilogue == SWIGLU_BACKWARD ? 2 * out : out;
+  const bool blocks_x = turned ? p.blocks_out : p.blocks_in, swiglu = epilogue == SWIGLU || epilogue == SWIGLU_BACKWARD;
+  const bool blocks_y = swiglu || (turned ? p.blocks_in : p.blocks_out);
+  Linear l{grid((bf16 *)x, ldx, k, blocks_x), (bf16 *)u, rows, k, p.r, {(bf16 **)weights, ldw}, turned != 0, nullptr, nullptr,
+           y ? out : 0, grid((bf16 *)y, ldy, wide, blocks_y), int(epilogue), grid((bf16 *)other, ldother, wide, swiglu),
+           grid((bf16 *)h, ldh, epilogue == SWIGLU ? out / 2 : out, true)};
+  return !linear(l, p, int(threads));
 }
-extern "C" int outer_tiles(P p, I ldp, P q, I ldq, P g, I rows, I r, I n, P turned, P along, I threads) {
-  outer({(bf16 *)p, ldp, (bf16 *)q, ldq, (float *)g, rows, r, n, (bf16 *)turned, (bf16 *)along}, int(threads));
+extern "C" int weight_gradient_tiles(P product, P x, I ldx, P dy, I lddy, I rows, P g, P turned, P along, I threads) {
+  const Updated &p = *(Updated *)product;
+  outer({grid((bf16 *)dy, lddy, p.n, p.blocks_out), grid((bf16 *)x, ldx, p.k, p.blocks_in), (float *)g, rows, p.n, p.k,
+         (bf16 *)turned, (bf16 *)along}, int(threads));
   return 0;
 }
-extern "C" int update_gradients_tiles(P product, P x, I ldx, P dy, I lddy, I rows, P da, P db, I threads) {
-  return !update_gradients(*(Updated *)product, (bf16 *)x, ldx, (bf16 *)dy, lddy, rows, (float *)da, (float *)db, int(threads));
+extern "C" int update_gradients_tiles(P product, P x, I ldx, P u, P dy, I lddy, P du, I rows, P da, P db, I threads) {
+  const Updated &p = *(Updated *)product;
+  return !update_gradients(p, grid((bf16 *)x, ldx, p.k, p.blocks_in), (bf16 *)u, grid((bf16 *)dy, lddy, p.n, p.blocks_out),
+                           (bf16 *)du, rows, (float *)da, (float *)db, int(threads));
 }
 extern "C" int attention_tiles(P q, P k, P v, I ld, P starts, I segments, I heads, I kv, I hd, double scale, I window,
                                 P out, I ldo, P lse, I rows, I threads) {
