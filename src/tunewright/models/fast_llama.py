@@ -24,6 +24,11 @@ from tunewright.ops.lora import TileProduct, TorchProduct, padded
 from tunewright.ops.types import Batch
 
 
+def double(x: float) -> int:
+    """The bits of a float64, for a struct of C among whole numbers."""
+    return int(torch.tensor(x, dtype=torch.float64).view(torch.int64))
+
+
 @dataclass(frozen=True)
 class Shape:
     """heads, kv: query and key/value heads. hd: width of a head. window: 0 or the sliding window. eps: of RMSNorm."""
@@ -50,13 +55,14 @@ class Shape:
 @dataclass(frozen=True)
 class Packed:
     """A batch for the kernels: tokens padded to whole blocks (n of them real), where segments start, cosine and sine
-    [T, hd/2]."""
+    [T, hd/2]. record: the same as a struct of C (layer.h, Pack)."""
 
     tokens_T: Tensor
     starts: Tensor
     cosine: Tensor
     sine: Tensor
     n: int
+    record: Tensor
 
     @property
     def total(self) -> int:
@@ -70,11 +76,13 @@ class Kept:
     What the norms made of x and mid is always made again: writing it to memory and reading it there takes as long.
 
     small: [2 + heads, T] float32, 1/rms of both norms and the attention's log-sum-exp. graph: attention without tiles.
-    low: [T, r] of each product's update, narrow results, in the order of Layer.linears.
+    low: [T, r] of each product's update, narrow results, in the order of Layer.linears. room: all but x and small where
+    the layer is one call of the kernels.
     """
 
     x: Tensor
     small: Tensor | None = None
+    room: Tensor | None = None
     low: tuple[Tensor, ...] = ()
     qkv: Tensor | None = None
     attended: Tensor | None = None
@@ -141,6 +149,8 @@ class FastLlama:
         if not self._seen or on != self._seen[0]:
             for linear in self._low_rank:
                 linear.product.set_updates(linear.updates())
+            for layer in self.layers:
+                layer.update_record()
         for linear in self._low_rank:
             linear.product.refresh()
         for part in self._whole:
@@ -170,7 +180,10 @@ class FastLlama:
         positions[0, :n] = batch.position_T
         half = self.shape.hd // 2
         cosine, sine = (t[0, :, :half].float().contiguous() for t in self.rotary(torch.empty(0), positions))
-        return Packed(tokens, batch.cu_seqlens.to(torch.int64), cosine, sine, n)
+        starts, s = batch.cu_seqlens.to(torch.int64), self.shape
+        sizes = [total, n, s.heads, s.kv, s.hd, s.window, starts.numel() - 1]
+        places = [t.data_ptr() for t in (starts, cosine, sine)]
+        return Packed(tokens, starts, cosine, sine, n, torch.tensor([*sizes, *places, double(s.eps)]))
 
     # ---- forward
 
@@ -201,6 +214,8 @@ class FastLlama:
 
     def _layer(self, w: Layer, x: Tensor, b: Packed, own: Room) -> tuple[Tensor, Kept]:
         """(the layer's output, all that its backward needs)."""
+        if w.one_call:
+            return self._layer_at_once(w, x, b, own)
         own.at = 0
         d, gu_out = x.shape[1], w.gate_up.product.n
         low = narrow_rooms(w, b.total, self.dtype)
@@ -221,7 +236,14 @@ class FastLlama:
         w.gate_up.product.forward(xn2, low[2], gu, "swiglu", h)
         out = torch.empty(b.total, d, dtype=self.dtype)
         w.down.product.forward(h, low[3], out, "add", mid)
-        return out, Kept(x, small, low, qkv, attended, graph, mid, gu)
+        return out, Kept(x, small, None, low, qkv, attended, graph, mid, gu)
+
+    def _layer_at_once(self, w: Layer, x: Tensor, b: Packed, own: Room) -> tuple[Tensor, Kept]:
+        """_layer of tiles with nothing but low-rank updates."""
+        room = torch.empty(b.total * w.kept_columns, dtype=self.dtype)
+        small, out = torch.empty(2 + self.shape.heads, b.total), torch.empty_like(x)
+        self.kernels("layer_forward_tiles", b.record, w.record, x, out, room, small, own.flat)
+        return out, Kept(x, small, room)
 
     def _rmsnorm(self, x: Tensor, weight: Tensor, to: Tensor, rstd: Tensor) -> Tensor:
         sizes = (rstd, x.shape[0], x.shape[1])
@@ -265,7 +287,7 @@ class FastLlama:
         g_norm = self._rmsnorm_backward(grad, last, self.norm, rstd, None, dx)
         for i in range(len(self.layers) - 1, lowest - 1, -1):
             layer, k = self.layers[i], kept.pop()
-            if k.gu is None:
+            if k.small is None:
                 _, k = self._layer(layer, k.x, b, own)
             turns.reverse()
             to = turns[0] if i > lowest or self.embedding.requires_grad or layer.norm1.trained else None
@@ -286,6 +308,11 @@ class FastLlama:
         self, w: Layer, k: Kept, b: Packed, dx: Tensor, to: Tensor | None, own: Room, scratch: Room
     ) -> list[Tensor]:
         """dx: gradient of the layer's output. to: where its input's goes, or None."""
+        if k.room is not None:
+            found = torch.empty(sum(w.gradient_sizes))
+            places = (k.x, k.room, k.small, dx, to, own.flat, scratch.flat, found)
+            self.kernels("layer_backward_tiles", b.record, w.record, *places)
+            return w.split_gradients(found)
         assert k.small is not None and k.mid is not None and k.attended is not None and k.gu is not None
         rstd1, rstd2, lse = k.small[0], k.small[1], k.small[2:]
         low = narrow_rooms(w, b.total, self.dtype)
@@ -355,7 +382,8 @@ def _inputs(w: Layer) -> int:
 
 def _scratch(w: Layer) -> int:
     """Columns that one layer's backward takes of its scratch memory."""
-    return w.gate_up.product.n + 2 * w.gate_up.product.k + w.o.product.k + w.qkv.product.n
+    narrow = sum(linear.product.r for linear in w.linears)
+    return w.gate_up.product.n + 2 * w.gate_up.product.k + w.o.product.k + w.qkv.product.n + narrow
 
 
 class _Hidden(torch.autograd.Function):

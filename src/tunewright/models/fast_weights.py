@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tunewright.ops.kernels import Kernels
-from tunewright.ops.lora import Inner, LowRank, Product, interleave
+from tunewright.ops.lora import Inner, LowRank, Product, TileProduct, interleave
 
 
 class Room:
@@ -149,6 +150,8 @@ class Layer:
         self.down = Linear(kind, kernels, dtype, [mlp.down_proj], "in")
         self.norm1 = Norm(layer.input_layernorm)
         self.norm2 = Norm(layer.post_attention_layernorm)
+        whole = any(linear.whole for linear in self.linears) or any(norm.trained for norm in self.norms)
+        self.one_call = kind is TileProduct and not whole
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -165,6 +168,36 @@ class Layer:
     def parameters(self) -> list[nn.Parameter]:
         """What is trained, in the order of the gradients."""
         return [p for linear in self.linears for p in linear.parameters()] + norm_parameters(self.norms)
+
+    # ---- where a layer is one call of the kernels (layer.h)
+
+    def update_record(self) -> None:
+        """Its weights as a struct of C (layer.h, LayerWeights)."""
+        if not self.one_call:
+            return
+        products: list[Any] = [linear.product for linear in self.linears]
+        places = [t for p in products for t in (p.record, p.addresses)] + [norm.weight for norm in self.norms]
+        bias = self.qkv.bias
+        self.record = torch.tensor([*(t.data_ptr() for t in places), 0 if bias is None else bias.data_ptr()])
+
+    @property
+    def kept_columns(self) -> int:
+        """Columns of all that the backward needs of the forward, but x."""
+        wide = self.qkv.product.n + self.o.product.k + self.o.product.n + self.gate_up.product.n
+        return wide + sum(linear.product.r for linear in self.linears)
+
+    @property
+    def gradient_sizes(self) -> list[int]:
+        return [n for linear in self.linears for n in linear.product.gradient_sizes]  # type: ignore[attr-defined]
+
+    def split_gradients(self, found: Tensor) -> list[Tensor]:
+        """Of parameters(), from what the kernels wrote."""
+        parts, grads = iter(found.split(self.gradient_sizes)), []
+        for linear in self.linears:
+            own = list(islice(parts, 1 + len(linear.layers)))
+            pairs = linear.product.split_gradients(own)  # type: ignore[attr-defined]
+            grads += [g for pair in pairs if pair is not None for g in pair]
+        return grads
 
 
 def norm_parameters(norms: Sequence[Norm]) -> list[nn.Parameter]:

@@ -118,10 +118,10 @@ class TileProduct(Product):
         super().__init__(kernels, weights, ranks, rows, inner)
         self._weights = [w.contiguous() for w in weights]
         self._places = [_place(rows) for rows in self.rows]
-        self._addresses = torch.zeros(self.n // 16, dtype=torch.int64)
+        self.addresses = torch.zeros(self.n // 16, dtype=torch.int64)
         for weight, (first, spread) in zip(self._weights, self._places, strict=True):
             groups = weight.shape[0] // 16
-            self._addresses[first // 16 + spread // 16 * torch.arange(groups)] = addresses(weight)
+            self.addresses[first // 16 + spread // 16 * torch.arange(groups)] = addresses(weight)
         self.set_updates([None] * len(ranks))
 
     def set_updates(self, updates: Sequence[LowRank | None]) -> None:
@@ -165,28 +165,32 @@ class TileProduct(Product):
         other: Tensor | None,
         h: Tensor | None,
     ) -> None:
-        def ld(t: Tensor | None) -> int:
-            return 0 if t is None else t.stride(0)
+        given = (self.record, self.addresses, x, u, x.shape[0], turned)
+        self.kernels("linear_tiles", *given, y, _EPILOGUES[epilogue], other, h)
 
-        given = (self.record, x, ld(x), u, x.shape[0], turned, self._addresses, self.k)
-        self.kernels("linear_tiles", *given, y, ld(y), _EPILOGUES[epilogue], other, ld(other), h, ld(h))
+    @property
+    def gradient_sizes(self) -> list[int]:
+        """Numbers of the gradient of all A [r, k], and of each layer's B."""
+        return [self.r * self.k, *self._sizes]
 
     def gradients(self, x: Tensor, u: Tensor, dy: Tensor, du: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-        da_RK = torch.empty(self.r, self.k)
-        db = torch.empty(sum(self._sizes))
-        given = (self.record, x, x.stride(0), u, dy, dy.stride(0), du, x.shape[0])
-        self.kernels("update_gradients_tiles", *given, da_RK, db)
+        found = torch.empty(sum(self.gradient_sizes))
+        self.kernels("update_gradients_tiles", self.record, x, u, dy, du, x.shape[0], found)
+        return self.split_gradients(found.split(self.gradient_sizes))
+
+    def split_gradients(self, parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor] | None]:
+        """gradients() of what the kernels wrote, in pieces of gradient_sizes."""
+        da_RK = parts[0].view(self.r, self.k)
         return [
-            None if update is None else (da_RK[ranks], own.view_as(update.b))
-            for update, ranks, own in zip(self.updates, self.ranks, db.split(self._sizes), strict=True)
+            None if update is None else (da_RK[ranks], db.view_as(update.b))
+            for update, ranks, db in zip(self.updates, self.ranks, parts[1:], strict=True)
         ]
 
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
         tokens = x.shape[0]
         g_NK = torch.empty(self.n, self.k)
         room = torch.empty(tokens * (self.n + self.k), dtype=self.dtype)
-        given = (self.record, x, x.stride(0), dy, dy.stride(0), tokens)
-        self.kernels("weight_gradient_tiles", *given, g_NK, room, room[tokens * self.n :])
+        self.kernels("weight_gradient_tiles", self.record, x, dy, tokens, g_NK, room, room[tokens * self.n :])
         return g_NK
 
 

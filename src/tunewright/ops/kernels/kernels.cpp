@@ -2,8 +2,7 @@
 #include "rows.h"
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_TILES 1
-#include "linear.h"
-#include "lowrank.h"
+#include "layer.h"
 #include "vocabulary.h"
 #else
 #define HAS_TILES 0
@@ -49,27 +48,29 @@ extern "C" int pack_tiles(P to, P src, I ld, I columns, I k, I across, I threads
   pack((bf16 *)to, (bf16 *)src, ld, columns, k, across != 0, int(threads));
   return 0;
 }
-extern "C" int linear_tiles(P product, P x, I ldx, P u, I rows, I turned, P weights, I ldw, P y, I ldy, I epilogue, P other,
-                             I ldother, P h, I ldh, I threads) {
-  const Updated &p = *(Updated *)product;
-  const I k = turned ? p.n : p.k, out = turned ? p.k : p.n, wide = epilogue == SWIGLU_BACKWARD ? 2 * out : out;
-  const bool blocks_x = turned ? p.blocks_out : p.blocks_in, swiglu = epilogue == SWIGLU || epilogue == SWIGLU_BACKWARD;
-  const bool blocks_y = swiglu || (turned ? p.blocks_in : p.blocks_out);
-  Linear l{grid((bf16 *)x, ldx, k, blocks_x), (bf16 *)u, rows, k, p.r, {(bf16 **)weights, ldw}, turned != 0, nullptr, nullptr,
-           y ? out : 0, grid((bf16 *)y, ldy, wide, blocks_y), int(epilogue), grid((bf16 *)other, ldother, wide, swiglu),
-           grid((bf16 *)h, ldh, epilogue == SWIGLU ? out / 2 : out, true)};
-  return !linear(l, p, int(threads));
+extern "C" int linear_tiles(P updated, P weights, P x, P u, I rows, I turned, P y, I epilogue, P other, P h, I threads) {
+  return !product({(Updated *)updated, (bf16 **)weights}, turned != 0, rows, (bf16 *)x, (bf16 *)u, (bf16 *)y, int(epilogue),
+                  (bf16 *)other, (bf16 *)h, int(threads));
 }
-extern "C" int weight_gradient_tiles(P product, P x, I ldx, P dy, I lddy, I rows, P g, P turned, P along, I threads) {
-  const Updated &p = *(Updated *)product;
-  outer({grid((bf16 *)dy, lddy, p.n, p.blocks_out), grid((bf16 *)x, ldx, p.k, p.blocks_in), (float *)g, rows, p.n, p.k,
-         (bf16 *)turned, (bf16 *)along}, int(threads));
+extern "C" int weight_gradient_tiles(P updated, P x, P dy, I rows, P g, P turned, P along, I threads) {
+  const Updated &p = *(Updated *)updated;
+  outer({grid((bf16 *)dy, p.n, p.blocks_out), grid((bf16 *)x, p.k, p.blocks_in), (float *)g, rows, p.n, p.k, (bf16 *)turned,
+         (bf16 *)along}, int(threads));
   return 0;
 }
-extern "C" int update_gradients_tiles(P product, P x, I ldx, P u, P dy, I lddy, P du, I rows, P da, P db, I threads) {
-  const Updated &p = *(Updated *)product;
-  return !update_gradients(p, grid((bf16 *)x, ldx, p.k, p.blocks_in), (bf16 *)u, grid((bf16 *)dy, lddy, p.n, p.blocks_out),
-                           (bf16 *)du, rows, (float *)da, (float *)db, int(threads));
+extern "C" int update_gradients_tiles(P updated, P x, P u, P dy, P du, I rows, P to, I threads) {
+  return !gradients({(Updated *)updated, nullptr}, rows, (bf16 *)x, (bf16 *)u, (bf16 *)dy, (bf16 *)du, (float *)to, int(threads));
+}
+extern "C" int layer_forward_tiles(P pack, P weights, P x, P out, P room, P small, P own, I threads) {
+  const Pack &p = *(Pack *)pack;
+  const LayerWeights &w = *(LayerWeights *)weights;
+  return !layer_forward(p, w, (bf16 *)x, (bf16 *)out, Kept((bf16 *)room, (float *)small, p, w), (bf16 *)own, int(threads));
+}
+extern "C" int layer_backward_tiles(P pack, P weights, P x, P room, P small, P dx, P to, P own, P scratch, P found, I threads) {
+  const Pack &p = *(Pack *)pack;
+  const LayerWeights &w = *(LayerWeights *)weights;
+  return !layer_backward(p, w, (bf16 *)x, Kept((bf16 *)room, (float *)small, p, w), (bf16 *)dx, (bf16 *)to, (bf16 *)own,
+                         (bf16 *)scratch, (float *)found, int(threads));
 }
 extern "C" int attention_tiles(P q, P k, P v, I ld, P starts, I segments, I heads, I kv, I hd, double scale, I window,
                                 P out, I ldo, P lse, I rows, I threads) {

@@ -220,3 +220,19 @@ static bool linear(Linear l, const Updated &u, int threads) {  // false: no memo
   }
   return true;
 }
+
+struct Weight {  // a product: its updates, and where each sixteen rows of its weights lie
+  const Updated *u;
+  const bf16 *const *rows;
+};
+// x [rows, k] -> y [rows, n], or with `turned` the other way; u [rows, r] is filled. y may be null: only u.
+static bool product(const Weight &w, bool turned, int64_t rows, bf16 *x, bf16 *u, bf16 *y, int epilogue, bf16 *other, bf16 *h,
+                    int threads) {
+  const Updated &p = *w.u;
+  const int64_t k = turned ? p.n : p.k, n = turned ? p.k : p.n, wide = epilogue == SWIGLU_BACKWARD ? 2 * n : n;
+  const bool swiglu = epilogue == SWIGLU || epilogue == SWIGLU_BACKWARD;
+  Linear l{grid(x, k, turned ? p.blocks_out : p.blocks_in), u, rows, k, p.r, {w.rows, p.k}, turned, nullptr, nullptr,
+           y ? n : 0, grid(y, wide, swiglu || (turned ? p.blocks_in : p.blocks_out)), epilogue, grid(other, wide, swiglu),
+           grid(h, epilogue == SWIGLU ? n / 2 : n, true)};
+  return linear(l, p, threads);
+}

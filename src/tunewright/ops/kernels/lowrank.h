@@ -87,8 +87,8 @@ static bool update_gradients(const Updated &w, Grid x, bf16 *u, Grid dy, bf16 *d
   Room room(rooms, 0);
   float *g = room.take<float>(w.r * w.n);
   bf16 *turned = room.take<bf16>(2 * rows * w.r);
-  const Outer a{grid(du, w.r, w.r, false), x, da, rows, w.r, w.k, turned, nullptr};
-  const Outer b{grid(u, w.r, w.r, false), dy, g, rows, w.r, w.n, turned + rows * w.r, nullptr};
+  const Outer a{grid(du, w.r, false), x, da, rows, w.r, w.k, turned, nullptr};
+  const Outer b{grid(u, w.r, false), dy, g, rows, w.r, w.n, turned + rows * w.r, nullptr};
   const int64_t ka = w.k / 32, all = ka + w.n / 32;
 #pragma omp parallel num_threads(threads)
   {
@@ -104,4 +104,9 @@ static bool update_gradients(const Updated &w, Grid x, bf16 *u, Grid dy, bf16 *d
     }
   }
   return true;
+}
+// The same for a product's weights. to: da [r, k], behind it the db.
+static bool gradients(const Weight &w, int64_t rows, bf16 *x, bf16 *u, bf16 *dy, bf16 *du, float *to, int threads) {
+  const Updated &p = *w.u;
+  return !p.r || update_gradients(p, grid(x, p.k, p.blocks_in), u, grid(dy, p.n, p.blocks_out), du, rows, to, to + p.r * p.k, threads);
 }

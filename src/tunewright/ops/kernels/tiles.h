@@ -178,8 +178,8 @@ struct Grid {
   int64_t down, along, ld;  // from a row or a column to the next block's (by one of it), from a block's row to its next
   bf16 *at(int64_t t, int64_t c) const { return p + t * down + c * along; }  // t, c: multiples of 32
 };
-static inline Grid grid(bf16 *p, int64_t ld, int64_t width, bool blocks) {
-  return blocks ? Grid{p, width, 32, 32} : Grid{p, ld, 1, ld};
+static inline Grid grid(bf16 *p, int64_t width, bool blocks) {
+  return blocks ? Grid{p, width, 32, 32} : Grid{p, width, 1, width};
 }
 
 // ---- products
