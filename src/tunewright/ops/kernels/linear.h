@@ -63,9 +63,12 @@ struct Linear {
     return turned ? weights.row(32 * b + i) + 32 * p : weights.row(32 * p + i) + 32 * b;
   }
   int64_t panel() const { return 2 * (k + r) / 32 * TILE; }
-  void pack(bf16 *to, int64_t p) const {
-    (turned ? panel_along : panel_across)(to, weights, p, k / 32);
-    if (r) memcpy(to + 2 * (k / 32) * TILE, low + p * 2 * (r / 32) * TILE, 4 * (r / 32) * TILE);
+  void pack(bf16 *to, int64_t p, int64_t many) const {
+    if (turned) panels_along(to, panel(), weights, p, many, k / 32);
+    for (int64_t q = 0; q < many; q++, to += panel()) {
+      if (!turned) panel_across(to, weights, p + q, k / 32);
+      if (r) memcpy(to + 2 * (k / 32) * TILE, low + (p + q) * 2 * (r / 32) * TILE, 4 * (r / 32) * TILE);
+    }
   }
 };
 
@@ -139,12 +142,13 @@ static void wide(const Linear l, int64_t m, int64_t end, int64_t from, int64_t t
   int64_t before_t = -1, before_n = 0, turn = 0;
   for (int64_t n0 = from; n0 < to; n0 += across) {
     const int64_t n1 = std::min(n0 + across, to);
-    for (int64_t n = n0; n < n1; n += 32) l.pack(panels + (n - n0) / 32 * panel, n / 32);
+    l.pack(panels, n0 / 32, (n1 - n0) / 32);
     for (int64_t t = m; t < end; t += 32)
       for (int64_t n = n0; n < n1; n += 32) {
         const bf16 *b = panels + (n - n0) / 32 * panel;
         const float *before = room[1 - turn];
-        const bool ahead = t + 32 >= end && n + across < to;  // fetch weights of the next panels
+        // the next panels' weights, fetched while the last rows are multiplied, in the order in which they will be packed
+        const int64_t next = t + 32 >= end ? std::min(n1 + across, to) / 32 - n1 / 32 : 0;
         const bf16 *a = l.x.at(t, 0), *a1 = a + 16 * l.x.ld;
         int64_t done = before_t < 0 ? 32 : 0, ld = 2 * l.x.ld, step = 32 * l.x.along;
         zero_tiles();
@@ -158,8 +162,10 @@ static void wide(const Linear l, int64_t m, int64_t end, int64_t from, int64_t t
           _tile_loadd(5, a1, ld);
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
-          if (ahead && k < deep)
-            for (int64_t i = 0; i < 32; i++) _mm_prefetch((const char *)l.line((n + across) / 32, k, i), _MM_HINT_T1);
+          if (const int64_t at = (n - n0) / 32 * deep + k; next && k < deep && at < next * deep) {
+            const int64_t p = n1 / 32 + (l.turned ? at % next : at / deep), depth = l.turned ? at / next : at % deep;
+            for (int64_t i = 0; i < 32; i++) _mm_prefetch((const char *)l.line(p, depth, i), _MM_HINT_T1);
+          }
           for (int64_t i = k * share; i < std::min<int64_t>(32, (k + 1) * share); i++) fetch<E>(l, t, n, i);
           if (done < 32) {
             const int64_t upto = std::min<int64_t>(32, done + share);

@@ -161,15 +161,18 @@ static inline void panel_across(bf16 *to, const Weights &w, int64_t p, int64_t b
       tile_across(to, x, w.ld);
     }
 }
-// The same: elements [32 p, 32 p + 32) of the rows as columns, the rows as k.
-static inline void panel_along(bf16 *to, const Weights &w, int64_t p, int64_t blocks) {
+// The same for `many` panels from p on: elements [32 p, 32 p + 32) of the rows as columns, the rows as k. A row's elements
+// of all panels are read together: memory is slow to jump.
+static inline void panels_along(bf16 *to, int64_t panel, const Weights &w, int64_t p, int64_t many, int64_t blocks) {
   for (int64_t b = 0; b < blocks; b++)
-    for (int64_t t = 0; t < 2; t++, to += TILE)
-      for (int64_t i = 0; i < 16; i++) {
-        const bf16 *x = w.rows[2 * b + i / 8] + i % 8 * 2 * w.ld + 32 * p + 16 * t;
-        _mm512_store_si512(to + 32 * i, in_turns(x, x + w.ld));
-        if (t == 0) __builtin_prefetch(x + 32), __builtin_prefetch(x + w.ld + 32);  // the next panel's
+    for (int64_t i = 0; i < 16; i++) {
+      const bf16 *x = w.rows[2 * b + i / 8] + i % 8 * 2 * w.ld + 32 * p;
+      for (int64_t q = 0; q < many; q++, x += 32) {
+        bf16 *at = to + q * panel + 2 * b * TILE + 32 * i;
+        _mm512_store_si512(at, in_turns(x, x + w.ld));
+        _mm512_store_si512(at + TILE, in_turns(x + 16, x + 16 + w.ld));
       }
+    }
 }
 
 // A matrix as its blocks of 32 x 32: by rows, or with each block in one piece, so that whoever takes a block reads along.
