@@ -53,6 +53,11 @@ class Tuner:
     def __init__(self, options: Any) -> None:
         self.options = options
 
+    @property
+    def n_virtual(self) -> int:
+        """Tokens that the tuner puts in front of every row: they take room in a micro-batch and of the context."""
+        return 0
+
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """Prepare `model` (in place) for training: add modules, set requires_grad. Returns the model to run."""
         raise NotImplementedError
