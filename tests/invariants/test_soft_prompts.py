@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import engine_kit as kit
+import tiny
 from tunewright.core.errors import SpecError, UserError
 from tunewright.core.example import Example, Group
 from tunewright.core.spec import Part as Chosen
@@ -76,6 +79,29 @@ def test_loss_and_gradients_are_peft_s(kind: str, tiny_model_dir: Path, tmp_path
     opened = PeftModel.from_pretrained(plain_model(tiny_model_dir), tmp_path)
     with torch.no_grad():
         assert plain_loss(opened, make_groups()).item() == pytest.approx(got, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt2", "mixtral", "qwen3"])
+@pytest.mark.parametrize("kind", ONE_EACH)
+def test_windows_learned_positions_and_experts(kind: str, family: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """peft's loss on other architectures, with the saved file; rows longer than the windows."""
+    folder = tiny.build_family(tmp_path / "model", family, tiny_model_dir)
+    config = json.loads((folder / "config.json").read_text())
+    if family == "gpt2":
+        config.pop("num_key_value_heads")
+        (folder / "config.json").write_text(json.dumps(config))
+    groups = [Group((Example(tuple(t % 97 for t in e.ids), e.weights),)) for g in make_groups() for e in g.examples]
+    tuner, model = shaken(kind, folder)
+    tuner.save(tmp_path, str(folder))
+    opened = PeftModel.from_pretrained(plain_model(folder), tmp_path)
+    with torch.no_grad():
+        assert step_loss(Policy(model), groups) == pytest.approx(plain_loss(opened, groups).item(), abs=1e-5)
+
+
+def step_loss(policy: Policy, groups: list[Group]) -> float:
+    batch = collate(groups)
+    return -float((policy.token_stats(batch, {"logp"})["logp"] * batch.weights_T).sum() / batch.weights_T.sum())
 
 
 @pytest.mark.parametrize("kind", ONE_EACH)
@@ -238,6 +264,26 @@ def test_the_answer_is_that_of_peft_s_generate(
     net.generation_config.suppress_tokens = [2]
     asked = kit.ask(prompt, 60, artefact=str(adapters[kind]), logit_bias={2: -100})
     assert kit.answer(engine, asked) == kit.reference(net, prompt, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ONE_EACH)
+def test_served_over_a_model_with_a_window(tmp_path: Path, model_dir: Path, kind: str) -> None:
+    """The window counts the virtual tokens, and most of them are behind it."""
+    import transformers
+
+    plain = {k: getattr(kit.hf_model(model_dir).config, k) for k in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    ends = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 2}
+    config = transformers.MistralConfig(**plain, **sizes, **ends, sliding_window=16, initializer_range=0.3)
+    torch.manual_seed(1)
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    transformers.MistralForCausalLM(config).save_pretrained(folder)
+    engine, where = engine_of(tmp_path, folder), artefact(tmp_path / "adapter", kind, folder)
+    prompts = [kit.random_prompt(n, n) for n in (3, 12, 70)]
+    logs = kit.run_all(engine, [kit.ask(p, 20, artefact=str(where)) for p in prompts])
+    assert [kit.tokens(log) for log in logs] == [plain_answer(folder, where, p, 20) for p in prompts]
 
 
 def test_virtual_tokens_take_room_in_the_context(tmp_path: Path, model_dir: Path, adapters: dict[str, Path]) -> None:

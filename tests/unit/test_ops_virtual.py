@@ -14,7 +14,7 @@ from tunewright.core.example import Example, Group
 from tunewright.ops import attention
 from tunewright.ops.packing import collate, pack
 from tunewright.ops.prefix import share_prefixes
-from tunewright.ops.virtual import Virtual, insert_rows
+from tunewright.ops.virtual import insert_rows
 
 
 def group(*lengths: int, start: int = 10, prefix: int = 0) -> Group:
@@ -61,11 +61,6 @@ def test_virtual_tokens_count_in_a_micro_batch() -> None:
     groups = [group(n) for n in (4, 4, 4)]
     assert [b.n_segments for b in pack(groups, 12)] == [3]
     assert [b.n_segments for b in pack(groups, 12, virtual=2)] == [2, 1]
-
-
-def test_how_many() -> None:
-    kv = torch.zeros(1, 2, 7, 8)
-    assert Virtual(rows_ND=torch.zeros(5, 3)).n == 5 and Virtual(layers=((kv, kv),)).n == 7
 
 
 def before_reference(q: Tensor, k: Tensor, v: Tensor, cu: list[int], own: tuple[Tensor, Tensor], window: int | None):

@@ -54,10 +54,10 @@ def virtual_of(model: nn.Module) -> Virtual | None:
     peft_model: Any = model
     if getattr(model, "prompt_encoder", None) is None or peft_model._adapters_disabled:
         return None
-    made = peft_model.get_prompt(batch_size=1)  # [1, N, D], or a cache
-    if isinstance(made, Tensor):
-        return Virtual(rows_ND=made[0])
-    return Virtual(layers=tuple((layer.keys, layer.values) for layer in made.layers))
+    n, made = peft_model.active_peft_config.num_virtual_tokens, peft_model.get_prompt(batch_size=1)
+    if isinstance(made, Tensor):  # [1, N, D], else a cache
+        return Virtual(n, rows_ND=made[0])
+    return Virtual(n, layers=tuple((layer.keys, layer.values) for layer in made.layers))
 
 
 def packed(model: nn.Module, batch: Batch, inputs: dict[str, Tensor]) -> Tensor:

@@ -19,20 +19,15 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Virtual:
-    """What is put in front of each segment: one of the two. Positions of the real tokens begin after it.
+    """N virtual tokens in front of each segment: rows or layers. Positions of the real tokens begin after them.
 
-    rows_ND: embeddings of N virtual tokens. layers: for each layer its (keys, values), each [1, H, N, K].
+    rows_ND: their embeddings. layers: for each layer their keys and values, each [1, H, N, K] (of a layer with a window
+    perhaps only the last ones, which it can see).
     """
 
+    n: int
     rows_ND: Tensor | None = None
     layers: tuple[KeysValues, ...] | None = None
-
-    @property
-    def n(self) -> int:
-        """N, the virtual tokens."""
-        if self.rows_ND is not None:
-            return self.rows_ND.shape[0]
-        return self.layers[0][0].shape[2] if self.layers else 0
 
 
 def insert_rows(batch: Batch, rows_ND: Tensor, tokens_TD: Tensor) -> tuple[Batch, Tensor, Tensor]:

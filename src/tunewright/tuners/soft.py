@@ -53,13 +53,17 @@ class SoftPrompt(PeftTuner):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        heads = [m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
+        """What peft's disable_adapter() does, which fails on models that do not generate and leaves heads on."""
+        model: Any = self.model
+        heads = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
         try:
+            model.forward, model._adapters_disabled = model.base_model.forward, True
             for head in heads:
                 head.enable_adapters(False)
-            with self.model.disable_adapter():
-                yield
+            yield
         finally:
+            del model.forward
+            model._adapters_disabled = False
             for head in heads:
                 head.enable_adapters(True)
 
