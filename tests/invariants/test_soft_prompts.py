@@ -67,7 +67,6 @@ def test_loss_and_gradients_are_peft_s(kind: str, tiny_model_dir: Path, tmp_path
     """peft's model with the same encoder, and with the saved file: rows padded, transformers' own loss."""
     tuner, model = shaken(kind, tiny_model_dir)
     config = tuner.config(load_model(tiny_model_dir), 0)
-    config.modules_to_save = None
     reference: Any = get_peft_model(plain_model(tiny_model_dir), config)  # type: ignore[arg-type]
     reference.prompt_encoder.load_state_dict(tuner.model.prompt_encoder.state_dict())
     wanted = plain_loss(reference, make_groups())
@@ -275,7 +274,8 @@ def test_served_over_a_model_with_a_window(tmp_path: Path, model_dir: Path, kind
     plain = {k: getattr(kit.hf_model(model_dir).config, k) for k in ("vocab_size", "hidden_size", "intermediate_size")}
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     ends = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 2}
-    config = transformers.MistralConfig(**plain, **sizes, **ends, sliding_window=16, initializer_range=0.3)
+    made: Any = {**plain, **sizes, **ends, "sliding_window": 16, "initializer_range": 0.3}
+    config = transformers.MistralConfig(**made)
     torch.manual_seed(1)
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)

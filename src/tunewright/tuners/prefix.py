@@ -52,11 +52,8 @@ class PrefixTuning(SoftPrompt):
 
     def config(self, model: nn.Module, seed: int) -> PrefixTuningConfig:
         o = self.options
-        return PrefixTuningConfig(
-            prefix_projection=o.projection,
-            encoder_hidden_size=o.hidden_size if o.projection else None,
-            **fields(model, o, "prefix"),
-        )
+        more = {"encoder_hidden_size": o.hidden_size} if o.projection else {}
+        return PrefixTuningConfig(prefix_projection=o.projection, **more, **fields(model, o, "prefix"))
 
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """Raises SpecError for a model that it is not for, and for a text without tokens."""
@@ -76,15 +73,19 @@ def keys_and_values(model: Any, tokens_N: Tensor, width: int) -> Tensor:
     width: what peft expects. Raises SpecError if the model does not keep keys and values of one shape in all layers.
     """
     cache = DynamicCache()  # without the config, which would let layers with a window forget
+    was = model.training
+    model.train()  # in eval mode bitsandbytes would repack 4-bit weights for inference, and give no gradients any more
     with quiet():
         model(input_ids=tokens_N[None].to(model.device), past_key_values=cache, use_cache=True)
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
-    shapes = {tuple(x.shape) if x is not None else None for pair in layers for x in pair}
-    if len(shapes) != 1 or None in shapes or sum(x.numel() for p in layers for x in p) != width * len(tokens_N):
+    model.train(was)
+    kept = [getattr(layer, kind, None) for layer in cache.layers for kind in ("keys", "values")]
+    found = [x for x in kept if x is not None]
+    is_uniform = len(found) == len(kept) and len({x.shape for x in found}) == 1
+    if not is_uniform or sum(x.numel() for x in found) != width * len(tokens_N):
         raise SpecError(
             f"tuner 'prefix' cannot be used with a {type(model).__name__}: its layers do not all keep keys and values "
             "of one shape. Use prompt, p_tuning or lora.",
             param="tuner",
         )
-    flat = torch.stack([x[0] for pair in layers for x in pair])  # [layers * 2, H, N, K]
+    flat = torch.stack([x[0] for x in found])  # [layers * 2, H, N, K]
     return flat.permute(2, 0, 1, 3).reshape(len(tokens_N), width)
