@@ -14,7 +14,7 @@ from plain import assert_relative, plain_loss, plain_model, step
 from pydantic import ValidationError
 from test_loop import make_groups
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import engine_kit as kit
 import tiny
@@ -25,6 +25,7 @@ from tunewright.engine.engine import Engine
 from tunewright.engine.request import parse_request
 from tunewright.engine.scheduler import Limits
 from tunewright.models.fast_serves import why_not
+from tunewright.models.heads import Head
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.ops.packing import collate
@@ -96,6 +97,28 @@ def test_windows_learned_positions_and_experts(kind: str, family: str, tiny_mode
     opened = PeftModel.from_pretrained(plain_model(folder), tmp_path)
     with torch.no_grad():
         assert step_loss(Policy(model), groups) == pytest.approx(plain_loss(opened, groups).item(), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ONE_EACH)
+def test_a_decoder_with_a_head(kind: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The head is trained and saved beside the soft prompt; peft's scores, row by row."""
+    folder = tiny.build_family(tmp_path / "model", "llama, head", tiny_model_dir)
+    tuner = make(kind)
+    model = tuner.attach(load_model(folder, head=Head("classify", ("a", "b", "c"))), 0)
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in tuner.trainable().values():
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
+    assert any("score" in name for name in tuner.trainable())
+    tuner.save(tmp_path, str(folder))
+    plain = AutoModelForSequenceClassification.from_pretrained(folder)
+    opened = PeftModel.from_pretrained(plain, tmp_path).eval()
+    rows = [tuple(t % 97 for t in e.ids) for group in make_groups(4) for e in group.examples]
+    batch = collate([Group((Example(ids, (0.0,) * len(ids), label=0.0),)) for ids in rows])
+    with torch.no_grad():
+        wanted = torch.cat([opened(input_ids=torch.tensor([ids])).logits for ids in rows])
+        torch.testing.assert_close(Policy(model).scores(batch), wanted, atol=1e-5, rtol=1e-5)
 
 
 def step_loss(policy: Policy, groups: list[Group]) -> float:

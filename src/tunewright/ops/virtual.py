@@ -41,14 +41,14 @@ def insert_rows(batch: Batch, rows_ND: Tensor, tokens_TD: Tensor) -> tuple[Batch
     more_S = n * (batch.parent_S < 0).long()
     at_T = torch.arange(batch.n_tokens, device=device) + more_S.cumsum(0).repeat_interleave(lengths_S)
     total = batch.n_tokens + int(more_S.sum())
-    is_virtual_R = torch.ones(total, dtype=torch.bool, device=device).index_fill_(0, at_T, False)
-    virtual = torch.arange(n, device=device).repeat((total - batch.n_tokens) // max(n, 1))
+    at_V = torch.ones(total, dtype=torch.bool, device=device).index_fill_(0, at_T, False).nonzero()[:, 0]
+    virtual_V = torch.arange(n, device=device).repeat(at_V.numel() // max(n, 1))
 
     def spread(values_T: Tensor | None) -> Tensor | None:
         return None if values_T is None else values_T.new_zeros(total).index_copy_(0, at_T, values_T)
 
     def numbered(values_T: Tensor) -> Tensor:
-        return values_T.new_zeros(total).index_copy_(0, at_T, values_T + n).masked_scatter_(is_virtual_R, virtual)
+        return values_T.new_zeros(total).index_copy_(0, at_T, values_T + n).index_copy_(0, at_V, virtual_V)
 
     source_R = numbered(torch.arange(batch.n_tokens, device=device))
     ends_S = (lengths_S + more_S).cumsum(0)

@@ -63,7 +63,7 @@ class Parts:
 
     def with_room(self, step: int, where: Where, groups: Sequence[Group], compute: Callable[[int], T]) -> T:
         """recovery.with_room of this run."""
-        return with_room(self.run, self.plan, self.events, step, where, groups, compute)
+        return with_room(self.run, self.plan, self.events, step, where, groups, compute, self.tuner.n_virtual)
 
 
 def accumulate(
