@@ -44,6 +44,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "prefix, projection": ("prefix", {"projection": True, "hidden_size": 16}),
 }
 ONE_EACH = ("prompt", "p_tuning", "prefix")
+P_TUNING_SLOW = [pytest.param(kind, marks=pytest.mark.slow) if kind == "p_tuning" else kind for kind in ONE_EACH]
 TEXT = "It is red. It is blue."
 
 
@@ -63,7 +64,9 @@ def shaken(kind: str, folder: Path, size: float = 0.1, **options: Any) -> tuple[
     return tuner, model
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if "," in kind else kind for kind in KINDS]
+)
 def test_loss_and_gradients_are_peft_s(kind: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     """peft's model with the same encoder, and with the saved file: rows padded, transformers' own loss."""
     tuner, model = shaken(kind, tiny_model_dir)
@@ -126,7 +129,7 @@ def step_loss(policy: Policy, groups: list[Group]) -> float:
     return -float((policy.token_stats(batch, {"logp"})["logp"] * batch.weights_T).sum() / batch.weights_T.sum())
 
 
-@pytest.mark.parametrize("kind", ONE_EACH)
+@pytest.mark.parametrize("kind", P_TUNING_SLOW)
 def test_packed_is_alone_and_recomputing_changes_nothing(kind: str, tiny_model_dir: Path) -> None:
     _, model = shaken(kind, tiny_model_dir)
     policy = Policy(model)
@@ -152,7 +155,7 @@ def targets(policy: Policy, shared: bool, groups: list[Group]) -> dict[tuple[int
     return {(int(numbers[segment_T[t]]), int(batch.position_T[t])): float(logp_T[t]) for t in found}
 
 
-@pytest.mark.parametrize("kind", ONE_EACH)
+@pytest.mark.parametrize("kind", P_TUNING_SLOW)
 def test_a_shared_prompt_sees_the_soft_prompt_once(kind: str, tiny_model_dir: Path) -> None:
     _, model = shaken(kind, tiny_model_dir)
     groups = [
@@ -276,7 +279,7 @@ def test_served_next_to_others_in_one_batch(tmp_path: Path, model_dir: Path, ada
     assert len(next(iter(engine.artefacts.models.values())).adapters) == len(adapters)
 
 
-@pytest.mark.parametrize("kind", ONE_EACH)
+@pytest.mark.parametrize("kind", P_TUNING_SLOW)
 def test_the_answer_is_that_of_peft_s_generate(
     tmp_path: Path, model_dir: Path, adapters: dict[str, Path], kind: str
 ) -> None:
