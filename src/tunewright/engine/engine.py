@@ -85,10 +85,11 @@ class Engine:
         target = self.artefacts.resolve(asked.base, asked.artefact)
         tokens = encode(asked, target)
         how = settle(asked, target.decoding)
-        room = target.context - len(tokens)
+        context = target.context - target.virtual
+        room = context - len(tokens)
         if room < 1:
             raise UserError(
-                f"This model's maximum context length is {target.context} tokens. However, your input has "
+                f"This model's maximum context length is {context} tokens. However, your input has "
                 f"{len(tokens)} tokens and leaves no room for an answer. Please shorten the messages.",
                 code="context_length_exceeded",
                 param="messages" if asked.messages is not None else "prompt",
@@ -98,7 +99,8 @@ class Engine:
         decode, hold = target.tokenizer.decode, MARK if asked.tools else ""
         for index in range(asked.n):
             text = TextStream(decode, how.stop, hold)
-            request.sequences.append(Sequence(request, index, list(tokens), len(tokens), end, how, text))
+            sequence = Sequence(request, index, list(tokens), len(tokens), end, how, text, target.virtual)
+            request.sequences.append(sequence)
             request.tokens.append([])
         self.scheduler.add(request.sequences)
         self.requests[request.id] = request
@@ -180,19 +182,20 @@ class Engine:
         if model is None:
             return False
         request.model = model
-        sequence.cache = model.kv.open(min(len(sequence.tokens) + 32, sequence.end))
+        sequence.cache = model.kv.open(sequence.virtual + min(len(sequence.tokens) + 32, sequence.end))
+        model.kv.put(sequence.cache, model.prefixes.get(request.target.adapter_key, ()))
         return True
 
     def _compute(self, model: Model, work: list[tuple[Sequence, int]]) -> None:
         """One forward of `model` over the new tokens, then a token for every sequence whose input is complete."""
         for s, n in work:
-            model.kv.reserve(s.place, s.n_done + n)  # may move sequences, so before anybody's place is read
+            model.kv.reserve(s.place, s.place.length + n)  # may move sequences, so before anybody's place is read
         ids, positions, keep, complete = [], [], [], []
         first: dict[Sequence, int] = {}
         for s, n in work:
             first[s] = len(ids)
             ids += s.tokens[s.n_done : s.n_done + n]
-            positions += range(s.n_done, s.n_done + n)
+            positions += range(s.place.length, s.place.length + n)
             if n == s.n_new:
                 keep.append(len(ids) - 1)
                 complete.append(s)
@@ -296,14 +299,14 @@ def _route(work: list[tuple[Sequence, int]], first: dict[Sequence, int]) -> list
 
 
 def _plan(work: list[tuple[Sequence, int]], first: dict[Sequence, int]) -> StepPlan:
-    chunks = [Chunk(s.place, first[s], first[s] + n, s.n_done) for s, n in work if n > 1]
+    chunks = [Chunk(s.place, first[s], first[s] + n, s.place.length) for s, n in work if n > 1]
     by_pool: dict[int, list[Sequence]] = {}
     for s, n in work:
         if n == 1:
             by_pool.setdefault(id(s.place.pool), []).append(s)
     singles = []
     for members in by_pool.values():
-        places = [(s.place.slot, first[s], s.n_done) for s in members]
+        places = [(s.place.slot, first[s], s.place.length) for s in members]
         pool = members[0].place.pool
         rows_N = torch.zeros(len(pool.owners), dtype=torch.long)
         at_N = torch.zeros_like(rows_N)

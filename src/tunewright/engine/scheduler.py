@@ -30,7 +30,10 @@ class Limits:
 
 @dataclass(eq=False)
 class Sequence:
-    """One choice of a request. tokens: the prompt, then what was generated; `cache.length` of them are computed."""
+    """One choice of a request. tokens: the prompt, then what was generated.
+
+    virtual: tokens of a soft prompt that stand in the cache before them.
+    """
 
     request: Any
     index: int
@@ -39,6 +42,7 @@ class Sequence:
     end: int
     how: Settled
     text: TextStream
+    virtual: int = 0
     cache: Cache | None = None
     counts: Counter[int] = field(default_factory=Counter)
     finish_reason: str | None = None
@@ -53,8 +57,8 @@ class Sequence:
 
     @property
     def n_done(self) -> int:
-        """Tokens whose keys and values are in the cache."""
-        return self.cache.length if self.cache is not None else 0
+        """Tokens whose keys and values are in the cache, after the virtual ones."""
+        return self.cache.length - self.virtual if self.cache is not None else 0
 
     @property
     def n_new(self) -> int:

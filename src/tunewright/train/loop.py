@@ -63,7 +63,7 @@ class Parts:
 
     def with_room(self, step: int, where: Where, groups: Sequence[Group], compute: Callable[[int], T]) -> T:
         """recovery.with_room of this run."""
-        return with_room(self.run, self.plan, self.events, step, where, groups, compute)
+        return with_room(self.run, self.plan, self.events, step, where, groups, compute, self.tuner.n_virtual)
 
 
 def accumulate(
@@ -73,7 +73,7 @@ def accumulate(
 
     step: adds the gradients of the loss times `scale`, with this step's noise; None: no gradients and no noise.
     """
-    batches = pack(list(groups), tokens)
+    batches = pack(list(groups), tokens, parts.tuner.n_virtual)
     if step is not None:
         batches = [replace(b, noise_T=token_keys(b, parts.plan.seed, step)) for b in batches]
     weights: dict[str, float] = {}

@@ -53,6 +53,7 @@ from tunewright.tuners.delta import merge_delta
 from tunewright.tuners.peft_adapter import merge_adapter
 
 COUNT_FROM_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}
+LEAST_CONTEXT = 16  # tokens
 MERGE = {"adapter": merge_adapter, "delta": merge_delta}
 CSV_HEADER = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
@@ -99,14 +100,14 @@ def run_once(
     start = find_start(run, job, home, events)
     tokenizer = Tokenizer.load(start.weights, now=datetime.fromtimestamp(job.created_at))
     objective = part(OBJECTIVES, spec.objective)
-    context = context_length(start.weights)
+    tuner: Tuner = part(TUNERS, spec.tuner)
+    context = context_left(start.weights, tuner)
     limit = context if spec.max_length == "auto" else min(spec.max_length, context)
     groups = load_groups(run, job, spec, tokenizer, objective, limit, "train", events)
     valid: Sequence[Group] = []
     if job.validation:
         valid = load_groups(run, job, spec, tokenizer, objective, limit, "validation", events)
 
-    tuner: Tuner = part(TUNERS, spec.tuner)
     if earlier is None:
         dtype = room_to_load(start.weights, tuner.card, dtype, spec.dtype, spec.max_memory)
     events.write("phase", "Loading the model", {"name": "loading", "done": 0, "total": 1})
@@ -220,6 +221,18 @@ def context_length(folder: Path) -> int:
     positions = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
     # RoBERTa and its kin count positions from after the padding token's
     return positions - config.pad_token_id - 1 if config.model_type in COUNT_FROM_PADDING else positions
+
+
+def context_left(folder: Path, tuner: Tuner) -> int:
+    """Tokens that a row may have. Raises SpecError if the tuner's virtual tokens leave no room for one."""
+    context = context_length(folder)
+    if tuner.n_virtual and context - tuner.n_virtual < LEAST_CONTEXT:
+        raise SpecError(
+            f"virtual_tokens is {tuner.n_virtual}, and the model's context is {context} tokens; leave at least "
+            f"{LEAST_CONTEXT} of them to the rows.",
+            param="tuner",
+        )
+    return context - tuner.n_virtual
 
 
 def attach(start: Start, tuner: Tuner, spec: JobSpec, dtype: torch.dtype, head: Head | None) -> nn.Module:

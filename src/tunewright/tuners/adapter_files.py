@@ -26,7 +26,13 @@ SHAPE = {
     "scale": "scale",
     "target_modules": "target_modules",
     "feedforward_modules": "feedforward_modules",
+    "virtual_tokens": "num_virtual_tokens",
+    "encoder": "encoder_reparameterization_type",
+    "layers": "encoder_num_layers",
+    "projection": "prefix_projection",
+    "hidden_size": "encoder_hidden_size",
 }
+VIRTUAL = "num_virtual_tokens"  # the field that soft prompts have
 SETS = ("target_modules", "feedforward_modules", "exclude_modules")  # peft keeps them as sets, a file sorted
 
 
@@ -46,11 +52,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json. Raises CheckpointError if it is missing or is no adapter's."""
     try:
         config = json.loads((folder / CONFIG).read_bytes())
-        known = {"peft_type", "target_modules"} <= config.keys()
+        known = "peft_type" in config and bool({"target_modules", VIRTUAL} & config.keys())
     except (OSError, ValueError, AttributeError) as e:
         raise CheckpointError(f"'{folder.name}' is not an adapter: its {CONFIG} cannot be read.") from e
     if not known:
-        raise CheckpointError(f"'{folder.name}' is not an adapter: its {CONFIG} says no method or no target_modules.")
+        raise CheckpointError(f"'{folder.name}' is not an adapter: its {CONFIG} does not say what it changes.")
     return config
 
 
