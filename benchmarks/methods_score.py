@@ -33,7 +33,7 @@ class Judge:
     def __init__(self, model: str, home: Home, held_out: Path) -> None:
         self._folder = materialise(model, home)
         tokenizer = Tokenizer.load(self._folder, now=datetime.now())
-        rows = read_conversations(held_out, "chat", held_out.name)
+        rows = read_conversations(held_out, "auto", held_out.name)
         self._groups = {
             "held_out": list(render_rows(rows, tokenizer, max_length=1 << 20)),
             "unrelated": unrelated(tokenizer),
