@@ -26,8 +26,9 @@ SHAPE = {
     "scale": "scale",
     "target_modules": "target_modules",
     "feedforward_modules": "feedforward_modules",
+    "experts": "target_parameters",
 }
-SETS = ("target_modules", "feedforward_modules", "exclude_modules")  # peft keeps them as sets, a file sorted
+SETS = ("target_modules", "feedforward_modules", "exclude_modules", "target_parameters")  # peft keeps them as sets, a file sorted
 
 
 def write_adapter(folder: Path, config: dict[str, Any], base: str, tensors: Mapping[str, Tensor]) -> None:
@@ -63,7 +64,7 @@ def method_of(config: dict[str, Any]) -> str:
 
 def shape_of(config: dict[str, Any]) -> dict[str, Any]:
     """{"method", and the options of SHAPE that the method has}, from a config as it is in a file."""
-    found = {ours: config[theirs] for ours, theirs in SHAPE.items() if config.get(theirs) is not None}
+    found = {ours: config[theirs] for ours, theirs in SHAPE.items() if config.get(theirs) not in (None, [], set())}
     plain = {k: sorted(v) if isinstance(v, list | set) else v for k, v in found.items()}
     return {"method": method_of(config), **plain}
 
