@@ -95,7 +95,9 @@ def _fill(
     (run.folder / "data").mkdir(mode=0o700, parents=True)
     sources, places = {}, {}
     for role, path in paths.items():
-        places[role], sources[role] = _take_data(home, run, path, names.get(role), _PARAMS.get(role, role.partition("-")[0]))
+        places[role], sources[role] = _take_data(
+            home, run, path, names.get(role), _PARAMS.get(role, role.partition("-")[0])
+        )
     if origin.artefact is not None:
         copy_tree(origin.artefact, run.folder / "start")
     if origin.private_base is not None:

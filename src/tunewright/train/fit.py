@@ -58,7 +58,9 @@ def fitting(parts: Parts, room: Room, peak: meter.Peak) -> Iterator[Parts]:
     fullest = fullest_step(parts.plan, parts.groups)
     for tokens, checkpointing in settings(parts, fullest):
         heavy = heaviest_of(parts, fullest, tokens)
-        counted = room.activations(max(_tokens(rows) for _, rows in work_of(parts, heavy, tokens)), checkpointing, dtype)
+        counted = room.activations(
+            max(_tokens(rows) for _, rows in work_of(parts, heavy, tokens)), checkpointing, dtype
+        )
         tried = with_setting(parts, tokens, checkpointing)
         if not ratio and room.fixed + counted > 0.4 * room.limit:
             ratio = _calibrate(tried, room, peak, tokens)
@@ -108,8 +110,8 @@ def heaviest_of(parts: Parts, fullest: Sequence[int], tokens: int) -> list[Group
 
 
 def work_of(parts: Parts, heavy: Sequence[Group], tokens: int) -> list[tuple[Terms, Sequence[Group]]]:
-    """What a step runs at its heaviest: the objective over `heavy`, and each method against forgetting over the heaviest
-    micro-batch of its own rows, or over the same."""
+    """What a step runs at its heaviest: the objective over `heavy`, and each method against forgetting over the same,
+    or over the heaviest micro-batch of its own rows."""
     own = [m for m in parts.retain if len(m.draw(1, heavy))]
     return [(parts.objective, heavy), *((m, heaviest(m.rows, tokens, m.n) if len(m.rows) else heavy) for m in own)]
 

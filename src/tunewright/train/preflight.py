@@ -56,7 +56,8 @@ def room_to_load(
 ) -> torch.dtype:
     """The dtype to load the base in: `auto` becomes bfloat16 where float32 would leave no room.
 
-    card: the tuner's. chosen: the job's dtype. more: bytes for each parameter beside the model. Raises OutOfMemory when even the weights do not fit.
+    card: the tuner's. chosen: the job's dtype. more: bytes for each parameter beside the model.
+    Raises OutOfMemory when even the weights do not fit.
     """
     limit = room_left(max_memory)
     n = memory.stored_parameters(folder)
@@ -66,7 +67,7 @@ def room_to_load(
     if n * size > 0.8 * limit and not card.float32_base and chosen == "auto" and dtype == torch.float32:
         dtype, size = torch.bfloat16, size - 2
     if n * size > limit:
-        what = "weights, gradients and optimizer" if full else "weights and their scores" if card.needs_data else "weights"
+        what = "weights" + (", gradients and optimizer" if full else " and their scores" if card.needs_data else "")
         what += " (and what `retain` keeps beside them)" if more else ""
         smaller = " Use the tuner 'lora'." if card.float32_base and n * 2.5 < limit else " Choose a smaller model."
         smaller += f" The job itself allows max_memory {max_memory}." if max_memory else ""

@@ -22,7 +22,6 @@ from tunewright.data.tokenizer import Tokenizer
 from tunewright.data.validate import check_file, raise_for, read_conversations
 from tunewright.train.labels import job_labels
 
-
 # what the files of a role are called; a role's name ends with its place in the field, as in core.spec.extra_files
 WORDS = {"train": "training", "validation": "validation", "retain": "retained", "mix": "mixed"}
 

@@ -28,7 +28,8 @@ SHAPE = {
     "feedforward_modules": "feedforward_modules",
     "experts": "target_parameters",
 }
-SETS = ("target_modules", "feedforward_modules", "exclude_modules", "target_parameters")  # peft keeps them as sets, a file sorted
+# peft keeps them as sets, a file sorted
+SETS = ("target_modules", "feedforward_modules", "exclude_modules", "target_parameters")
 
 
 def write_adapter(folder: Path, config: dict[str, Any], base: str, tensors: Mapping[str, Tensor]) -> None:

@@ -97,7 +97,8 @@ def target_fields(model: Any, wanted: str | list[str], tuner: str) -> dict[str, 
         "target_modules": targets,
         "modules_to_save": whole or None,
         "exclude_modules": within or None,
-        "fan_in_fan_out": bool(targets) and all(isinstance(m, Conv1D) for name, m in layers.items() if is_target(name, targets)),
+        "fan_in_fan_out": bool(targets)
+        and all(isinstance(m, Conv1D) for name, m in layers.items() if is_target(name, targets)),
         "task_type": task_type(model),
     }
 

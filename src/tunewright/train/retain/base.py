@@ -100,8 +100,8 @@ class Retain:
         return f"{PREFIX}{self.key}"
 
     def begin(self, given: Given) -> None:
-        """Once in an attempt, before step 1 and before a checkpoint is loaded. What it leaves is a function of the job's
-        start, so there is nothing of it in a checkpoint."""
+        """Once in an attempt, before step 1 and before a checkpoint is loaded. What it leaves is a function of the
+        job's start, so a checkpoint holds nothing of it."""
 
     def draw(self, step: int, groups: Sequence[Group]) -> Sequence[Group]:
         """The rows that it looks at in a step (1-based) whose own rows are `groups`; none for a pull.

@@ -48,7 +48,7 @@ def begin(
     events: EventWriter,
     stop: Callable[[], bool],
 ) -> list[Retain]:
-    """The job's methods, begun. load: the rows of a role. reference: makes the policy at step 0, called if one needs it.
+    """The job's methods, begun. load: the rows of a role. reference: makes the policy at step 0, if one needs it.
 
     Raises SpecError for retained rows that are empty, DataError, Interrupted, Diverged.
     """
@@ -63,7 +63,9 @@ def begin(
         rows = load(role) if role in job.more else ()
         if role in job.more and not len(rows):
             name = job.sources[role]["name"]
-            raise SpecError(f"retain '{spec.retain[i - 1].name}': no row of {name} is left to learn from.", param="retain")
+            raise SpecError(
+                f"retain '{spec.retain[i - 1].name}': no row of {name} is left to learn from.", param="retain"
+            )
         method.begin(
             Given(
                 seed=plan.seed,

@@ -1,8 +1,9 @@
 """EWC: what matters to the retained rows is held in its place, the rest is free (Kirkpatrick et al. 2017, 1612.00796).
 
-F_i = sum_n (d log p(y_n | x_n) / d theta_i)^2 / sum_n w_n at the start, over rows n of weight w_n: supervised tokens, for
-a head for rows 1. The paper divides by the number of rows; by the weight, the penalty approximates coefficient times the
-KL a token, so 1 means as much here as in `kl`, whatever the rows' lengths (Pascanu & Bengio 2013, arXiv 1301.3584).
+F_i = sum_n (d log p(y_n | x_n) / d theta_i)^2 / sum_n w_n at the start, over rows n of weight w_n: supervised tokens,
+for a head for rows 1. The paper divides by the number of rows. Divided by the weight, the penalty is in the unit of the
+loss, nats a token, whatever the rows' lengths: with the whole matrix F in place of its diagonal it would be coefficient
+times the KL from the start (Pascanu & Bengio 2013, arXiv 1301.3584).
 """
 
 from __future__ import annotations
@@ -32,17 +33,19 @@ TO_NLL = {"lm": 1.0, "classify": 1.0, "regress": 0.5}
 
 
 class EWC(base.Retain):
-    """Adds coefficient / 2 * sum_i F_i (theta_i - theta_0,i)^2 over what is trained (equation 3; coefficient: lambda).
+    """Adds coefficient / 2 * sum_i F_i (theta_i - theta_0,i)^2 over what is trained (equation 3, coefficient lambda).
 
-    Over the trained parameters, not the weights below an adapter: one formula for every tuner, and F is as small as what
-    is trained. A fresh LoRA has B = 0, so its update is B A_0 to first order, and the Fisher of B is that of the update.
+    Over the trained parameters, not the weights below an adapter: one formula for every tuner, and F is as small as
+    what is trained. A fresh LoRA has B = 0, so its update is B A_0 to first order: the Fisher of B is that of the
+    update in these coordinates, and that of A is 0.
     """
 
     class Options(base.Options):
         file: str | None = Field(None, description="retained rows: a path (command line) or a file id (HTTP)")
         coefficient: float = Field(100.0, gt=0, le=1e9, description="lambda of the paper")
         labels: Literal["data", "sampled"] = Field(
-            "data", description="of the Fisher: the rows' own (empirical Fisher), or drawn from the model (its estimate)"
+            "data",
+            description="of the Fisher: the rows' own (empirical Fisher), or drawn from the model (unbiased)",
         )
         examples: int = Field(256, ge=1, le=1_000_000, description="retained rows that it is measured on")
 
@@ -62,7 +65,7 @@ class EWC(base.Retain):
 
 
 def fisher(given: Given, examples: int, sampled: bool, key: str) -> dict[str, Tensor]:
-    """{name: F} of everything that is trained, float32, one row at a time. Raises Interrupted; Diverged if not finite."""
+    """{name: F} of everything that is trained, float32, one row at a time. Raises Interrupted, Diverged."""
     head = given.objective.card.head
     parameters = given.tuner.trainable()
     squares = {name: torch.zeros_like(p) for name, p in parameters.items()}

@@ -20,9 +20,9 @@ KINDS = {"forward": "forward_kl", "reverse": "reverse_kl", "jsd": "jsd"}
 class KL(base.Retain):
     """Adds coefficient * (mean divergence from the policy at step 0, in nats a supervised token) to the loss.
 
-    Over the whole vocabulary, not only the true token. On retained rows (file), else on the step's own. Li & Hoiem 2016,
-    arXiv 1606.09282, at temperature 1. With a head for rows: between its class distributions; between values v and v_0
-    (v - v_0)^2 / 2, the KL of two normal distributions of variance 1.
+    Over the whole vocabulary, not only the true token. On retained rows (file), else on the step's own. Li & Hoiem
+    2016, arXiv 1606.09282, at temperature 1. With a head for rows: between its class distributions; between values v
+    and v_0 (v - v_0)^2 / 2, the KL of two normal distributions of variance 1.
     """
 
     class Options(base.Options):
@@ -34,7 +34,8 @@ class KL(base.Retain):
             0.25, gt=0, le=16, description="retained rows in a step, for each row of batch_size; only with a file"
         )
         kind: Literal["forward", "reverse", "jsd"] = Field(
-            "forward", description="forward: KL(start || model), keeps all that was likely; reverse; or half of each way"
+            "forward",
+            description="forward: KL(start || model), keeps all that was likely; reverse; jsd, between both",
         )
 
     card: ClassVar[RetainCard] = RetainCard(title="KL to the start", rows="optional", needs_reference=True)

@@ -11,8 +11,9 @@ from tunewright.train.retain.base import Given, RetainCard, pull_back, snapshot
 
 
 class L2SP(base.Retain):
-    """Adds coefficient / 2 * ||theta - theta_0||^2 over everything that is trained (equation 3, without its second part:
-    the weights of a new head are pulled to their first draw, too). Needs no data, and no time to speak of.
+    """Adds coefficient / 2 * ||theta - theta_0||^2 over everything that is trained. Needs no data.
+
+    Equation 3 without its second part: the weights of a new head are pulled to their first draw, too.
     """
 
     class Options(base.Options):
