@@ -22,14 +22,15 @@ from tunewright.tuners import TUNERS
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 ADAPTERS = [name for name in TUNERS if TUNERS.load(name).card.artefact == "adapter"]
 OPTIONS: dict[str, dict[str, Any]] = {"oft": {"block_size": 8}, "vera": {"r": 16}}
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 # what a tuner cannot do, and how its error begins
 REFUSED = {
     ("oft", "gpt2"): "tuner 'oft' cannot rotate",
     ("parallel", "bert"): "tuner 'parallel': no MLP was found",
     ("parallel", "roberta"): "tuner 'parallel': no MLP was found",
-    ("houlsby", "mixtral"): "tuner 'houlsby': no MLP output was found",
-    ("pfeiffer", "mixtral"): "tuner 'pfeiffer': no MLP output was found",
-    ("ia3", "mixtral"): "tuner 'ia3' does not know",
+    **{("houlsby", moe): "tuner 'houlsby': no MLP output was found" for moe in MIXTURES},
+    **{("pfeiffer", moe): "tuner 'pfeiffer': no MLP output was found" for moe in MIXTURES},
+    **{("ia3", moe): "tuner 'ia3' does not know" for moe in MIXTURES},
 }
 
 
