@@ -89,7 +89,7 @@ def test_by_default_only_the_attention_is_adapted(family: str, built: Any) -> No
 
 
 @pytest.mark.parametrize("family", ONE)
-@pytest.mark.parametrize("kind", [LoRA, RankStabilisedLoRA])
+@pytest.mark.parametrize("kind", [LoRA, pytest.param(RankStabilisedLoRA, marks=pytest.mark.slow)])
 def test_experts_are_adapted_saved_merged_and_switched_off(family: str, kind: Any, built: Any, tmp_path: Path) -> None:
     folder = built(family)
     tuner = kind(kind.Options(r=2, alpha=4, experts=True, target_modules=["q_proj", "v_proj"]))
@@ -186,7 +186,7 @@ def test_the_routers_loss_is_transformers_own_over_the_whole_step(family: str, b
     model.get_base_model().set_attn_implementation("eager")
     loss = model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
     loss.backward()
-    assert got["router_loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert got["router_loss"] == pytest.approx(loss.item(), rel=1e-5)
     for name, p in theirs.trainable().items():
         part = torch.zeros_like(p) if p.grad is None else p.grad
         torch.testing.assert_close(grads[name] - without[name], 0.3 * part, rtol=2e-3, atol=2e-6)
@@ -232,7 +232,6 @@ def test_a_job_on_experts_is_served(home: Home, tiny_model_dir: Path) -> None:
     from tunewright.engine.request import parse_request
 
     folder = tiny.build_family(home.models / "moe", "qwen3_moe", tiny_model_dir)
-    config = json.loads((folder / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(500)
     model.config.max_position_embeddings = 256
@@ -240,7 +239,6 @@ def test_a_job_on_experts_is_served(home: Home, tiny_model_dir: Path) -> None:
     for name in ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
         if (tiny_model_dir / name).exists():
             (folder / name).write_bytes((tiny_model_dir / name).read_bytes())
-    assert config["num_experts"] == 4
     train = tiny.write_rows(home.root / "train.jsonl", tiny.sft_rows(18))
     fields = {"model": "moe", "training_file": str(train), "dtype": "float32", "threads": 1, "seed": 1, "n_epochs": 3}
     tuner = {"name": "lora", "r": 4, "experts": True}

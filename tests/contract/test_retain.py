@@ -16,6 +16,8 @@ from retain_kit import Step, make, shake, step
 from torch import Tensor
 from torch.nn import functional as F
 
+import tiny
+from tunewright.core.example import Example, Group
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
@@ -139,7 +141,7 @@ def test_a_pull_is_autograds_gradient_of_the_penalty() -> None:
         weights = importance or {k: torch.ones_like(t) for k, t in draw.items()}
         penalty = 0.15 * sum((weights[k] * (t - start[k]) ** 2).sum() for k, t in trained.items())
         penalty.backward()  # type: ignore[union-attr]
-        assert value == pytest.approx(float(penalty))
+        assert value == pytest.approx(penalty.item())  # type: ignore[union-attr]
         assert parameters["frozen"].grad is None
         for k, t in trained.items():
             torch.testing.assert_close(parameters[k].grad, 1 + t.grad)  # type: ignore[operator]
@@ -202,28 +204,27 @@ def test_replay_is_the_mean_loss_of_its_rows_beside_the_job_s(tiny_model_dir: Pa
 
 @pytest.mark.slow
 def test_drawn_labels_give_the_true_fisher(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """One supervised token: F = sum_v p(v) (d log p(v))^2, and 400 draws come within a few percent of its trace."""
+    """One supervised token: F = sum_v p(v) (d log p(v))^2, and 250 draws come near its trace."""
     (group,) = groups_for(OBJECTIVES.load("sft").card, n=1)
     e = group.examples[0]
     one = replace(e, weights=tuple(float(i == len(e.ids) - 1) for i in range(len(e.ids))))
-    rows = [replace(group, examples=(one,))] * 400
-    options = {"labels": "sampled", "examples": 400}
+    rows = [replace(group, examples=(one,))] * 250
+    options = {"labels": "sampled", "examples": 250}
     parts = make(tiny_model_dir, tmp_path, "last_layers", methods={"ewc": options}, rows=rows)
     trained = parts.tuner.trainable()
     logp = parts.policy.model(torch.tensor([e.ids])).logits[0, -2].log_softmax(-1)
     wanted = dict.fromkeys(trained, 0.0)
-    for v in logp.argsort(descending=True)[:200].tolist():
+    for v in logp.argsort(descending=True)[:120].tolist():
         grads = torch.autograd.grad(logp[v], list(trained.values()), retain_graph=True)
         for name, g in zip(trained, grads, strict=True):
-            wanted[name] += float(logp[v].exp()) * float((g**2).sum())
+            wanted[name] += float(logp[v].detach().exp()) * float((g**2).sum())
     (method,) = parts.retain
     got = {name: float(f.sum()) for name, f in method._fisher.items()}
-    rest = 1 - float(logp.exp().topk(200).values.sum())
-    assert sum(got.values()) == pytest.approx(sum(wanted.values()) / (1 - rest), rel=0.15)
+    rest = 1 - logp.detach().exp().topk(120).values.sum().item()
+    assert sum(got.values()) == pytest.approx(sum(wanted.values()) / (1 - rest), rel=0.2)
     empirical = make(tiny_model_dir, tmp_path / "b", "last_layers", methods={"ewc": {}}, rows=rows[:1])
-    assert sum(float(f.sum()) for f in empirical.retain[0]._fisher.values()) != pytest.approx(
-        sum(got.values()), rel=0.3
-    )
+    own = empirical.retain[0]._fisher
+    assert any((f - own[name]).norm() > 0.3 * f.norm() for name, f in method._fisher.items())
 
 
 def test_the_fisher_is_measured_once(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -242,23 +243,27 @@ def test_the_fisher_is_measured_once(tiny_model_dir: Path, tmp_path: Path) -> No
 
 # --- forgetting -------------------------------------------------------------------------------------------------------
 
-HELD: dict[str, dict[str, Any]] = {
-    "replay": {"share": 0.5},
-    "ewc": {},
-    "l2sp": {"coefficient": 0.1},
-    "kl": {"file": "old", "share": 0.5},
+HELD: dict[str, dict[str, dict[str, Any]]] = {
+    "replay": {"replay": {}},
+    "ewc": {"ewc": {}},
+    "l2sp": {"l2sp": {}},
+    "kl": {"kl": {}},
+    "kl on retained rows": {"kl": {"file": "old"}},
 }
 
 
-def task(marker: int, answers: int, n: int = 12) -> list[Any]:
-    """Rows `marker key -> two answer tokens`; two tasks have the same keys and other answers."""
-    from tunewright.core.example import Example, Group
+def task(marker: int, answers: int) -> list[Group]:
+    """Rows `marker key key -> a, b`: a follows from the key, b is one of three, as in a language nothing is certain.
 
+    Two tasks have the same keys and other answers.
+    """
     g = torch.Generator().manual_seed(marker)
-    rows = []
-    for i in range(n):
-        answer = (torch.randint(0, 12, (2,), generator=g) + answers).tolist()
-        rows.append(Group((Example((marker, 20 + i, 40 + i, *answer), (0.0, 0.0, 0.0, 1.0, 1.0), i + 1),)))
+    rows: list[Group] = []
+    for key in range(10):
+        first = int(torch.randint(0, 12, (1,), generator=g)) + answers
+        for second in (torch.randint(0, 12, (3,), generator=g) + answers).tolist():
+            ids = (marker, 20 + key, 40 + key, first, second)
+            rows.append(Group((Example(ids, (0.0, 0.0, 0.0, 1.0, 1.0), len(rows) + 1),)))
     return rows
 
 
@@ -280,29 +285,24 @@ def train_on(parts: Parts, rows: list[Any], steps: int, rate: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuner", ["full", "lora"])
-def test_each_forgets_less_than_plain_training(tuner: str, tmp_path: Path, tiny_model_dir: Path) -> None:
-    """Three seeds: a model that knows task A learns task B in the same steps; what it then still knows of A."""
-    import tiny
-
+def test_each_forgets_less_than_plain_training(tuner: str, tmp_path: Path) -> None:
+    """Three seeds, all options at their defaults: a model that knows one task learns another in the same steps."""
+    old, new = task(7, 60), task(8, 72)
     for seed in range(3):
         folder = tiny.build_tiny_model(tmp_path / f"m{seed}", seed=seed, num_hidden_layers=1, vocab_size=128)
-        old, new = task(7, 60), task(8, 72)
         knows = make(folder, tmp_path / f"k{seed}", "full", methods={})
-        train_on(knows, old, 60, 3e-3)
+        train_on(knows, old, 80, 3e-3)
         knows.policy.model.save_pretrained(folder)  # type: ignore[operator]
-        known = loss_on(knows.policy, old)
-        assert known < 0.5
+        known, start = loss_on(knows.policy, old), loss_on(knows.policy, new)
         lost, learned = {}, {}
-        for name in ("plain", *HELD):
-            methods = {} if name == "plain" else {name: HELD[name]}
+        for name, methods in {"plain": {}, **HELD}.items():
             parts = make(folder, tmp_path / f"{name}{seed}", tuner, methods=methods, rows=old)
-            train_on(parts, new, 40, {"full": 3e-3, "lora": 1e-2}[tuner])
+            train_on(parts, new, 50, {"full": 3e-3, "lora": 1e-2}[tuner])
             lost[name], learned[name] = loss_on(parts.policy, old) - known, loss_on(parts.policy, new)
-        start = loss_on(knows.policy, new)
-        assert lost["plain"] > 0.5, lost
+        assert known < 0.7 and start > 6 and lost["plain"] > 2.5, (known, start, lost)
         for name in HELD:
-            assert lost[name] < 0.8 * lost["plain"], (seed, name, lost)
-            assert learned[name] < start - 0.5, (seed, name, learned, start)
+            assert lost[name] < 0.5 * lost["plain"], (seed, name, lost)
+            assert learned[name] < start - 4, (seed, name, learned, start)
 
 
 def test_micro_batches_of_retained_rows_are_as_large_as_the_job_s(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ def accumulate(
     forgetting over rows of their own; None: no gradients and no noise.
     """
     sums, weights = run_terms(parts, parts.objective, groups, tokens, step, scale)
-    for method in parts.retain if step is not None else ():
+    if step is None:
+        return sums, weights
+    for method in parts.retain:
         own = method.draw(step, groups)
         if len(own):
             more = run_terms(parts, method, own, tokens, step, scale)

@@ -42,7 +42,7 @@ class EWC(base.Retain):
 
     class Options(base.Options):
         file: str | None = Field(None, description="retained rows: a path (command line) or a file id (HTTP)")
-        coefficient: float = Field(100.0, gt=0, le=1e9, description="lambda of the paper")
+        coefficient: float = Field(1000.0, gt=0, le=1e9, description="lambda of the paper")
         labels: Literal["data", "sampled"] = Field(
             "data",
             description="of the Fisher: the rows' own (empirical Fisher), or drawn from the model (unbiased)",
@@ -58,7 +58,8 @@ class EWC(base.Retain):
             measured = fisher(given, self.options.examples, self.options.labels == "sampled", self.key)
             commit_folder(given.folder, partial(_save, measured))
         device = given.policy.device
-        self._fisher = {name: f.to(device) for name, f in load_file(given.folder / FILE).items()}
+        # copied: the file is only mapped, and its pages would not count as this process's memory
+        self._fisher = {name: f.to(device, copy=True) for name, f in load_file(given.folder / FILE).items()}
 
     def pull(self) -> float:
         return pull_back(self._parameters, self._start, self.options.coefficient, self._fisher)

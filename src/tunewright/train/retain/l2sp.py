@@ -17,7 +17,7 @@ class L2SP(base.Retain):
     """
 
     class Options(base.Options):
-        coefficient: float = Field(0.01, gt=0, le=1e6, description="alpha of the paper, which tries 0.001 to 1")
+        coefficient: float = Field(0.1, gt=0, le=1e6, description="alpha of the paper, which tries 0.001 to 1")
 
     card: ClassVar[RetainCard] = RetainCard(title="L2-SP", rows="none", copies=1)
 
