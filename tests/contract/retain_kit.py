@@ -12,6 +12,7 @@ from parts import groups_for, head_for, instance, prepared
 from torch import Tensor
 
 from tunewright.core.example import Group
+from tunewright.core.spec import HEADS
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
@@ -43,6 +44,7 @@ def make(
 ) -> Parts:
     """An attached tuner with methods begun over `rows`. methods: name -> options; None: all with their defaults."""
     found = instance(OBJECTIVES, objective)
+    plain = instance(OBJECTIVES, HEADS[found.card.head])
     head = head_for(found.card)
     part = instance(TUNERS, tuner)
     attached = part.attach(model or load_model(folder, head=head), seed=3)
@@ -61,7 +63,7 @@ def make(
     for name, options in wanted.items():
         entry = RETAIN.load(name)
         method = entry(entry.Options(**(options or {})), name)
-        old = rows if rows is not None else groups_for(found.card, n=5)
+        old = rows if rows is not None else groups_for(plain.card, n=5)
         needs = entry.card.rows == "required" or (options or {}).get("file")
         method.begin(
             Given(
@@ -69,7 +71,7 @@ def make(
                 batch_size=8,
                 tuner=part,
                 policy=policy,
-                objective=found,
+                objective=plain,
                 rows=old if needs else (),
                 reference=find_reference(part, policy, False, copy) if entry.card.needs_reference else None,
                 folder=tmp / name,

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +19,16 @@ from torch.nn import functional as F
 
 import tiny
 from tunewright.core.example import Example, Group
+from tunewright.core.spec import parse_spec
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
 from tunewright.ops.packing import collate, pack
+from tunewright.train.fit import work_of
 from tunewright.train.loop import Parts
 from tunewright.train.retain import RETAIN
 from tunewright.train.retain.base import pull_back
+from tunewright.train.retain.build import extra_bytes
 from tunewright.tuners import TUNERS
 
 # beside LoRA: all weights, a part of them in each round, entries that are parameters of their own
@@ -83,10 +87,10 @@ def test_with_every_tuner(tuner: str, tiny_model_dir: Path, tmp_path: Path) -> N
     laws(make(tiny_model_dir, tmp_path, tuner))
 
 
-@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if OBJECTIVES.load(o).card.head != "lm"])
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o != "sft"])
 @pytest.mark.parametrize("tuner", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_with_every_objective(objective: str, tuner: str, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Those of other heads than the LM head, whose retained rows are always learned by SFT."""
+    """Retained rows are learned by the plain objective of the head, whatever the job's own is."""
     laws(make(tiny_model_dir, tmp_path, tuner, objective))
 
 
@@ -334,3 +338,23 @@ def test_entries_keep_their_place(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert frozen and not set(grads) & frozen
     values: dict[str, Tensor] = parts.tuner.trainable()
     assert set(grads) | frozen == set(values)
+
+
+def test_the_preflight_sees_their_rows_and_copies(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The heaviest micro-batch of a step is one of retained rows where these are longer; `kl` runs the job's again."""
+    long = [Group((Example((7,) * n, (0.0, *[1.0] * (n - 1)), n),)) for n in (90, 40, 200, 50)]
+    methods = {"replay": {"share": 0.25}, "kl": {}, "l2sp": {}}
+    parts = replace(make(tiny_model_dir, tmp_path, methods=methods, rows=long), plan=SimpleNamespace(batch_size=8))
+    heavy = groups_of(parts)
+    (objective, own), (replay, longest), (kl, again) = work_of(parts, heavy, 64)
+    assert objective is parts.objective and own is heavy is again
+    assert [m.key for m in (replay, kl)] == ["replay", "kl"]  # type: ignore[attr-defined]
+    assert [g.n_tokens for g in longest] == [200]  # alone, above the budget
+    assert sorted(g.n_tokens for g in work_of(parts, heavy, 300)[1][1]) == [90, 200]  # two rows a step
+    fields = {"model": "m", "training_file": "t", "retain": [{"name": n, "file": "f"} for n in ("replay", "ewc", "kl")]}
+    spec = parse_spec(fields)
+    cards = {name: TUNERS.load(name).card for name in ("full", "lora", "fishmask", "bitfit")}
+    assert extra_bytes(spec, cards["full"], 2, False) == 8 + 4  # Fisher and start; a second model in float32
+    assert extra_bytes(spec, cards["lora"], 2, False) == 0  # switched off for the reference
+    assert extra_bytes(spec, cards["lora"], 2, True) == 2
+    assert (extra_bytes(spec, cards["fishmask"], 2, False), extra_bytes(spec, cards["bitfit"], 2, False)) == (4, 2)

@@ -165,6 +165,19 @@ def test_the_fast_path_gives_the_same_terms(kernels: Any, pytestconfig: pytest.C
         assert a == pytest.approx(b, rel=0.2, abs=2e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_an_encoder_decoder(home: Home) -> None:
+    tiny.build_reader(home.models / "tiny", "t5")
+    for name, n in (("train", 18), ("old", 6)):
+        rows = [{"prompt": r["text"], "completion": r["label"]} for r in tiny.label_rows(n)]
+        tiny.write_rows(home.root / f"{name}.jsonl", rows)
+    retain = [{"name": n, "file": "old.jsonl"} for n in ("replay", "ewc", "kl")]
+    run = new_run(home, retain=[*retain, "l2sp"])
+    assert attempt(run, home)["status"] == "succeeded"
+    assert all(v > 0 for v in story(run)[-1][3:7])
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
     [
