@@ -31,8 +31,8 @@ from tunewright.train.retain.base import pull_back
 from tunewright.train.retain.build import extra_bytes
 from tunewright.tuners import TUNERS
 
-# beside LoRA: all weights, a part of them in each round, entries that are parameters of their own
-USUAL = ("lora", "half", "fishmask")
+# beside LoRA all weights, a part of them in each round
+USUAL = ("lora", "half")
 TUNERS_HERE = [t if t in USUAL else pytest.param(t, marks=[pytest.mark.slow, pytest.mark.nightly]) for t in TUNERS]
 PENALTIES = ("ewc", "l2sp")
 
@@ -151,7 +151,7 @@ def test_a_pull_is_autograds_gradient_of_the_penalty() -> None:
             torch.testing.assert_close(parameters[k].grad, 1 + t.grad)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("kind", ["forward", *(pytest.param(k, marks=pytest.mark.slow) for k in ("reverse", "jsd"))])
 def test_kl_is_that_of_the_full_logits(kind: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     parts = make(tiny_model_dir, tmp_path, methods={"kl": {"kind": kind, "coefficient": 2.5}})
     shake(parts)
@@ -288,7 +288,7 @@ def train_on(parts: Parts, rows: list[Any], steps: int, rate: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tuner", ["full", "lora"])
+@pytest.mark.parametrize("tuner", ["full", pytest.param("lora", marks=pytest.mark.nightly)])
 def test_each_forgets_less_than_plain_training(tuner: str, tmp_path: Path) -> None:
     """Three seeds, all options at their defaults: a model that knows one task learns another in the same steps."""
     old, new = task(7, 60), task(8, 72)

@@ -87,7 +87,7 @@ def test_every_term_is_in_the_events(base: Home) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tuner", [{"name": "lora", "r": 4}, "full"])
+@pytest.mark.parametrize("tuner", [{"name": "lora", "r": 4}, pytest.param("full", marks=pytest.mark.nightly)])
 def test_a_job_with_all_methods_resumes_exactly(base: Home, tuner: Any) -> None:
     """Stopped while the Fisher is measured (4 rows), then in the middle; beside a mix of two files."""
     mix = {"files": [{"file": "more.jsonl"}], "weight": 2}
@@ -106,6 +106,7 @@ def test_a_job_with_all_methods_resumes_exactly(base: Home, tuner: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_any_cut_of_a_step_is_the_step(base: Home) -> None:
     whole, cut = new_run(base), new_run(base, micro_batch_tokens=1)
     for run in (whole, cut):
@@ -115,7 +116,7 @@ def test_any_cut_of_a_step_is_the_step(base: Home) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tuner", ["lora", "full", "bitfit"])
+@pytest.mark.parametrize("tuner", ["lora", *(pytest.param(t, marks=pytest.mark.nightly) for t in ("full", "bitfit"))])
 def test_a_job_that_goes_on_holds_to_where_it_started(base: Home, tuner: str) -> None:
     """The reference is the policy at step 0: the parent's model, not the base below it."""
     options: Any = {"name": "bitfit", "add_biases": True} if tuner == "bitfit" else tuner
@@ -145,7 +146,10 @@ def test_classes_of_all_mixed_files_and_retained_rows_with_labels(home: Home) ->
 
 
 @pytest.mark.slow
-def test_the_fast_path_gives_the_same_terms(kernels: Any, pytestconfig: pytest.Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tuner", ["lora", pytest.param("full", marks=pytest.mark.nightly)])
+def test_the_fast_path_gives_the_same_terms(
+    tuner: str, kernels: Any, pytestconfig: pytest.Config, tmp_path: Path
+) -> None:
     """Penalties act on parameters; replay and KL ask for token_stats and divergence only."""
     tiny_home = Home(tmp_path / "fast").ensure()
     compiled = pytestconfig.rootpath / ".pytest_cache" / "kernels"
@@ -156,7 +160,7 @@ def test_the_fast_path_gives_the_same_terms(kernels: Any, pytestconfig: pytest.C
     retain = [m for m in ALL if m.get("file") != "texts.jsonl"]
     told = []
     for path in ("auto", "plain"):
-        run = new_run(tiny_home, retain=retain, path=path, dtype="bfloat16")
+        run = new_run(tiny_home, retain=retain, path=path, dtype="bfloat16", tuner=tuner)
         attempt(run, tiny_home)
         told.append([row[3:7] for row in story(run)])
         plan = run.plan()

@@ -13,7 +13,7 @@ import pytest
 from jobs_kit import add_base
 
 from tunewright.core.durable import discard, write_json
-from tunewright.core.errors import DiskFull, ModelNotFound, NotFound, StateError
+from tunewright.core.errors import DiskFull, ModelNotFound, NotFound, SpecError, StateError
 from tunewright.core.home import Home
 from tunewright.core.ids import parse_model_name
 from tunewright.core.run import BASE_IS_START, Artefact, Run, list_runs
@@ -172,5 +172,7 @@ def test_files_of_other_roles_come_along(home: Home, data: Path, tmp_path: Path)
     assert job.more["retain-1"] == f"data/{digest}.jsonl" and job.sources["retain-1"]["name"] == "old rows.jsonl"
     assert job.spec.retain[0].options["file"] == "file-1"
     with pytest.raises(NotFound) as caught:
-        create_run(home, spec(**fields), train_path=data, more={"retain-1": tmp_path / "none"})
+        create_run(home, spec(**fields), train_path=data, more={**more, "retain-1": tmp_path / "none"})
     assert caught.value.param == "retain"
+    with pytest.raises(SpecError, match="mix-1 were not given"):
+        create_run(home, spec(**fields), train_path=data, more={"retain-1": old})

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.core.durable import discard, disk_full_is_clear, fsync_path, sha256_file
-from tunewright.core.errors import NotFound, StateError
+from tunewright.core.errors import NotFound, SpecError, StateError
 from tunewright.core.home import Home
 from tunewright.core.ids import ModelName, new_id, parse_model_name, random_part
 from tunewright.core.run import JobFile, Run, base_of, find_artefact, read_artefact
-from tunewright.core.spec import JobSpec
+from tunewright.core.spec import JobSpec, extra_files
 from tunewright.models.catalogue import resolve
 
 _UNFINISHED_SECONDS = 24 * 3600
@@ -54,8 +54,12 @@ def create_run(
     artefact to continue from comes along, so that nothing of the job depends on files that others may delete.
     more: the data files of other roles (core.spec.extra_files).
     names: {"train": …, "validation": …}, what the files are called, if not as their paths say.
-    Raises ModelNotFound, NotFound for a missing data file, DiskFull, StateError if the job has begun already.
+    Raises ModelNotFound, NotFound for a missing data file, SpecError for one that was not given, DiskFull, StateError
+    if the job has begun already.
     """
+    missing = sorted(extra_files(spec).keys() - (more or {}).keys())
+    if missing:
+        raise SpecError(f"The job's files {', '.join(missing)} were not given.", param=missing[0].partition("-")[0])
     job_id = job_id or new_id("ftjob-")
     seed = secrets.randbelow(1 << 31) if spec.seed is None else spec.seed
     spec = spec.model_copy(update={"seed": seed})

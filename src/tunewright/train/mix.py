@@ -1,9 +1,9 @@
 """Multi-task mixing: how many rows of each training file an epoch has, and which: functions of (seed, epoch) alone.
 
 p_i = n_i^(1/T) / sum_j n_j^(1/T), or the given weights (temperature-scaled mixing: Raffel et al. 2020, arXiv
-1910.10683, section 3.5.2; Arivazhagan et al. 2019, arXiv 1907.05019, section 4.2). An epoch has as many rows as all
-files together. Nothing is drawn: a file's quota is met exactly in every epoch, and its rows come in turn, so none comes
-a second time before all have come once.
+1910.10683, section 3.5.2; Arivazhagan et al. 2019, arXiv 1907.05019). An epoch has as many rows as all files together.
+Nothing is drawn: a file's quota is met exactly in every epoch, and its rows come in turn, so none comes a second time
+before all have come once.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ from tunewright.train.retain.base import Given, RetainCard, pull_back, snapshot
 class L2SP(base.Retain):
     """Adds coefficient / 2 * ||theta - theta_0||^2 over everything that is trained. Needs no data.
 
-    Equation 3 without its second part: the weights of a new head are pulled to their first draw, too.
+    The paper pulls the weights of a new head to zero, with a factor of their own; here to their first draw.
     """
 
     class Options(base.Options):
-        coefficient: float = Field(0.1, gt=0, le=1e6, description="alpha of the paper, which tries 0.001 to 1")
+        coefficient: float = Field(0.1, gt=0, le=1e6, description="alpha of the paper")
 
     card: ClassVar[RetainCard] = RetainCard(title="L2-SP", rows="none", copies=1)
 
