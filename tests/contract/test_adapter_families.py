@@ -23,14 +23,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 ADAPTERS = [name for name in TUNERS if TUNERS.load(name).card.artefact == "adapter"]
 OPTIONS: dict[str, dict[str, Any]] = {"oft": {"block_size": 8}, "vera": {"r": 16}}
 OPTIONS |= {name: {"virtual_tokens": 5} for name in ("prompt", "p_tuning", "prefix")}
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 # what a tuner cannot do, and how its error begins
 REFUSED = {
     ("oft", "gpt2"): "tuner 'oft' cannot rotate",
     ("parallel", "bert"): "tuner 'parallel': no MLP was found",
     ("parallel", "roberta"): "tuner 'parallel': no MLP was found",
-    ("houlsby", "mixtral"): "tuner 'houlsby': no MLP output was found",
-    ("pfeiffer", "mixtral"): "tuner 'pfeiffer': no MLP output was found",
-    ("ia3", "mixtral"): "tuner 'ia3' does not know",
+    **{("houlsby", moe): "tuner 'houlsby': no MLP output was found" for moe in MIXTURES},
+    **{("pfeiffer", moe): "tuner 'pfeiffer': no MLP output was found" for moe in MIXTURES},
+    **{("ia3", moe): "tuner 'ia3' does not know" for moe in MIXTURES},
     # this tiny one has another family's field in its config, and peft goes by it; test_soft_prompts.py has one without
     ("prefix", "gpt2"): "tuner 'prefix' cannot be used with a GPT2LMHeadModel",
 }

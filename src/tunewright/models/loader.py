@@ -29,6 +29,7 @@ from tunewright.models.stored import stored_weights
 from tunewright.ops.runtime import derive_seed, quiet
 
 Progress = Callable[[str, int, int], None]
+COUNT_FROM_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
 HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*"]
 
@@ -73,6 +74,14 @@ def check_folder(folder: Path) -> None:
             "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(folder).",
             param="model",
         )
+
+
+def context_length(folder: Path) -> int:
+    """Tokens that the model can attend to, from its config."""
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    positions = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+    # RoBERTa and its kin count positions from after the padding token's
+    return positions - config.pad_token_id - 1 if config.model_type in COUNT_FROM_PADDING else positions
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, head: Head | None = None) -> nn.Module:

@@ -83,9 +83,7 @@ class Product:
         gets h."""
         raise NotImplementedError
 
-    def backward(
-        self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor
-    ) -> None:
+    def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         """dy [tokens, n] -> dx [tokens, k]; fills du [tokens, r]. swiglu_backward: extra is gu and where h goes, dx
         becomes dgu. dx None: only du is computed.
         """
@@ -149,9 +147,7 @@ class TileProduct(Product):
         other, h = (extra[0], None) if epilogue == "add" else (None, extra[0] if extra else None)
         self._run(x, u, 0, y, epilogue, other, h)
 
-    def backward(
-        self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor
-    ) -> None:
+    def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         other, h = extra if extra else (None, None)
         self._run(dy, du, 1, dx, epilogue, other, h)
 
@@ -238,9 +234,7 @@ class TorchProduct(Product):
             h = extra[0]
             self.kernels.rows("swiglu", self.dtype, y, y.stride(0), h, h.stride(0), y.shape[0], self.n // 2)
 
-    def backward(
-        self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor
-    ) -> None:
+    def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         torch.mm(dy, self._wide_NK[:, self.k :], out=du)
         if dx is None:
             return

@@ -31,9 +31,11 @@ SHAPE = {
     "layers": "encoder_num_layers",
     "projection": "prefix_projection",
     "hidden_size": "encoder_hidden_size",
+    "experts": "target_parameters",
 }
 VIRTUAL = "num_virtual_tokens"  # the field that soft prompts have
-SETS = ("target_modules", "feedforward_modules", "exclude_modules")  # peft keeps them as sets, a file sorted
+# peft keeps them as sets, a file sorted
+SETS = ("target_modules", "feedforward_modules", "exclude_modules", "target_parameters")
 
 
 def write_adapter(folder: Path, config: dict[str, Any], base: str, tensors: Mapping[str, Tensor]) -> None:
@@ -69,7 +71,7 @@ def method_of(config: dict[str, Any]) -> str:
 
 def shape_of(config: dict[str, Any]) -> dict[str, Any]:
     """{"method", and the options of SHAPE that the method has}, from a config as it is in a file."""
-    found = {ours: config[theirs] for ours, theirs in SHAPE.items() if config.get(theirs) is not None}
+    found = {ours: config[theirs] for ours, theirs in SHAPE.items() if config.get(theirs) not in (None, [], set())}
     plain = {k: sorted(v) if isinstance(v, list | set) else v for k, v in found.items()}
     return {"method": method_of(config), **plain}
 

@@ -87,6 +87,11 @@ class Tuner:
     def on_gradients(self, step: int) -> None:
         """After the step's backward, before clipping."""
 
+    @contextmanager
+    def all_trained(self) -> Iterator[None]:
+        """Within this every parameter of trainable() gets a gradient, one that trains in other steps only, too."""
+        yield
+
     def penalty(self) -> Tensor | None:
         """A scalar added once a step to the loss, or None."""
         return None
