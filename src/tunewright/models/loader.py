@@ -104,7 +104,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, head: Head | No
             param="model",
         )
     model.config.use_cache = False
-    model.config._name_or_path = str(folder)
+    model.name_or_path = model.config.name_or_path = str(folder)
     model.eval()
     settle_layout(model, scores=head is not None)
     return model
