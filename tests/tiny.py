@@ -168,15 +168,18 @@ def auto_class(family: str) -> Any:
     return transformers.AutoModelForSeq2SeqLM if kind.endswith("t5") else transformers.AutoModelForCausalLM
 
 
-def build_family(folder: Path, family: str, tokenizer: Path) -> Path:
-    """Write a tiny random model of a family of FAMILIES; returns the folder. tokenizer: a folder that has one."""
+def build_family(folder: Path, family: str, tokenizer: Path, **more: Any) -> Path:
+    """Write a tiny random model of a family of FAMILIES; returns the folder. tokenizer: a folder that has one.
+
+    more: fields of the config that differ from the family's tiny ones.
+    """
     import torch
     from transformers import AutoConfig
 
     kind, changes, _ = FAMILIES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, **{**SMALL, **changes})
+        config = AutoConfig.for_model(kind, **{**SMALL, **changes, **more})
         auto_class(family).from_config(config).save_pretrained(folder)
     shutil.copy(tokenizer / "tokenizer.json", folder)
     return folder

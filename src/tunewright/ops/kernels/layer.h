@@ -34,15 +34,19 @@ static Attention attention(const Pack &p, const Kept &k, int64_t width) {
 }
 static void clear_rows(bf16 *x, const Pack &p, int64_t width) { memset(x + p.n * width, 0, 2 * (p.rows - p.n) * width); }
 
+static void add_bias(bf16 *x, const bf16 *bias, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < rows; t++)
+    for (int64_t i = 0; i < width; i += 16) store16(x + t * width + i, _mm512_add_ps(load16(x + t * width + i), load16(bias + i)));
+}
+
 // x [rows, d] -> out [rows, d]. own: memory for 2 d + f columns. False: no memory.
 static bool layer_forward(const Pack &p, const LayerWeights &w, bf16 *x, bf16 *out, const Kept &k, bf16 *own, int threads) {
   const int64_t rows = p.rows, d = w.qkv.u->k, width = w.qkv.u->n;
   bf16 *xn = own, *xn2 = own + rows * d, *h = own + 2 * rows * d;
   rmsnorm(x, d, w.norm1, float(p.eps), xn, d, k.rstd1, rows, d, threads);
   if (!product(w.qkv, false, rows, xn, k.u[0], k.qkv, STORE, nullptr, nullptr, threads)) return false;
-  if (w.bias)
-    for (int64_t t = 0; t < rows; t++)
-      for (int64_t i = 0; i < width; i += 16) store16(k.qkv + t * width + i, _mm512_add_ps(load16(k.qkv + t * width + i), load16(w.bias + i)));
+  if (w.bias) add_bias(k.qkv, w.bias, rows, width, threads);
   rope(k.qkv, width, p.cosine, p.sine, 1.0f, rows, p.heads + p.kv, p.hd, threads);
   clear_rows(k.attended, p, p.heads * p.hd);
   if (!attend(attention(p, k, width), threads)) return false;
