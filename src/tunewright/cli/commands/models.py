@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def models(
     home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
 ) -> None:
-    """List base models, recipes, and the models and checkpoints trained here."""
+    """List base models, recipes and what was trained here."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table

@@ -18,8 +18,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=T
 
 @app.callback()
 def recipe() -> None:
-    """Models without training: prompts, examples, documents, several models as one; and what they are worth.
+    """Models without training, and whether tuning is needed.
 
+    Prompts, examples, documents, several models as one; and a table of what they are worth beside a tuned model.
     docs/reference/recipes.md lists every recipe with its options.
     """
 
