@@ -42,19 +42,14 @@ from tunewright.models.loader import load_model, materialise
 from tunewright.ops.runtime import set_threads
 
 MODEL = "smollm2-135m-instruct"
-ASKS = (
-    "{}",
-    "Say in one sentence what this message is about: {}",
-    "Answer this message kindly and briefly: {}",
-    "Which facts does this message tell? {}",
-)
+ASKS = ("{}", "Say in one sentence what this message is about: {}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proxy", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", default="-", help="where the result goes; - prints it")
-    parser.add_argument("--layers", type=int, default=10, help="of the small model")
-    parser.add_argument("--epochs", type=int, default=3, help="of the small model on the large one's answers")
+    parser.add_argument("--layers", type=int, default=8, help="of the small model")
+    parser.add_argument("--epochs", type=int, default=2, help="of the small model on the large one's answers")
     parser.add_argument("--alphas", default="0.5,1,1.5", help="factors to try")
     parser.add_argument("--rows", type=int, default=100, help="held-out rows")
     parser.add_argument("--threads", default="auto")

@@ -59,9 +59,9 @@ def test_free_text_has_no_right_answer() -> None:
 def test_the_mean_of_variants_has_an_interval_over_rows() -> None:
     """One variant: Wilson's. Copies of one variant say no more than it does: the rows are not independent."""
     one = card("a", *([True] * 30 + [False] * 20))
-    assert mean_share([one], "team") == wilson(30, 50)
-    many = mean_share([one] * 5, "team")
-    assert many.value == pytest.approx(0.6) and many.low < 0.5 < 0.7 < many.high
+    assert mean_share([one], "team") == mean_share([one] * 5, "team") == wilson(30, 50)
+    half = mean_share([card("a", True, True), card("b", True, False)], "team")
+    assert half == wilson(1.5, 2) and half.value == 0.75
     found = lines([measured("few", "0", True, True, False), measured("few", "1", True, False, False)])[0]
     assert found.n_variants == 2 and found.spread["team"] == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert found.shares["team"].value == pytest.approx(0.5) and found.prompt_tokens == 100
@@ -70,9 +70,11 @@ def test_the_mean_of_variants_has_an_interval_over_rows() -> None:
 def test_the_sentence_at_the_end() -> None:
     good, bad = [True] * 60, [False] * 60
     better = verdicts(card("tuned", *good), [card("prompt, a", *bad), card("few-shot", *bad)], {"team": ()})
-    assert conclusion(better) == "Tuning pays here: it is surely better on team than anything without tuning."
+    assert conclusion(better) == "Tuning pays here: on team it is surely better than anything without tuning."
     same = verdicts(card("tuned", *good), [card("prompt, a", *bad), card("few-shot", *good)], {"team": ()})
-    assert "not shown to pay" in conclusion(same) and "few-shot (team)" in conclusion(same)
+    assert "not shown to pay" in conclusion(same) and "on team few-shot" in conclusion(same)
+    worse = verdicts(card("tuned", *bad), [card("few-shot", *good)], {"team": ()})
+    assert conclusion(worse) == "On team few-shot did surely better than the tuned model."
 
 
 def test_the_table_in_plain_lines() -> None:

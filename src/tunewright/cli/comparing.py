@@ -36,6 +36,7 @@ BASE, PROMPT, SHOTS, SIMILAR, RETRIEVAL, TUNED = (
     "retrieval",
     "tuned",
 )
+WIDE = 140
 INSTRUCTION = "Read the user's message and sort it."
 ROW_CHARS = 400  # of a passage of training rows: two or three of them
 
@@ -76,7 +77,8 @@ def run(home: Home, asked: Asked, console: Console, json: Path | None) -> None:
         measured = answer_all(home, what, variants, asked.max_tokens, console)
     baselines = simple_cards(what)
     say(console, f"\n{len(what.heldout)} held-out rows. Shares of right answers with 95 % intervals; [worst-best].")
-    console.print(table(lines(measured), baselines, list(what.task.labels)))
+    wide = console if console.is_terminal else Console(width=WIDE)  # a file has no width to keep to
+    wide.print(table(lines(measured), baselines, list(what.task.labels)))
     found = conclude(measured, baselines, what.task, console)
     if json is not None:
         write_json(json.absolute(), report(what, measured, baselines, found))

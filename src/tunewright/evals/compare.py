@@ -16,7 +16,7 @@ from tunewright.engine.client import EngineSession, Reply, payload
 from tunewright.evals.rows import Pair, Task
 from tunewright.evals.task import Message, Scorecard
 from tunewright.evals.verdict import Verdict, judge
-from tunewright.metrics.intervals import Interval, paired_bootstrap
+from tunewright.metrics.intervals import Interval, wilson
 
 TOGETHER = 16
 
@@ -115,14 +115,10 @@ def _line(system: str, variants: Sequence[Measured]) -> Line:
 def mean_share(cards: Sequence[Scorecard], name: str) -> Interval:
     """The share of right answers, a mean over the cards (variants on the same rows), with its 95 % interval over rows.
 
-    One card: Wilson's. Several: rows drawn with replacement, each with all of its answers, which are not independent.
+    Wilson's with one trial a row, however many variants answered it: their answers are not independent.
     """
-    if len(cards) == 1:
-        one = cards[0].share(name)
-        assert one is not None
-        return one
-    means = [sum(row) / len(cards) for row in zip(*(c.outcomes[name] for c in cards), strict=True)]
-    return paired_bootstrap(means, [0.0] * len(means))
+    n = len(cards[0].outcomes[name])
+    return wilson(sum(sum(c.outcomes[name]) for c in cards) / len(cards), n)
 
 
 def verdicts(tuned: Scorecard, others: Sequence[Scorecard], fields: Mapping[str, object]) -> list[Verdict]:
@@ -131,9 +127,19 @@ def verdicts(tuned: Scorecard, others: Sequence[Scorecard], fields: Mapping[str,
 
 
 def conclusion(found: Sequence[Verdict]) -> str:
-    """The table's question answered in a sentence."""
-    better = [v.measure for v in found if v.word == "better"]
-    if better:
-        return f"Tuning pays here: it is surely better on {', '.join(better)} than anything without tuning."
-    rivals = ", ".join(dict.fromkeys(f"{v.rival} ({v.measure})" for v in found))
-    return f"Tuning is not shown to pay here; as good without it, as far as these rows tell: {rivals}."
+    """The table's question answered in a sentence or two."""
+    told = []
+    by_word = {word: [v for v in found if v.word == word] for word in ("better", "worse")}
+    if by_word["better"]:
+        fields = ", ".join(v.measure for v in by_word["better"])
+        told.append(f"Tuning pays here: on {fields} it is surely better than anything without tuning.")
+    if by_word["worse"]:
+        told.append(f"On {_rivals(by_word['worse'])} did surely better than the tuned model.")
+    if not told:
+        told.append(f"Tuning is not shown to pay here; as far as these rows tell, as good: on {_rivals(found)}.")
+    return " ".join(told)
+
+
+def _rivals(found: Sequence[Verdict]) -> str:
+    """`department prompt, urgency TF-IDF`."""
+    return ", on ".join(f"{v.measure} {v.rival}" for v in found)
