@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,9 @@ def test_values_out_of_range(recipe: dict[str, Any], said: str) -> None:
 
 
 def test_every_recipe_says_what_it_is() -> None:
+    from tunewright.cli.commands.recipe import NAMES
+
+    assert re.split(", | or ", NAMES) == list(RECIPES.rows)
     for name in RECIPES:
         entry = RECIPES.load(name)
         assert entry.card.title and entry.card.does in ("rewrite", "combine", "mix") and entry.__doc__
@@ -241,6 +245,7 @@ def test_a_document_s_name_counts_not_its_path(tmp_path: Path) -> None:
         list(make_passages([Source("a.pdf", tmp_path / "0")], 100))
 
 
+@pytest.mark.slow
 def test_no_torch_for_making_a_recipe() -> None:
     import subprocess
     import sys

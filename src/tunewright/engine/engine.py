@@ -26,8 +26,8 @@ from tunewright.engine.attention import Chunk, Singles, StepPlan
 from tunewright.engine.follow import Followed, Recipes
 from tunewright.engine.mixing import Mixing
 from tunewright.engine.reports import done, report
-from tunewright.engine.request import GenerateRequest, encode, settle
-from tunewright.engine.sampler import choose, draw, edit_logits
+from tunewright.engine.request import GenerateRequest, Settled, encode, settle
+from tunewright.engine.sampler import add_logits, choose, draw, edit_logits
 from tunewright.engine.scheduler import Limits, Scheduler, Sequence
 from tunewright.engine.text import Piece, TextStream
 from tunewright.engine.tools import MARK, parse_tool_calls
@@ -102,25 +102,17 @@ class Engine:
         how = settle(asked, target.decoding)
         room = context - len(tokens)
         if room < 1:
+            added = " What the recipe puts in front of them counts, too." if found.above else ""
             raise UserError(
                 f"This model's maximum context length is {context} tokens. However, your input has "
-                f"{len(tokens)} tokens and leaves no room for an answer. Please shorten the messages.",
+                f"{len(tokens)} tokens and leaves no room for an answer. Please shorten the messages.{added}",
                 code="context_length_exceeded",
                 param="messages" if asked.messages is not None else "prompt",
             )
         end = len(tokens) + min(room, how.max_tokens or room)
         request = Request(next(self._numbers), asked, target, emit, len(tokens), notes=found.notes)
-        decode, hold = target.tokenizer.decode, MARK if asked.tools else ""
         for index in range(asked.n):
-            text, own = TextStream(decode, how.stop, hold), list(tokens)
-            team = [
-                Sequence(request, index, own, len(tokens), end, how, text, target=t, weight=weight)
-                for t, weight in found.parts
-            ]
-            team[0].helpers = team[1:]
-            for helper in team[1:]:
-                helper.leader = team[0]
-            request.sequences.append(team[0])
+            request.sequences.append(_leader(request, index, list(tokens), end, how, found.parts))
             request.tokens.append([])
         self.scheduler.add(request.sequences)
         self.requests[request.id] = request
@@ -342,6 +334,18 @@ class Engine:
             self._release(s)
 
 
+def _leader(
+    request: Request, index: int, tokens: list[int], end: int, how: Settled, parts: list[tuple[Target, float]]
+) -> Sequence:
+    """The sequence of a choice, with a helper for each further model whose logits it needs."""
+    text = TextStream(request.target.tokenizer.decode, how.stop, MARK if request.asked.tools else "")
+    team = [Sequence(request, index, tokens, len(tokens), end, how, text, target=t, weight=w) for t, w in parts]
+    team[0].helpers = team[1:]
+    for helper in team[1:]:
+        helper.leader = team[0]
+    return team[0]
+
+
 def _guard(work: Callable[[], None], fail: Callable[[TunewrightError], None]) -> None:
     """Do work inside another request's step: what goes wrong must not become that one's failure."""
     try:
@@ -351,15 +355,6 @@ def _guard(work: Callable[[], None], fail: Callable[[TunewrightError], None]) ->
     except FAILURES as e:
         log.exception("a recipe failed")
         fail(EngineError(f"The recipe failed: {first_line(e)}"))
-
-
-def add_logits(parts: list[tuple[Tensor, float]]) -> Tensor:
-    """[V]: the weighted sum. Models of one vocabulary may pad it to different sizes; the smallest holds every token."""
-    n = min(logits_V.numel() for logits_V, _ in parts)
-    total_V = torch.zeros(n, dtype=torch.float64)  # what cancels should leave nothing behind
-    for logits_V, weight in parts:
-        total_V += weight * logits_V[:n].double()
-    return total_V.float()
 
 
 def first_line(error: BaseException) -> str:
