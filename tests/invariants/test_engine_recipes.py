@@ -15,8 +15,8 @@ import engine_kit as kit
 import recipe_kit
 import tiny
 from recipe_kit import make, name_of
-from tunewright.core.durable import read_json, write_json
-from tunewright.core.errors import ModelNotFound, SpecError, UserError
+from tunewright.core.durable import MANIFEST, read_json, write_json
+from tunewright.core.errors import CheckpointError, ModelNotFound, SpecError, UserError
 from tunewright.core.home import Home
 from tunewright.core.run import ARTEFACT
 from tunewright.data.tokenizer import Tokenizer
@@ -403,17 +403,29 @@ def test_recipes_in_a_circle_are_refused_when_made_and_when_served(home: Home, e
     """Names are new when a recipe is made, so only a changed file can do it."""
     first = make(home, {"name": "prompt", "system": "S."}, "tiny")
     second = make(home, {"name": "prompt", "system": "S."}, name_of(first))
-    write_json(first / ARTEFACT, {**read_json(first / ARTEFACT), "base": name_of(second)})
+    change(first, base=name_of(second))
     with pytest.raises(UserError, match="round in a circle"):
         engine.add_request(parse_request(chat(second)), lambda e: None)
     with pytest.raises(SpecError, match="round in a circle"):
         make(home, {"name": "prompt", "system": "S."}, name_of(second))
     itself = make(home, {"name": "mixture", "proposers": ["tiny"]}, "tiny")
-    record = read_json(itself / ARTEFACT)
-    record["recipe"]["proposers"] = [record["name"]]
-    write_json(itself / ARTEFACT, record)
+    change(itself, recipe={"name": "mixture", "proposers": [name_of(itself)]})
     with pytest.raises(UserError, match="round in a circle"):
         engine.add_request(parse_request(chat(itself)), lambda e: None)
+
+
+def change(folder: Path, **fields: Any) -> None:
+    """Another artefact.json, as somebody would write who knows what the manifest is for."""
+    write_json(folder / ARTEFACT, {**read_json(folder / ARTEFACT), **fields})
+    (folder / MANIFEST).unlink()
+
+
+def test_a_damaged_recipe_is_not_served(home: Home, engine: Engine, tmp_path: Path) -> None:
+    data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.sft_rows(5))
+    folder = make(home, {"name": "few_shot", "k": 2}, "tiny", [data])
+    (folder / "rows.jsonl").write_text((folder / "rows.jsonl").read_text().replace("colour", "color"))
+    with pytest.raises(CheckpointError, match=r"rows\.jsonl was changed"):
+        engine.add_request(parse_request(chat(folder)), lambda e: None)
 
 
 def test_a_model_that_went_away_is_named(home: Home, engine: Engine) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunewright.core.durable import MANIFEST, check_folder
 from tunewright.core.errors import CheckpointError, ModelNotFound, UserError
 from tunewright.core.home import Home
 from tunewright.core.ids import parse_model_name
@@ -110,6 +111,8 @@ class Recipes:
         return self._opened[key]
 
     def _read(self, folder: Path, record: Artefact) -> Opened:
+        if (folder / MANIFEST).is_file():
+            check_folder(folder)
         recipe, rows = recipe_of(record), read_rows(folder)
         models = places(self.artefacts.home, record, recipe)
         return Opened(record, recipe, rows, self._search(folder, recipe.encoder, rows), models)
