@@ -37,8 +37,8 @@ def write_artefact(folder: Path, kind: str, base: str | None, **changes: Any) ->
     return folder
 
 
-def make_adapter(folder: Path, model: Path, seed: int, **options: Any) -> Path:
-    """A random adapter of peft over `model`, strong enough to change the answers, as an artefact."""
+def make_adapter(folder: Path, model: Path, seed: int, base: str = BASE, **options: Any) -> Path:
+    """A random adapter of peft over `model`, strong enough to change the answers, as an artefact over `base`."""
     torch.manual_seed(seed)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, **options}
     net: Any = get_peft_model(hf_model(model), LoraConfig(task_type="CAUSAL_LM", **settings))
@@ -46,7 +46,7 @@ def make_adapter(folder: Path, model: Path, seed: int, **options: Any) -> Path:
         if "lora_" in name and "magnitude" not in name:
             p.data.normal_(0, 0.3)
     net.save_pretrained(folder)
-    return write_artefact(folder, "adapter", BASE)
+    return write_artefact(folder, "adapter", base)
 
 
 def hf_model(folder: Path) -> Any:

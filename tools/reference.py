@@ -1,4 +1,4 @@
-"""Writes the pages of docs/reference that the code knows best, job-spec.md and data-formats.md."""
+"""Writes the pages of docs/reference that the code knows best: job-spec.md, data-formats.md, recipes.md."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 
 from tunewright.core.spec import KINDS, LISTS, TASKS, JobSpec
 from tunewright.data.formats import FORMATS
+from tunewright.engine.recipes import RECIPES
 
 FOLDER = Path(__file__).parent.parent / "docs" / "reference"
+RECIPES_PAGE = FOLDER / "recipes.md"
 HEAD = """# Job spec
 
 <!-- Made by `make docs` from src/tunewright/core/spec.py and the tables. Do not edit. -->
@@ -45,6 +47,7 @@ An encoder-decoder (T5, mT5) reads what comes before an answer and learns the an
 a target, and its source is what the model's chat template writes of the messages before, or, without a template, their
 contents one below the other.
 """
+RECIPES_MARK = "<!-- The options below are made by `make docs` from src/tunewright/engine/recipes. Do not edit. -->"
 BOUNDS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
 
 
@@ -140,9 +143,30 @@ def formats_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def recipes_page() -> str:
+    """The written part of the page, down to the mark, then the options of each recipe."""
+    written, _, _ = RECIPES_PAGE.read_text(encoding="utf-8").partition(RECIPES_MARK)
+    lines = [f"{written.rstrip()}\n\n{RECIPES_MARK}", ""]
+    for name in RECIPES.rows:
+        entry = RECIPES.load(name)
+        said = (entry.__doc__ or "").strip().split("\n")[0]
+        lines += [f"## `{name}`: {entry.card.title}", "", said, ""]
+        lines += ["| option | allowed | default | meaning |", "|---|---|---|---|"]
+        fields = entry.Options.model_fields
+        for option, schema in entry.Options.model_json_schema()["properties"].items():
+            default = "required" if fields[option].is_required() else f"`{json.dumps(schema.get('default'))}`"
+            lines.append(f"| `{option}` | {allowed(schema)} | {default} | {schema.get('description', '')} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def main(args: list[str], describe: dict[str, Any] | None = None) -> int:
     """Write the pages; with --check only compare. Returns the exit code."""
-    pages = {"job-spec.md": page(describe or read_describe()), "data-formats.md": formats_page()}
+    pages = {
+        "job-spec.md": page(describe or read_describe()),
+        "data-formats.md": formats_page(),
+        "recipes.md": recipes_page(),
+    }
     stale = [n for n, text in pages.items() if not (p := FOLDER / n).exists() or p.read_text(encoding="utf-8") != text]
     if "--check" not in args:
         for name, text in pages.items():

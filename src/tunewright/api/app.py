@@ -13,13 +13,21 @@ from tunewright import __version__
 from tunewright.api import background, errors
 from tunewright.api.auth import check_exposure, require_key
 from tunewright.api.guard import Envelope, HostOriginGuard, allowed_hosts
-from tunewright.api.routes import chat_completions, files, fine_tuning_jobs, health, models, ours
+from tunewright.api.routes import chat_completions, files, fine_tuning_jobs, health, models, ours, recipes
 from tunewright.api.state import Server
 from tunewright.engine.client import EngineProcess
 from tunewright.jobs.store import Store
 from tunewright.jobs.supervisor import Supervisor
 
-ROUTERS = (health.router, files.router, fine_tuning_jobs.router, models.router, chat_completions.router, ours.router)
+ROUTERS = (
+    health.router,
+    files.router,
+    fine_tuning_jobs.router,
+    models.router,
+    chat_completions.router,
+    ours.router,
+    recipes.router,
+)
 
 
 def create_app(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from tunewright.api.schemas import (
     Chunk,
     ChunkChoice,
     Completion,
+    Extra,
     Logprobs,
     Message,
     TokenLogprob,
@@ -56,6 +57,7 @@ async def whole(answer: Answer, generation: Generation) -> Completion:
                 choices=[_choice(answer, c, tokens.get(c["index"], [])) for c in event["choices"]],
                 usage=Usage(**event["usage"]),
                 metadata=answer.metadata,
+                tunewright=_extra(event),
             )
     raise EngineFailed(BROKE_OFF)
 
@@ -117,7 +119,8 @@ def _chunks(answer: Answer, event: Event, started: set[int]) -> list[str]:
     for c in event["choices"]:
         texts += _role(answer, c["index"], started)
         texts += [_delta(answer, c["index"], delta) for delta in _tool_deltas(c.get("tool_calls") or [])]
-        texts.append(_chunk(answer, [ChunkChoice(index=c["index"], delta={}, finish_reason=c["finish_reason"])]))
+        end = ChunkChoice(index=c["index"], delta={}, finish_reason=c["finish_reason"])
+        texts.append(_chunk(answer, [end], extra=_extra(event) if c is event["choices"][-1] else None))
     if answer.include_usage:
         texts.append(_chunk(answer, [], Usage(**event["usage"])))
     return texts
@@ -143,9 +146,24 @@ def _delta(answer: Answer, index: int, delta: dict[str, Any]) -> str:
     return _chunk(answer, [ChunkChoice(index=index, delta=delta)])
 
 
-def _chunk(answer: Answer, choices: list[ChunkChoice], usage: Usage | None = None) -> str:
-    chunk = Chunk(id=answer.id, created=answer.created, model=answer.model, choices=choices, usage=usage)
-    return _data(chunk.model_dump(exclude=None if answer.include_usage else {"usage"}))
+def _extra(event: Event) -> Extra | None:
+    """What a recipe tells with the last event."""
+    return Extra(**event["extra"]) if event.get("extra") else None
+
+
+def _chunk(answer: Answer, choices: list[ChunkChoice], usage: Usage | None = None, extra: Extra | None = None) -> str:
+    chunk = Chunk(
+        id=answer.id, created=answer.created, model=answer.model, choices=choices, usage=usage, tunewright=extra
+    )
+    return _data(dump(chunk, () if answer.include_usage else ("usage",)))
+
+
+def dump(whole: Completion | Chunk, without: Iterable[str] = ()) -> dict[str, Any]:
+    """The object as it is sent: `tunewright` only where it says something."""
+    shown = whole.model_dump(exclude={*without, "tunewright"})
+    return (
+        shown if whole.tunewright is None else {**shown, "tunewright": whole.tunewright.model_dump(exclude_none=True)}
+    )
 
 
 def _data(value: dict[str, Any]) -> str:

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
-from tunewright.api.schemas import File, Hyperparameters, Job, JobCheckpoint, JobError, JobEvent, ListPage, Model
+from tunewright.api.schemas import (
+    File,
+    Hyperparameters,
+    Job,
+    JobCheckpoint,
+    JobError,
+    JobEvent,
+    ListPage,
+    Model,
+    Recipe,
+)
 from tunewright.api.state import ORGANIZATION_ID
+from tunewright.core.run import ARTEFACT, read_artefact
+from tunewright.engine.recipes.base import recipe_of
 from tunewright.jobs.rows import CheckpointRow, EventRow, FileRow, JobRow, ModelRow, Page
 from tunewright.models.catalogue import ModelInfo
 
@@ -117,3 +130,22 @@ def base_model(info: ModelInfo) -> Model:
 
 def tuned_model(row: ModelRow) -> Model:
     return Model(id=row.name, created=row.created_at, owned_by=ORGANIZATION_ID)
+
+
+def recipe(folder: Path) -> Recipe:
+    """A recipe's folder as its object. Models that are folders of this machine are shown by their last part."""
+    record = read_artefact(folder)
+    names = {"encoder", *recipe_of(record).card.models}
+    return Recipe(
+        id=record.name,
+        created_at=int((folder / ARTEFACT).stat().st_mtime),
+        model=_without_path(record.base),
+        recipe={k: _without_path(v) if k in names else v for k, v in (record.recipe or {}).items()},
+        decoding=record.decoding,
+    )
+
+
+def _without_path(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_path(v) for v in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -133,6 +133,19 @@ class CreateJob(Strict):
     tunewright: dict[str, Any] | None = None
 
 
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+class CreateRecipe(Strict):
+    """The fields of core/recipe.py's spec, where they are checked further. data: ids of uploaded files."""
+
+    recipe: str | dict[str, Any]
+    model: str = Field(min_length=1)
+    data: list[str] = Field(default_factory=list, max_length=1000)
+    suffix: str | None = Field(None, min_length=1, max_length=64)
+    decoding: dict[str, Any] = Field(default_factory=dict)
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")

@@ -110,6 +110,18 @@ class Model(BaseModel):
     owned_by: str
 
 
+class Recipe(BaseModel):
+    """A model made without training. id: its name, for chat completions. model: the one below it. recipe: name and
+    options."""
+
+    object: Literal["tunewright.recipe"] = "tunewright.recipe"
+    id: str
+    created_at: int
+    model: str
+    recipe: dict[str, Any]
+    decoding: dict[str, Any]
+
+
 class TopLogprob(BaseModel):
     token: str
     logprob: float
@@ -148,6 +160,13 @@ class Choice(BaseModel):
     finish_reason: FinishReason
 
 
+class Extra(BaseModel):
+    """How a recipe made the answer: passages of retrieval, proposals of a mixture. Left out of all other answers."""
+
+    contexts: list[str] | None = None
+    proposals: list[dict[str, str]] | None = None
+
+
 class Completion(BaseModel):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -156,6 +175,7 @@ class Completion(BaseModel):
     choices: list[Choice]
     usage: Usage
     metadata: dict[str, str] | None = None
+    tunewright: Extra | None = None
 
 
 class ChunkChoice(BaseModel):
@@ -166,7 +186,8 @@ class ChunkChoice(BaseModel):
 
 
 class Chunk(BaseModel):
-    """One server-sent event of a streamed completion. usage is sent only when it was asked for, at the end."""
+    """One server-sent event of a streamed completion. usage is sent only when it was asked for, at the end;
+    tunewright with the last choice, if there is anything to tell."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -174,6 +195,7 @@ class Chunk(BaseModel):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    tunewright: Extra | None = None
 
 
 class ProblemRow(BaseModel):

@@ -19,6 +19,7 @@ from tunewright.data.demo import DEPARTMENTS, URGENCIES, ClinicRow
 from tunewright.evals.clinic import BASE, TUNED
 from tunewright.evals.task import VALID, Scorecard
 from tunewright.evals.verdict import judge
+from tunewright.metrics.intervals import Interval
 
 PLAIN_EVERY_S = 10.0
 SHOWN_ROWS = 4
@@ -115,7 +116,11 @@ def score_table(cards: Sequence[Scorecard]) -> Table:
 def percent(card: Scorecard, measure: str) -> str:
     """`87 % (79-92)`, or a dash where the system has no such measure."""
     got = card.share(measure)
-    return "-" if got is None else f"{100 * got.value:.0f} % ({100 * got.low:.0f}-{100 * got.high:.0f})"
+    return "-" if got is None else percent_of(got)
+
+
+def percent_of(share: Interval) -> str:
+    return f"{100 * share.value:.0f} % ({100 * share.low:.0f}-{100 * share.high:.0f})"
 
 
 def next_steps(console: Console, home: Home, run: Run) -> None:

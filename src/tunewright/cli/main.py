@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "chat": "tunewright.cli.commands.chat:chat",
     "models": "tunewright.cli.commands.models:models",
     "merge": "tunewright.cli.commands.merge:merge",
+    "recipe": "tunewright.cli.commands.recipe:app",
     "jobs": "tunewright.cli.commands.jobs:jobs",
     "log": "tunewright.cli.commands.log:log",
     "data": "tunewright.cli.commands.data:app",

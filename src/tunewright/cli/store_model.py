@@ -9,7 +9,7 @@ from pathlib import Path
 from tunewright.core.durable import read_json
 from tunewright.core.errors import UserError
 from tunewright.core.home import Home
-from tunewright.core.run import find_artefact
+from tunewright.core.run import find_artefact, read_artefact
 from tunewright.jobs.launchers.local import worker_env
 from tunewright.models.catalogue import resolve
 
@@ -26,8 +26,15 @@ except TunewrightError as e:
 
 
 def tokenizer_folder(name: str, home: Home) -> Path:
-    """The folder with the model's tokenizer. Raises ModelNotFound, UserError if the files cannot be used."""
-    return find_artefact(home, name) if name.startswith("ft:") else ready_folder(name, home)
+    """The folder with the model's tokenizer; of a recipe, that of the model below.
+
+    Raises ModelNotFound, UserError if the files cannot be used.
+    """
+    if not name.startswith("ft:"):
+        return ready_folder(name, home)
+    folder = find_artefact(home, name)
+    record = read_artefact(folder) if folder.parent == home.recipes else None
+    return folder if record is None else tokenizer_folder(str(record.base), home)
 
 
 def ready_folder(name: str, home: Home) -> Path:

@@ -35,6 +35,11 @@ class Home:
         return self.root / "models"
 
     @property
+    def recipes(self) -> Path:
+        """Models made without training, one folder each, named as the last part of the model's name."""
+        return self.root / "recipes"
+
+    @property
     def cache(self) -> Path:
         return self.root / "cache"
 
@@ -48,7 +53,7 @@ class Home:
     def ensure(self) -> Home:
         """Create the folders. Raises UserError if the place cannot be written."""
         try:
-            for p in (self.root, self.files, self.runs, self.models, self.cache, self.logs):
+            for p in (self.root, self.files, self.runs, self.models, self.recipes, self.cache, self.logs):
                 p.mkdir(mode=0o700, parents=True, exist_ok=True)
             probe = self.root / f".probe-{os.getpid()}"
             probe.write_bytes(b"")

@@ -64,9 +64,11 @@ class JobFile(BaseModel):
 class Artefact(BaseModel):
     """artefact.json: what a folder of weights is, so that the engine can serve it.
 
-    kind: `adapter` (peft files over `base`), `delta` (values that differ from `base`), `weights` (a whole model), later
-        `recipe`.
-    base: the catalogue name or folder of the base model, or BASE_IS_START; None when kind is weights.
+    kind: `adapter` (peft files over `base`), `delta` (values that differ from `base`), `weights` (a whole model),
+        `recipe` (no weights of its own).
+    base: the catalogue name or folder of the base model, or BASE_IS_START; None when kind is weights. Of a recipe: the
+        name of the model below it, which may be an `ft:` name.
+    recipe: of a recipe: its name and options.
     decoding: default sampling parameters from the job's task.
     head: what the model answers with: `lm` (tokens), `classify` or `regress`. labels: its classes, in order.
     """
@@ -82,6 +84,7 @@ class Artefact(BaseModel):
     head: str = "lm"
     labels: list[str] | None = None
     metrics: dict[str, Any] = {}
+    recipe: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,14 @@ def list_runs(home: Home) -> list[Run]:
     return sorted(runs, key=lambda r: (r.folder / "job.json").stat().st_mtime_ns)
 
 
+def list_recipes(home: Home) -> list[Path]:
+    """The folders of all models made without training, oldest first."""
+    if not home.recipes.is_dir():
+        return []
+    folders = [p for p in home.recipes.iterdir() if p.name.isalnum() and (p / ARTEFACT).is_file()]
+    return sorted(folders, key=lambda p: (p / ARTEFACT).stat().st_mtime_ns)
+
+
 def read_artefact(folder: Path) -> Artefact:
     try:
         return Artefact.model_validate(read_json(folder / ARTEFACT))
@@ -196,9 +207,12 @@ def base_of(folder: Path, artefact: Artefact) -> str | None:
 
 
 def find_artefact(home: Home, name: str) -> Path:
-    """The folder of an `ft:` model or checkpoint. Raises ModelNotFound."""
+    """The folder of an `ft:` model, checkpoint or recipe. Raises ModelNotFound."""
     wanted = parse_model_name(name)
     if wanted is not None:
+        recipe = home.recipes / wanted.id
+        if wanted.step is None and (recipe / ARTEFACT).is_file() and read_artefact(recipe).name == name:
+            return recipe
         final = str(wanted) if wanted.step is None else str(wanted).rsplit(":ckpt-step-", 1)[0]
         for run in list_runs(home):
             if run.job().name == final:

@@ -284,8 +284,11 @@ def parse_spec(raw: Any) -> JobSpec:
         raise SpecError(explain_validation(e, JobSpec), param=_first_param(e)) from e
 
 
-def explain_validation(error: ValidationError, model: type[BaseModel]) -> str:
-    """pydantic's errors as one readable text, each with field, value, what is allowed and the nearest match."""
+def explain_validation(error: ValidationError, model: type[BaseModel], what: str = "job spec") -> str:
+    """pydantic's errors as one readable text, each with field, value, what is allowed and the nearest match.
+
+    what: is not valid, as the text says it.
+    """
     lines = []
     for item in error.errors():
         names = [str(p) for p in item["loc"] if not str(p).startswith(("literal[", "function-"))]
@@ -299,7 +302,7 @@ def explain_validation(error: ValidationError, model: type[BaseModel]) -> str:
             value = repr(item.get("input"))[:80]
             text = item["msg"].removeprefix("Value error, ")
             lines.append(f"{where}: {text} (got {value})" if where else text)
-    return "The job spec is not valid: " + "; ".join(dict.fromkeys(lines)) + "."
+    return f"The {what} is not valid: " + "; ".join(dict.fromkeys(lines)) + "."
 
 
 def _first_param(error: ValidationError) -> str | None:

@@ -13,6 +13,7 @@ class Trace(BaseModel):
     """One request and its answer, in the names of OpenTelemetry's GenAI conventions where they have one.
 
     duration_s: seconds from request to the last token. time_to_first_token_s: seconds to the first one.
+    contexts: the passages that a retrieval recipe put into the prompt.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -27,9 +28,15 @@ class Trace(BaseModel):
     output_tokens: int
     duration_s: float
     time_to_first_token_s: float | None = None
+    contexts: list[str] | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
     feedback: float | None = None
 
     def to_conversation(self) -> Conversation:
         """The request's messages followed by the answer, as a training row."""
-        return Conversation(messages=[*self.messages, self.completion], tools=self.tools, reward=self.feedback)
+        return Conversation(
+            messages=[*self.messages, self.completion],
+            tools=self.tools,
+            contexts=self.contexts,
+            reward=self.feedback,
+        )

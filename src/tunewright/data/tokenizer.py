@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -160,6 +161,12 @@ class Tokenizer:
     def abilities(self) -> Abilities:
         """What the chat template can write."""
         return probe("".join(self._templates.values()), self._run)
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """A hash of every token with its id: equal for models whose ids mean the same."""
+        items = sorted(self._tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda kv: kv[1])
+        return hashlib.sha256(json.dumps(items).encode()).hexdigest()
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:

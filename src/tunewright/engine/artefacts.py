@@ -103,8 +103,13 @@ class Artefacts:
             )
         if record.kind == "weights":
             return self._target(folder, None, record.decoding)
+        if record.kind == "recipe":
+            raise UserError(
+                f"The model '{record.name}' is a recipe and has no weights of its own; name the model below it.",
+                param="model",
+            )
         if record.kind not in ("adapter", "delta"):
-            kinds = "adapter, delta or weights"
+            kinds = "adapter, delta, weights or recipe"
             raise UserError(f"A model of kind '{record.kind}' cannot be served; use {kinds}.", param="model")
         return self._target(self._base(record.base or str(base)), folder, record.decoding)
 

@@ -42,10 +42,14 @@ class EngineFailed(TunewrightError):
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer. choices: [{"index", "finish_reason", "text", "tool_calls"?}]; text is the first one's."""
+    """A whole answer. choices: [{"index", "finish_reason", "text", "tool_calls"?}]; text is the first one's.
+
+    extra: what a recipe tells of its making: contexts, proposals.
+    """
 
     choices: list[Event]
     usage: dict[str, int]
+    extra: Event = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -245,7 +249,7 @@ class EngineSession:
         """The whole answer to a request."""
         for event in self.stream(payload):
             if event["type"] == "done":
-                return Reply(event["choices"], event["usage"])
+                return Reply(event["choices"], event["usage"], event.get("extra", {}))
         raise EngineFailed("The engine stopped before the answer was complete.")
 
     def chat(

@@ -4,8 +4,8 @@ A step computes, for each loaded model, ONE packed row: the next token of every 
 new prompts. Nothing is padded, and adapters over one base share that row. One thread owns an Engine.
 
 Events of a request, as dicts: {"type": "start", "prompt_tokens"}, then {"type": "token", "index", "text", "token_id",
-and with logprobs "token", "bytes", "logprob", "top_logprobs"}, then {"type": "done", "choices", "usage"} or
-{"type": "error", "error"}.
+and with logprobs "token", "bytes", "logprob", "top_logprobs"}, then {"type": "done", "choices", "usage", of a recipe
+that has something to tell also "extra": {"contexts", "proposals"}} or {"type": "error", "error"}.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from tunewright.core.errors import TunewrightError, UserError
 from tunewright.core.home import Home
 from tunewright.engine.artefacts import Artefacts, Model, Target
 from tunewright.engine.attention import Chunk, Singles, StepPlan
-from tunewright.engine.request import GenerateRequest, settle
-from tunewright.engine.sampler import choose, draw, edit_logits, logprobs
+from tunewright.engine.follow import Followed, Recipes
+from tunewright.engine.mixing import Mixing
+from tunewright.engine.reports import done, report
+from tunewright.engine.request import GenerateRequest, Settled, encode, settle
+from tunewright.engine.sampler import add_logits, choose, draw, edit_logits
 from tunewright.engine.scheduler import Limits, Scheduler, Sequence
-from tunewright.engine.text import Piece, TextStream, token_bytes
+from tunewright.engine.text import Piece, TextStream
 from tunewright.engine.tools import MARK, parse_tool_calls
 from tunewright.ops.runtime import choose_dtype, set_threads
 
@@ -46,7 +49,10 @@ class EngineError(TunewrightError):
 
 @dataclass(eq=False)
 class Request:
-    """A request in progress. tokens: what there is to report of each generated token, by choice."""
+    """A request in progress. tokens: what there is to report of each generated token, by choice.
+
+    notes: what its answer tells of how it was made.
+    """
 
     id: int
     asked: GenerateRequest
@@ -55,7 +61,7 @@ class Request:
     n_prompt: int
     sequences: list[Sequence] = field(default_factory=list)
     tokens: list[list[Event]] = field(default_factory=list)
-    model: Model | None = None
+    notes: Event = field(default_factory=dict)
 
 
 class Engine:
@@ -68,8 +74,10 @@ class Engine:
         self.dtype = choose_dtype(dtype)
         self.set_threads(threads)
         self.artefacts = Artefacts(home, self.dtype, self.limits)
+        self.recipes = Recipes(self.artefacts)
         self.scheduler = Scheduler(self.limits)
         self.requests: dict[int, Request] = {}
+        self.mixing: dict[int, Mixing] = {}
         self._numbers = itertools.count(1)
         self.generated = 0
 
@@ -77,38 +85,72 @@ class Engine:
         """Takes effect for the thread that calls it, which must be the one that calls step()."""
         self.threads = set_threads(threads)
 
-    def add_request(self, asked: GenerateRequest, emit: Emit) -> int:
+    def add_request(self, asked: GenerateRequest, emit: Emit, above: tuple[str, ...] = ()) -> int:
         """Queue a request; returns its number. `emit` gets its events, from within this call and step().
 
-        Raises UserError (a bad prompt or template; context_length_exceeded), ModelNotFound, Busy (the queue is full).
+        above: recipes that led to this request. Raises UserError (a bad prompt or template; context_length_exceeded),
+        ModelNotFound, Busy (the queue is full).
         """
-        target = self.artefacts.resolve(asked.base, asked.artefact)
-        tokens = encode(asked, target)
+        found = self.recipes.follow(asked, above)
+        return self._queue(found, emit) if found.mixture is None else self._mix(found, emit)
+
+    def _queue(self, found: Followed, emit: Emit) -> int:
+        asked, targets = found.asked, [target for target, _ in found.parts]
+        target, context = targets[0], min(t.context - t.virtual for t in targets)
+        self._check_fits(targets)
+        tokens = encode(asked, target.tokenizer)
         how = settle(asked, target.decoding)
-        context = target.context - target.virtual
         room = context - len(tokens)
         if room < 1:
+            added = " What the recipe puts in front of them counts, too." if found.above else ""
             raise UserError(
                 f"This model's maximum context length is {context} tokens. However, your input has "
-                f"{len(tokens)} tokens and leaves no room for an answer. Please shorten the messages.",
+                f"{len(tokens)} tokens and leaves no room for an answer. Please shorten the messages.{added}",
                 code="context_length_exceeded",
                 param="messages" if asked.messages is not None else "prompt",
             )
         end = len(tokens) + min(room, how.max_tokens or room)
-        request = Request(next(self._numbers), asked, target, emit, len(tokens))
-        decode, hold = target.tokenizer.decode, MARK if asked.tools else ""
+        request = Request(next(self._numbers), asked, target, emit, len(tokens), notes=found.notes)
         for index in range(asked.n):
-            text = TextStream(decode, how.stop, hold)
-            sequence = Sequence(request, index, list(tokens), len(tokens), end, how, text, target.virtual)
-            request.sequences.append(sequence)
+            request.sequences.append(_leader(request, index, list(tokens), end, how, found.parts))
             request.tokens.append([])
         self.scheduler.add(request.sequences)
         self.requests[request.id] = request
         emit({"type": "start", "prompt_tokens": len(tokens)})
         return request.id
 
+    def _check_fits(self, targets: list[Target]) -> None:
+        n = len({t.key for t in targets})
+        if n > self.limits.max_models:
+            raise UserError(f"This recipe needs {n} models at once, and at most {self.limits.max_models} stay loaded.")
+
+    def _mix(self, found: Followed, emit: Emit) -> int:
+        """Begin a mixture of agents: a number of its own, and requests below it."""
+        assert found.mixture is not None
+        number = next(self._numbers)
+
+        def tell(event: Event) -> None:
+            if event["type"] in ("done", "error"):
+                self.mixing.pop(number, None)
+            emit(event)
+
+        def add(asked: GenerateRequest, emit: Emit) -> int:
+            return self.add_request(asked, emit, found.above)
+
+        mixing = Mixing(found.asked, found.mixture, tell, add, self.abort, _guard, dict(found.notes))
+        self.mixing[number] = mixing
+        try:
+            mixing.begin()
+        except BaseException:
+            self.abort(number)
+            raise
+        return number
+
     def abort(self, number: int) -> None:
         """Drop a request and free what it holds; an unknown or finished one is nothing to do. Emits nothing."""
+        mixing = self.mixing.pop(number, None)
+        if mixing is not None:
+            mixing.stop()
         request = self.requests.pop(number, None)
         for sequence in request.sequences if request else ():
             self._free(sequence)
@@ -125,6 +167,8 @@ class Engine:
 
     def unload(self, folder: str | None = None) -> int:
         """Forget idle weights from `folder`, or all idle ones; returns how many."""
+        if folder is None:
+            self.recipes.clear()
         return self.artefacts.unload(folder)
 
     def step(self) -> bool:
@@ -133,8 +177,11 @@ class Engine:
             self.scheduler.admit(self._start)
             work: dict[Model, list[tuple[Sequence, int]]] = {}
             for sequence, n in self.scheduler.plan():
-                work.setdefault(sequence.request.model, []).append((sequence, n))
-            for model, part in work.items():
+                work.setdefault(sequence.model, []).append((sequence, n))
+            for model, planned in work.items():
+                part = [(s, n) for s, n in planned if s.cache is not None]  # others of its team may have failed
+                if not part:
+                    continue
                 try:
                     self._compute(model, part)
                 except FAILURES as e:
@@ -169,9 +216,10 @@ class Engine:
         }
 
     def _start(self, sequence: Sequence) -> bool:
+        """Load what the sequence and its helpers need; if not all of it can be, nothing is held."""
         request = sequence.request
         try:
-            model = self.artefacts.acquire(request.target)
+            ready = all(self._acquire(s) for s in sequence.team)
         except TunewrightError as e:
             self._fail(request, e)
             return True
@@ -179,12 +227,24 @@ class Engine:
             log.exception("loading failed")
             self._fail(request, EngineError(f"The model could not be loaded: {first_line(e)}"))
             return True
-        if model is None:
-            return False
-        request.model = model
-        sequence.cache = model.kv.open(sequence.virtual + min(len(sequence.tokens) + 32, sequence.end))
-        model.kv.put(sequence.cache, model.prefixes.get(request.target.adapter_key, ()))
-        return True
+        if not ready:
+            for s in sequence.team:
+                self._release(s)
+        return ready
+
+    def _acquire(self, s: Sequence) -> bool:
+        model = self.artefacts.acquire(s.target)
+        if model is not None:
+            s.model, s.cache = model, model.kv.open(s.virtual + min(len(s.tokens) + 32, s.end))
+            model.kv.put(s.cache, model.prefixes.get(s.target.adapter_key, ()))
+        return model is not None
+
+    def _release(self, s: Sequence) -> None:
+        if s.cache is not None:
+            with torch.inference_mode():  # an abort comes from outside a step, and others may have to move
+                s.model.kv.close(s.cache)
+            self.artefacts.release(s.model, s.target)
+            s.cache = s.logits = None
 
     def _compute(self, model: Model, work: list[tuple[Sequence, int]]) -> None:
         """One forward of `model` over the new tokens, then a token for every sequence whose input is complete."""
@@ -212,7 +272,20 @@ class Engine:
             s.place.length += n
         for s, logits_V in zip(complete, logits_NV.float(), strict=False):
             if s.request.id in self.requests:
-                self._extend(s, logits_V)
+                self._hear(s, logits_V)
+
+    def _hear(self, s: Sequence, logits_V: Tensor) -> None:
+        """Take one model's logits; once all models of an answer have spoken, its next token is chosen."""
+        leader = s.leader or s
+        if not leader.helpers:
+            self._extend(leader, logits_V)
+            return
+        s.logits = logits_V
+        if all(x.logits is not None for x in leader.team):
+            total_V = add_logits([(x.logits, x.weight) for x in leader.team])
+            for x in leader.team:
+                x.logits = None
+            self._extend(leader, total_V)
 
     def _extend(self, s: Sequence, logits_V: Tensor) -> None:
         """Choose the next token and tell what became certain."""
@@ -227,7 +300,9 @@ class Engine:
         if token in s.request.target.tokenizer.eos_ids:
             self._finish(s, "stop")
             return
-        s.request.tokens[s.index].append(_report(s.request, token, logits_V))
+        s.request.tokens[s.index].append(
+            report(s.request.target.tokenizer, token, logits_V, s.request.asked.top_logprobs)
+        )
         self._tell(s, s.text.push(token))
         if s.text.stopped:
             self._finish(s, "stop")
@@ -243,7 +318,7 @@ class Engine:
         request = s.request
         if all(x.finish_reason for x in request.sequences):
             del self.requests[request.id]
-            request.emit(_done(request))
+            request.emit(done(request.sequences, request.n_prompt, request.notes))
 
     def _tell(self, s: Sequence, pieces: list[Piece]) -> None:
         reports = s.request.tokens[s.index]
@@ -254,32 +329,35 @@ class Engine:
         self.abort(request.id)
         request.emit({"type": "error", "error": error.to_openai(), "status": error.status})
 
-    def _free(self, s: Sequence) -> None:
-        self.scheduler.remove(s)
-        if s.cache is not None:
-            with torch.inference_mode():  # an abort comes from outside a step, and others may have to move
-                s.request.model.kv.close(s.cache)
-            self.artefacts.release(s.request.model, s.request.target)
-            s.cache = None
+    def _free(self, leader: Sequence) -> None:
+        for s in leader.team:
+            self.scheduler.remove(s)
+            self._release(s)
 
 
-def encode(asked: GenerateRequest, target: Target) -> list[int]:
-    """The request's input as token ids: the rendered chat, or the text as it stands. Raises UserError."""
-    tokenizer = target.tokenizer
-    if isinstance(asked.prompt, list):
-        wrong = next((t for t in asked.prompt if not 0 <= t < tokenizer.vocab_size), None)
-        if wrong is not None:
-            raise UserError(
-                f"'prompt' holds token {wrong}; ids go from 0 to {tokenizer.vocab_size - 1}.", param="prompt"
-            )
-        tokens = asked.prompt
-    elif asked.prompt is not None:
-        tokens, _ = tokenizer.encode(asked.prompt, add_special=True)
-    else:
-        tokens = tokenizer.encode_chat(asked.messages or [], asked.tools)
-    if not tokens:
-        raise UserError("The input has no tokens; give at least one character.", param="prompt")
-    return tokens
+def _leader(
+    request: Request, index: int, tokens: list[int], end: int, how: Settled, parts: list[tuple[Target, float]]
+) -> Sequence:
+    """The sequence of a choice, with a helper for each further model whose logits it needs."""
+    text = TextStream(request.target.tokenizer.decode, how.stop, MARK if request.asked.tools else "")
+    team = [
+        Sequence(request, index, tokens, len(tokens), end, how, text, t.virtual, target=t, weight=w) for t, w in parts
+    ]
+    team[0].helpers = team[1:]
+    for helper in team[1:]:
+        helper.leader = team[0]
+    return team[0]
+
+
+def _guard(work: Callable[[], None], fail: Callable[[TunewrightError], None]) -> None:
+    """Do work inside another request's step: what goes wrong must not become that one's failure."""
+    try:
+        work()
+    except TunewrightError as e:
+        fail(e)
+    except FAILURES as e:
+        log.exception("a recipe failed")
+        fail(EngineError(f"The recipe failed: {first_line(e)}"))
 
 
 def first_line(error: BaseException) -> str:
@@ -292,7 +370,7 @@ def _route(work: list[tuple[Sequence, int]], first: dict[Sequence, int]) -> list
     """Which rows belong to which adapter; None when all rows are one adapter's."""
     rows: dict[str, list[int]] = {}
     for s, n in work:
-        rows.setdefault(s.request.target.adapter_key, []).extend(range(first[s], first[s] + n))
+        rows.setdefault(s.target.adapter_key, []).extend(range(first[s], first[s] + n))
     if len(rows) == 1:
         return [(key, None) for key in rows if key]
     return [(key, torch.tensor(at)) for key, at in rows.items() if key]
@@ -315,33 +393,3 @@ def _plan(work: list[tuple[Sequence, int]], first: dict[Sequence, int]) -> StepP
         slots_B = torch.tensor(sorted(slot for slot, _, _ in places))
         singles.append(Singles(pool, rows_N, at_N, slots_B, max(at for _, _, at in places) + 1))
     return StepPlan(singles, chunks)
-
-
-def _report(request: Request, token: int, logits_V: Tensor) -> Event:
-    """What the event of a token says besides its text."""
-    top = request.asked.top_logprobs
-    if top is None:
-        return {"token_id": token}
-    own, best = logprobs(logits_V, token, top)
-    tokenizer = request.target.tokenizer
-    return {
-        "token_id": token,
-        **_token_text(tokenizer, token),
-        "logprob": own,
-        "top_logprobs": [{**_token_text(tokenizer, t), "logprob": p} for t, p in best],
-    }
-
-
-def _token_text(tokenizer: Any, token: int) -> Event:
-    text = tokenizer.decode([token], skip_special=False)
-    return {"token": text, "bytes": token_bytes(tokenizer.token(token), text)}
-
-
-def _done(request: Request) -> Event:
-    completion = sum(s.n_generated for s in request.sequences)
-    choices = []
-    for s in request.sequences:
-        choice: Event = {"index": s.index, "finish_reason": s.finish_reason, "text": s.text.shown}
-        choices.append({**choice, "tool_calls": s.tool_calls} if s.tool_calls else choice)
-    usage = {"prompt_tokens": request.n_prompt, "completion_tokens": completion}
-    return {"type": "done", "choices": choices, "usage": {**usage, "total_tokens": request.n_prompt + completion}}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tunewright.core.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from tunewright.data.tokenizer import Tokenizer
 
 DECODING = ("temperature", "top_p", "top_k", "max_tokens", "stop", "seed", "presence_penalty", "frequency_penalty")
 
@@ -143,3 +146,21 @@ def settle(request: GenerateRequest, defaults: dict[str, Any]) -> Settled:
         checked.max_tokens,
         tuple(checked.stop or ()),
     )
+
+
+def encode(asked: GenerateRequest, tokenizer: Tokenizer) -> list[int]:
+    """The request's input as token ids: the rendered chat, or the text as it stands. Raises UserError."""
+    if isinstance(asked.prompt, list):
+        wrong = next((t for t in asked.prompt if not 0 <= t < tokenizer.vocab_size), None)
+        if wrong is not None:
+            raise UserError(
+                f"'prompt' holds token {wrong}; ids go from 0 to {tokenizer.vocab_size - 1}.", param="prompt"
+            )
+        tokens = asked.prompt
+    elif asked.prompt is not None:
+        tokens, _ = tokenizer.encode(asked.prompt, add_special=True)
+    else:
+        tokens = tokenizer.encode_chat(asked.messages or [], asked.tools)
+    if not tokens:
+        raise UserError("The input has no tokens; give at least one character.", param="prompt")
+    return tokens

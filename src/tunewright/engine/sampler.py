@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +58,15 @@ def _invert(mass_K: Tensor, u: float) -> int:
     reached = torch.cumsum(mass_K, -1, dtype=torch.float64)
     at = torch.searchsorted(reached, u * float(reached[-1]), right=True)
     return min(int(at), mass_K.numel() - 1)
+
+
+def add_logits(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """[V]: the weighted sum. Models of one vocabulary may pad it to different sizes; the smallest holds every token."""
+    n = min(logits_V.numel() for logits_V, _ in parts)
+    total_V = torch.zeros(n, dtype=torch.float64)  # what cancels should leave nothing behind
+    for logits_V, weight in parts:
+        total_V += weight * logits_V[:n].double()
+    return total_V.float()
 
 
 def edit_logits(logits_V: Tensor, how: Sampling, counts: Mapping[int, int]) -> Tensor:

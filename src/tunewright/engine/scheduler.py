@@ -32,7 +32,10 @@ class Limits:
 class Sequence:
     """One choice of a request. tokens: the prompt, then what was generated.
 
-    virtual: tokens of a soft prompt that stand in the cache before them.
+    virtual: tokens of a soft prompt that stand in the cache before them. target, model: the weights, and where they are
+    loaded. helpers: of an answer whose tokens are chosen from the logits of several models, the others' sequences: they
+    share `tokens`, start and end with their leader, and each model's `logits` of the next token, times `weight`,
+    are added up once all are there.
     """
 
     request: Any
@@ -47,6 +50,17 @@ class Sequence:
     counts: Counter[int] = field(default_factory=Counter)
     finish_reason: str | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    target: Any = None
+    model: Any = None
+    weight: float = 1.0
+    logits: Any = None
+    leader: Sequence | None = None
+    helpers: list[Sequence] = field(default_factory=list)
+
+    @property
+    def team(self) -> list[Sequence]:
+        """A leader and its helpers."""
+        return [self, *self.helpers]
 
     @property
     def place(self) -> Cache:
@@ -92,14 +106,19 @@ class Scheduler:
         """Move sequences from the queue to the running ones while there is room.
 
         start: makes a sequence ready to run, or takes it and its siblings out of the queue if it cannot be; False means
-        its weights have to wait until others have finished.
+        its weights have to wait until others have finished. A leader and its helpers start together.
         """
-        while self.waiting and len(self.running) < self.limits.max_running:
+        while self.waiting and (len(self.running) + len(self.waiting[0].team) <= self._room):
             sequence = self.waiting[0]
             if not start(sequence):
                 return
             if sequence.finish_reason is None:  # else its request failed and has left the queue
-                self.running.append(self.waiting.popleft())
+                self.running.extend(self.waiting.popleft().team)
+
+    @property
+    def _room(self) -> int:
+        """Sequences that may run; a team larger than that runs alone."""
+        return self.limits.max_running if self.running else max(self.limits.max_running, len(self.waiting[0].team))
 
     def plan(self) -> list[tuple[Sequence, int]]:
         """What the step computes: (sequence, new tokens). Running answers each get their token, prompts share the rest.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from tunewright.evals.task import Scorecard, score_labels
 from tunewright.metrics.accuracy import majority
+
+MAJORITY, TFIDF = "majority class", "TF-IDF + logistic"
+Labels = Mapping[str, Sequence[str]]  # label field -> [N] labels
 
 
 def majority_labels(train_labels: Sequence[str], n: int) -> list[str]:
@@ -24,3 +28,10 @@ def tfidf_labels(train_texts: Sequence[str], train_labels: Sequence[str], texts:
     model = LogisticRegression(C=10.0, max_iter=2000)
     model.fit(vectorizer.fit_transform(train_texts), list(train_labels))
     return [str(label) for label in model.predict(vectorizer.transform(texts))]
+
+
+def baseline_cards(texts: Sequence[str], known: Labels, asked: Sequence[str], wanted: Labels) -> list[Scorecard]:
+    """Both systems, trained on `texts` with the labels `known`, on the texts `asked`, whose labels are `wanted`."""
+    guess = {field: majority_labels(labels, len(asked)) for field, labels in known.items()}
+    counted = {field: tfidf_labels(texts, labels, asked) for field, labels in known.items()}
+    return [score_labels(MAJORITY, guess, wanted), score_labels(TFIDF, counted, wanted)]

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tunewright.core.errors import TunewrightError
 from tunewright.data.demo import DEPARTMENTS, URGENCIES, ClinicRow
-from tunewright.engine.client import EngineSession, payload
-from tunewright.evals.baselines import majority_labels, tfidf_labels
-from tunewright.evals.task import JsonTask, Message, Scorecard, score_answers, score_labels
+from tunewright.engine.client import EngineSession
+from tunewright.evals.baselines import baseline_cards
+from tunewright.evals.compare import Variant, replies
+from tunewright.evals.task import JsonTask, Message, Scorecard, score_answers
 
 TASK = JsonTask(
     instruction="You sort the messages that patients send to an online clinic.",
     labels={"department": DEPARTMENTS, "urgency": URGENCIES},
     texts=("reason",),
 )
-BASE, FEW_SHOT, TUNED, MAJORITY, TFIDF = "base", "base + 3 examples", "tuned", "majority class", "TF-IDF + logistic"
+BASE, FEW_SHOT, TUNED = "base", "base + 3 examples", "tuned"
 MAX_TOKENS = 64
-TOGETHER = 16
 
 
 def examples(train: Sequence[ClinicRow]) -> list[tuple[str, str]]:
@@ -42,11 +41,8 @@ def ask(
     engine: EngineSession, chats: Sequence[list[Message]], base: str | None = None, artefact: Path | None = None
 ) -> Iterator[str]:
     """The greedy answers in order. Raises the first error the engine reports."""
-    requests = [payload(chat, base, artefact, temperature=0.0, max_tokens=MAX_TOKENS) for chat in chats]
-    for reply in engine.chat_many(requests, concurrency=TOGETHER):
-        if isinstance(reply, TunewrightError):
-            raise reply
-        yield reply.text
+    asked = Variant("", "", base, artefact)
+    return (reply.text for reply in replies(engine, chats, asked, MAX_TOKENS))
 
 
 def truths(rows: Sequence[ClinicRow]) -> dict[str, list[str]]:
@@ -56,11 +52,8 @@ def truths(rows: Sequence[ClinicRow]) -> dict[str, list[str]]:
 
 def baselines(train: Sequence[ClinicRow], heldout: Sequence[ClinicRow]) -> list[Scorecard]:
     """The two systems without a language model, trained on the same rows."""
-    known, wanted = truths(train), truths(heldout)
     texts, asked = [r.message for r in train], [r.message for r in heldout]
-    guess = {field: majority_labels(known[field], len(heldout)) for field in known}
-    counted = {field: tfidf_labels(texts, known[field], asked) for field in known}
-    return [score_labels(MAJORITY, guess, wanted), score_labels(TFIDF, counted, wanted)]
+    return baseline_cards(texts, truths(train), asked, truths(heldout))
 
 
 def score(system: str, answers: Sequence[str], heldout: Sequence[ClinicRow]) -> Scorecard:

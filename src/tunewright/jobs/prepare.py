@@ -122,6 +122,12 @@ def find_origin(model: str, home: Home) -> Origin:
 def _tuned_origin(tuned: ModelName, home: Home) -> Origin:
     """Continuing keeps the original base, in the name and below the adapter."""
     folder = find_artefact(home, str(tuned))
+    if folder.parent == home.recipes:
+        raise SpecError(
+            f"'{tuned}' is a recipe: it has no weights that could be trained. Train the model below it, "
+            f"'{read_artefact(folder).base}'.",
+            param="model",
+        )
     parent = Run(next(p for p in folder.parents if (p / "job.json").is_file()))
     base = base_of(folder, read_artefact(folder)) or parent.job().base
     private = Path(base) if Path(base).is_dir() and home.runs in Path(base).parents else None

@@ -131,7 +131,7 @@ class CheckpointRow:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A model or checkpoint that a job left. folder: its artefact folder (absolute)."""
+    """A model or checkpoint that a job left, or a recipe (no job_id). folder: its artefact folder (absolute)."""
 
     name: str
     created_at: int

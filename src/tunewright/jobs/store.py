@@ -20,7 +20,7 @@ from tunewright.core.errors import Busy, NotFound
 from tunewright.core.events import Event, read_events
 from tunewright.core.home import Home
 from tunewright.core.run import Run, list_runs
-from tunewright.jobs import journal, models
+from tunewright.jobs import journal, models, recipes
 from tunewright.jobs.db import Database, one_page, open_database, rows_of
 from tunewright.jobs.files import Files
 from tunewright.jobs.journal import Line
@@ -258,21 +258,22 @@ class Store:
         return Page(rows[:limit], len(rows) > limit)
 
     def list_models(self) -> list[ModelRow]:
-        """Every model and checkpoint that jobs left, newest job first."""
+        """Every recipe, then every model and checkpoint that jobs left, newest job first."""
         with self._db.read() as c:
             every = rows_of(JobRow, c.execute(select(jobs).order_by(jobs.c.n.desc())).mappings())
         saved: dict[str, list[EventRow]] = defaultdict(list)
         for event in self._saved():
             saved[event.job_id].append(event)
-        return [m.model for job in every for m in models.of_job(self.run(job.id), job, saved[job.id])]
+        left = [m.model for job in every for m in models.of_job(self.run(job.id), job, saved[job.id])]
+        return [*recipes.model_rows(self.home), *left]
 
     def find_model(self, name: str) -> ModelRow | None:
-        """The model or checkpoint called `name`, or None."""
+        """The model, checkpoint or recipe called `name`, or None."""
         with self._db.read() as c:
             query = select(jobs).where(jobs.c.name == models.final_name(name))
             found = rows_of(JobRow, c.execute(query).mappings())
         rows = [m.model for j in found for m in models.of_job(self.run(j.id), j, self._saved(j.id))]
-        return next((m for m in rows if m.name == name), None)
+        return next((m for m in rows if m.name == name), None) or recipes.find_row(self.home, name)
 
     def delete_model(self, name: str) -> bool:
         """Remove a model's files. Jobs that continued from it keep their own copy. False when there is no such model.
@@ -283,8 +284,10 @@ class Store:
         if row is None:
             return False
         job = self.get_job(row.job_id)
-        assert job is not None
-        models.remove(self.run(job.id), job, row)
+        if job is None:
+            recipes.remove(row)
+        else:
+            models.remove(self.run(job.id), job, row)
         return True
 
     def _saved(self, job_id: str | None = None) -> list[EventRow]:

@@ -33,10 +33,12 @@ class Discordant:
     p: float
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson(successes: float, n: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a share (Wilson 1927); right also for small n and shares near 0 or 1.
 
-    successes of n trials, 0 <= successes <= n, n >= 1. Bounds lie in [0, 1]. Raises ValueError otherwise.
+    successes of n trials, 0 <= successes <= n, n >= 1. Bounds lie in [0, 1]. Raises ValueError otherwise. A trial may
+    be a mean of several outcomes: it varies at most as much as one, so the interval is then too wide rather than too
+    narrow.
     """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n} trials is not a share")

@@ -110,8 +110,25 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, head: Head | No
     return model
 
 
-def _open(folder: Path, dtype: torch.dtype, head: Head | None) -> Any:
-    """(model, what was loaded) from transformers, its errors turned into ours."""
+def load_body(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model below its head, in eval mode, as transformers runs it: padded rows with an attention mask.
+
+    A pooler that the folder does not have is drawn at random: nothing here reads it. Raises UserError as load_model.
+    """
+    check_folder(folder)
+    model, report = _open(folder, dtype, None, transformers.AutoModel)
+    wrong = sorted(k for k in map(str, report["missing_keys"]) if not k.startswith("pooler."))
+    if wrong or model.config.is_encoder_decoder:
+        why = f"its file lacks {wrong[0]}" if wrong else "it is an encoder-decoder"
+        raise UserError(f"'{folder.name}' gives no vectors of texts: {why}.", code="unsupported_model", param="model")
+    return model.eval()
+
+
+def _open(folder: Path, dtype: torch.dtype, head: Head | None, opener: Any = None) -> Any:
+    """(model, what was loaded) from transformers, its errors turned into ours.
+
+    opener: transformers' class; None: the one that the head asks for.
+    """
     try:
         with quiet(), torch.random.fork_rng():
             config = transformers.AutoConfig.from_pretrained(
@@ -119,7 +136,7 @@ def _open(folder: Path, dtype: torch.dtype, head: Head | None) -> Any:
             )
             _without_dropout(config)
             with torch.device("meta"):
-                kind = type(auto_class(head, config).from_config(config))
+                kind = type((opener or auto_class(head, config)).from_config(config))
             torch.manual_seed(derive_seed("head", head.seed if head else 0))
             return kind.from_pretrained(
                 None,

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: answers of base models, tuned models and checkpoints, whole or streamed."""
+"""POST /v1/chat/completions: answers of base models, tuned models, checkpoints and recipes, whole or streamed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def _whole(request: Request, answer: Answer, generation: Generation) -> Re
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             return Response(status_code=499)
-        return JSONResponse((await work).model_dump())
+        return JSONResponse(completions.dump(await work))
     finally:
         work.cancel()
         gone.cancel()

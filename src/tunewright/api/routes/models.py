@@ -1,4 +1,4 @@
-"""/v1/models: base models and what jobs left, checkpoints included."""
+"""/v1/models: base models, recipes, and what jobs left, checkpoints included."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def retrieve_model(request: Request, model: str) -> Model:
 
 @router.delete("/v1/models/{model:path}")
 def delete_model(request: Request, model: str) -> Deleted:
-    """Delete a fine-tuned model or checkpoint; its job, files and children stay."""
+    """Delete a fine-tuned model, checkpoint or recipe; its job, files and children stay."""
     server = server_of(request)
     if server.store.find_model(model) is not None:
         server.store.delete_model(model)

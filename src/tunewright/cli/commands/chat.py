@@ -48,7 +48,7 @@ def find_model(name: str, home: Home) -> dict[str, str]:
     """{"base": …} or {"artefact": folder} of a model's name. Raises ModelNotFound with the nearest name."""
     from tunewright.cli.commands.models import callable_models
     from tunewright.core.errors import ModelNotFound, did_you_mean
-    from tunewright.core.run import find_artefact, list_runs
+    from tunewright.core.run import find_artefact, list_recipes, list_runs, read_artefact
     from tunewright.models.catalogue import resolve
 
     if not name.startswith("ft:"):
@@ -58,6 +58,7 @@ def find_model(name: str, home: Home) -> dict[str, str]:
         return {"artefact": str(find_artefact(home, name))}
     except ModelNotFound as e:
         known = [n for run in list_runs(home) for n, _ in callable_models(run)]
+        known += [read_artefact(folder).name for folder in list_recipes(home)]
         raise ModelNotFound(f"{e.message}{did_you_mean(name, known)}", param="model") from e
 
 

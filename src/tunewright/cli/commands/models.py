@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def models(
     home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
 ) -> None:
-    """List base models, and the models and checkpoints trained here."""
+    """List base models, recipes and what was trained here."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -23,7 +23,7 @@ def models(
     from tunewright.core.home import find_home
 
     place = find_home(home)
-    rows = [*_base(place), *_tuned(place)]
+    rows = [*_base(place), *_recipes(place), *_tuned(place)]
     columns = ("model", "kind", "source")
     console = Console()
     if not console.is_terminal:
@@ -50,6 +50,13 @@ def _tuned(home: Home) -> list[tuple[str, str, str]]:
     from tunewright.core.run import list_runs
 
     return [(name, kind, run.id) for run in list_runs(home) for name, kind in callable_models(run)]
+
+
+def _recipes(home: Home) -> list[tuple[str, str, str]]:
+    from tunewright.core.run import list_recipes, read_artefact
+
+    records = [read_artefact(folder) for folder in list_recipes(home)]
+    return [(r.name, "recipe", f"{(r.recipe or {}).get('name')} over {r.base}") for r in records]
 
 
 def callable_models(run: Run) -> list[tuple[str, str]]:
