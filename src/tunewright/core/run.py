@@ -62,6 +62,8 @@ class Artefact(BaseModel):
     base: the catalogue name or folder of the base model, or BASE_IS_START; None when kind is weights.
     decoding: default sampling parameters from the job's task.
     head: what the model answers with: `lm` (tokens), `classify` or `regress`. labels: its classes, in order.
+    quantization: how the base was held while this was trained over it (`none`, `nf4`, `int8`). It is served over the
+        unquantised base.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -74,6 +76,7 @@ class Artefact(BaseModel):
     decoding: dict[str, Any] = {}
     head: str = "lm"
     labels: list[str] | None = None
+    quantization: str = "none"
     metrics: dict[str, Any] = {}
 
 

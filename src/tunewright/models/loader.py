@@ -25,6 +25,7 @@ from tunewright.models import gguf
 from tunewright.models.catalogue import ModelInfo, check_config, resolve
 from tunewright.models.heads import Head, auto_class, head_names
 from tunewright.models.probe import settle_layout
+from tunewright.ops.quant import NONE, quantise
 from tunewright.ops.runtime import derive_seed, quiet
 
 Progress = Callable[[str, int, int], None]
@@ -74,15 +75,19 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, head: Head | None = None) -> nn.Module:
+def load_model(
+    folder: Path, dtype: torch.dtype = torch.float32, head: Head | None = None, quantization: str = NONE
+) -> nn.Module:
     """The model in a folder, in `dtype`, in eval mode, without cache and without the architecture's dropout.
 
     head: a head for whole rows instead of the LM head; its weights are drawn from its seed if the folder has none.
-    The model's attention is set so that it runs packed, or padded where it must (`layouts.layout_of` says which).
-    Raises UserError if the architecture cannot be trained here, or if weights are missing.
+    quantization: `none`, or how the linear layers are held (a key of ops.quant.CODINGS); embeddings, norms and heads
+    are not. The model's attention is set so that it runs packed, or padded where it must (`layouts.layout_of` says
+    which). Raises UserError if the architecture cannot be trained here, or if weights are missing.
     """
     check_folder(folder)
-    model, report = _open(folder, dtype, head)
+    # in the file's own dtype the weights are views of the file, so a quantised model is never there in full
+    model, report = _open(folder, dtype if quantization == NONE else "auto", head)
     new = () if head is None else tuple(f"{name}." for name in head_names(model))
     missing = (k for k in map(str, report["missing_keys"]) if not (new and k.startswith(new)))
     other = (f"{name} of {list(has)}, not {list(said)}" for name, has, said in report["mismatched_keys"])
@@ -93,13 +98,24 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, head: Head | No
             f"another shape, first {wrong[0]}.",
             param="model",
         )
+    if quantization != NONE:
+        _quantise(model, quantization, dtype, head)
     model.config.use_cache = False
     model.eval()
     settle_layout(model, scores=head is not None)
     return model
 
 
-def _open(folder: Path, dtype: torch.dtype, head: Head | None) -> Any:
+def _quantise(model: Any, name: str, dtype: torch.dtype, head: Head | None) -> None:
+    """Quantise the linear layers below the head, and bring the rest to `dtype` in memory of its own."""
+    heads = [model.get_output_embeddings()] if head is None else [model.get_submodule(n) for n in head_names(model)]
+    quantise(model, name, dtype, {m for top in heads if top is not None for m in top.modules()})
+    for p in model.parameters():
+        p.data = p.data.to(dtype, copy=True)
+    model.config.dtype = dtype
+
+
+def _open(folder: Path, dtype: torch.dtype | str, head: Head | None) -> Any:
     """(model, what was loaded) from transformers, its errors turned into ours."""
     try:
         with quiet(), torch.random.fork_rng():

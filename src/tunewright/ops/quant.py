@@ -1,0 +1,173 @@
+"""Linear layers whose frozen weights are held in 4 or 8 bits and multiplied as what those bits stand for.
+
+The codings are bitsandbytes'; its layers are not used. On a CPU with bfloat16 instructions the first pass of its
+Linear4bit in evaluation mode repacks the weights for good, for a kernel that has no backward: from then on no gradient
+goes through the layer, so what lies below it does not train. And a layer that is a plain nn.Linear to everybody else
+needs no wrapper of its own in any tuner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunewright.core.errors import UserError
+
+NONE = "none"
+PACKAGE = "bitsandbytes"
+BLOCK = 64  # weights that share a scale, in nf4
+SCALES = 256  # scales that share a scale of their own
+
+
+@dataclass(frozen=True)
+class Coding:
+    """encode: a matrix [out, in] -> the tensors that are kept. decode: these, (out, in) and a dtype -> the matrix.
+
+    size: bytes a weight takes, its share of the scales included.
+    """
+
+    encode: Callable[[Tensor], dict[str, Tensor]]
+    decode: Callable[[Any, tuple[int, int], torch.dtype], Tensor]
+    size: float
+
+
+def _encode_nf4(weight: Tensor) -> dict[str, Tensor]:
+    """Dettmers et al. 2023 (arXiv 2305.14314, section 3): NF4 codes, and their scales in 8 bits (double
+    quantisation)."""
+    from bitsandbytes.functional import quantize_4bit  # type: ignore[import-not-found]
+
+    codes, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    outer = state.state2
+    return {"codes": codes, "scale": state.absmax, "outer": outer.absmax, "table": outer.code, "offset": state.offset}
+
+
+def _decode_nf4(kept: Any, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    ops = torch.ops.bitsandbytes
+    scale = ops.dequantize_blockwise.default(kept.scale, kept.outer, kept.table, SCALES, torch.float32) + kept.offset
+    # as one row: with rows that are no multiple of a block 0.50's kernel for CPUs takes the wrong scales
+    return ops.dequantize_4bit.default(kept.codes, scale, BLOCK, "nf4", (1, shape[0] * shape[1]), dtype).view(shape)
+
+
+def _encode_int8(weight: Tensor) -> dict[str, Tensor]:
+    """Dettmers et al. 2022 (arXiv 2208.07339, section 2.1): each row scaled by its largest value. What is multiplied
+    with it is not quantised."""
+    from bitsandbytes.functional import int8_vectorwise_quant  # type: ignore[import-not-found]
+
+    codes, scale, _ = int8_vectorwise_quant(weight.to(torch.float16))
+    return {"codes": codes, "scale": scale}
+
+
+def _decode_int8(kept: Any, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return kept.codes.to(dtype).mul_(kept.scale[:, None] * (1.0 / 127.0))
+
+
+CODINGS = {
+    "nf4": Coding(_encode_nf4, _decode_nf4, 0.5 + 1 / BLOCK + 4 / (BLOCK * SCALES)),
+    "int8": Coding(_encode_int8, _decode_int8, 1.0),
+}
+
+
+class Quantised(nn.Linear):
+    """A frozen linear layer. weight: [out, in] in `dtype`, decoded anew at each look: a copy, changing it is lost."""
+
+    def __init__(self, layer: nn.Linear, name: str, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.coding, self.dtype = CODINGS[name], dtype
+        for key, tensor in self.coding.encode(layer.weight.detach().contiguous()).items():
+            self.register_buffer(key, tensor, persistent=False)
+        self.register_parameter("bias", layer.bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.decoded(self.dtype)
+
+    @torch.no_grad()
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        return self.coding.decode(self, (self.out_features, self.in_features), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in], any floating-point dtype, which is that of the product (under autocast: autocast's)."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        y = _Product.apply(x.to(dtype), self)
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+    def plain(self) -> nn.Linear:
+        """A layer with the decoded weights."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight = nn.Parameter(self.weight, requires_grad=False)
+        layer.bias = self.bias
+        return layer
+
+
+class _Product(torch.autograd.Function):
+    """x W^T; the backward decodes W again, so nothing of its size is kept between the two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Quantised) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.decoded(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return dy @ ctx.layer.decoded(dy.dtype), None
+
+
+def can_be_quantised(layer: nn.Module) -> bool:
+    """A plain linear layer: one of a subclass may compute something else. bitsandbytes packs weights in pairs."""
+    return type(layer) is nn.Linear and layer.in_features * layer.out_features % 2 == 0
+
+
+def quantise(model: nn.Module, name: str, dtype: torch.dtype, keep: Container[nn.Module]) -> int:
+    """Replace the linear layers of the model but those in `keep`, in place and one by one; returns how many.
+
+    name: a key of CODINGS. dtype: of the computation. Raises UserError if bitsandbytes is missing or no layer can be.
+    """
+    if find_spec(PACKAGE) is None:
+        raise UserError(f"A base in {name} needs the package {PACKAGE}; pip install {PACKAGE}.", param="quantization")
+    import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401 registers its operators with torch
+
+    n = 0
+    for parent, leaf, layer in _children(model):
+        if can_be_quantised(layer) and layer not in keep:
+            setattr(parent, leaf, Quantised(layer, name, dtype))  # type: ignore[arg-type]
+            n += 1
+    if not n:
+        raise UserError(
+            f"This model ({type(model).__name__}) has no linear layers that can be held in {name}: GPT-2's are of "
+            "another kind. Use quantization: none.",
+            param="quantization",
+        )
+    return n
+
+
+def dequantise(model: nn.Module) -> nn.Module:
+    """The model with plain layers of what the codes stand for, in place: what an adapter is folded into."""
+    for parent, leaf, layer in _children(model):
+        if isinstance(layer, Quantised):
+            setattr(parent, leaf, layer.plain())
+    return model
+
+
+def is_quantised(model: nn.Module) -> bool:
+    return any(isinstance(m, Quantised) for m in model.modules())
+
+
+def count(model: nn.Module) -> int:
+    """Parameters of the model, quantised ones included."""
+    hidden = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Quantised))
+    return hidden + sum(p.numel() for p in model.parameters())
+
+
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, module), safe against replacing them."""
+    for parent in list(model.modules()):
+        for leaf, module in list(parent.named_children()):
+            yield parent, leaf, module
