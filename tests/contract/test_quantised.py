@@ -38,9 +38,8 @@ from tunewright.tuners import TUNERS
 pytestmark = pytest.mark.usefixtures("bitsandbytes")
 WORKING = [name for name in TUNERS if TUNERS.load(name).card.works_on_nf4]
 REFUSED = [name for name in TUNERS if name not in WORKING]
-# the others run with the slow tests
-FIRST = ("lora", "ia3")
-IN_TURN = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in WORKING]
+# the others run with the slow tests; a factor on what a layer reads gets its gradient through the layer
+IN_TURN = [name if name == "ia3" else pytest.param(name, marks=pytest.mark.slow) for name in WORKING]
 IDS = torch.tensor([[5, 17, 300, 41, 8, 77, 12, 250]])
 GROUPS = groups_for(SFT.card)
 # appendix E of arXiv 2305.14314
@@ -346,8 +345,8 @@ def base(tiny_home: Home) -> Home:
     return tiny_home
 
 
-JOBS = [("lora", "nf4"), *(pytest.param(n, "nf4", marks=[pytest.mark.slow, pytest.mark.nightly]) for n in WORKING[1:])]
-JOBS.append(pytest.param("lora", "int8", marks=pytest.mark.slow))
+JOBS = [pytest.param("lora", coding, marks=pytest.mark.slow) for coding in CODINGS]
+JOBS += [pytest.param(n, "nf4", marks=[pytest.mark.slow, pytest.mark.nightly]) for n in WORKING if n != "lora"]
 
 
 @pytest.mark.parametrize(("tuner", "quantization"), JOBS)
