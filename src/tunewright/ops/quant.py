@@ -23,6 +23,7 @@ NONE = "none"
 PACKAGE = "bitsandbytes"
 BLOCK = 64  # weights that share a scale, in nf4
 SCALES = 256  # scales that share a scale of their own
+TIDIED = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -125,27 +126,37 @@ def can_be_quantised(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and layer.in_features * layer.out_features % 2 == 0
 
 
-def quantise(model: nn.Module, name: str, dtype: torch.dtype, keep: Container[nn.Module]) -> int:
-    """Replace the linear layers of the model but those in `keep`, in place and one by one; returns how many.
+def quantise(
+    model: nn.Module,
+    name: str,
+    dtype: torch.dtype,
+    keep: Container[nn.Module] = (),
+    tidy: Callable[[], None] = lambda: None,
+) -> None:
+    """Replace the linear layers of the model but those in `keep`, in place and one by one.
 
-    name: a key of CODINGS. dtype: of the computation. Raises UserError if bitsandbytes is missing or no layer can be.
+    name: a key of CODINGS. dtype: of the computation. tidy: called each time that TIDIED numbers are done, and at the
+    end. Raises UserError if bitsandbytes is missing or no layer can be.
     """
     if find_spec(PACKAGE) is None:
         raise UserError(f"A base in {name} needs the package {PACKAGE}; pip install {PACKAGE}.", param="quantization")
     import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401 registers its operators with torch
 
-    n = 0
+    before = done = 0
     for parent, leaf, layer in _children(model):
-        if can_be_quantised(layer) and layer not in keep:
-            setattr(parent, leaf, Quantised(layer, name, dtype))  # type: ignore[arg-type]
-            n += 1
-    if not n:
+        if isinstance(layer, nn.Linear) and can_be_quantised(layer) and layer not in keep:
+            setattr(parent, leaf, Quantised(layer, name, dtype))
+            done += layer.weight.numel()
+            if done - before >= TIDIED:
+                tidy()
+                before = done
+    tidy()
+    if not done:
         raise UserError(
             f"This model ({type(model).__name__}) has no linear layers that can be held in {name}: GPT-2's are of "
             "another kind. Use quantization: none.",
             param="quantization",
         )
-    return n
 
 
 def dequantise(model: nn.Module) -> nn.Module:

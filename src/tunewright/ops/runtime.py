@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import mmap
 import os
 import random
 import warnings
@@ -14,7 +16,7 @@ import torch
 import transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CPUINFO = Path("/proc/cpuinfo")
+_CPUINFO, _MAPS = Path("/proc/cpuinfo"), Path("/proc/self/maps")
 
 
 def device() -> torch.device:
@@ -44,6 +46,24 @@ def set_threads(threads: str | int = "auto") -> int:
     n = len(os.sched_getaffinity(0)) if threads == "auto" else int(threads)
     torch.set_num_threads(n)
     return n
+
+
+def trim() -> None:
+    """Give memory that is free inside the process back to the system, where it can be asked to."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def forget_read(folder: Path) -> None:
+    """Let go of the pages that were read of a folder's weight files, which count as held as long as one view of a file
+    is there. They are read again when they are looked at. Nobody may have written to such a view yet: that would be
+    lost. Does nothing where the system has no /proc."""
+    for line in _MAPS.read_text().splitlines() if _MAPS.exists() else []:
+        found = line.split(maxsplit=5)
+        if len(found) == 6 and Path(found[5]).parent == folder.resolve() and found[5].endswith(".safetensors"):
+            start, end = (int(x, 16) for x in found[0].split("-"))
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def derive_seed(*parts: int | str) -> int:
