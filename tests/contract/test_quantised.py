@@ -29,7 +29,7 @@ from tunewright.models.policy import Policy
 from tunewright.models.shape import quantised_bytes, shape_of
 from tunewright.objectives.sft import SFT
 from tunewright.ops.packing import collate
-from tunewright.ops.quant import CODINGS, Quantised, count, dequantise, is_quantised
+from tunewright.ops.quant import CODINGS, Quantised, Scratch, count, dequantise, is_quantised
 from tunewright.train import room
 from tunewright.train.describe import describe
 from tunewright.train.fast import PLAIN, choose_path
@@ -57,7 +57,16 @@ def load(folder: Path, name: str = "nf4", dtype: torch.dtype = torch.float32) ->
 def quantised_layer(name: str, out: int = 10, inner: int = 48, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     layer = nn.Linear(inner, out)
-    return layer, Quantised(layer, name, dtype)
+    return layer, Quantised(layer, name, dtype, Scratch())
+
+
+def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, held = quantised_layer("nf4", out=700)
+    whole = held.weight
+    monkeypatch.setattr("tunewright.ops.quant.PIECE", 64 * 256)
+    assert 700 * 48 > 2 * 64 * 256 and torch.equal(held.weight, whole)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(held.decoded(dtype), whole.to(dtype))
 
 
 @torch.no_grad()

@@ -23,18 +23,19 @@ NONE = "none"
 PACKAGE = "bitsandbytes"
 BLOCK = 64  # weights that share a scale, in nf4
 SCALES = 256  # scales that share a scale of their own
+PIECE = 1 << 18  # numbers decoded at once, whole blocks of both kinds
 TIDIED = 1 << 26
 
 
 @dataclass(frozen=True)
 class Coding:
-    """encode: a matrix [out, in] -> the tensors that are kept. decode: these, (out, in) and a dtype -> the matrix.
+    """encode: a matrix [out, in] -> the tensors that are kept. decode: writes their matrix into a tensor [out, in].
 
     size: bytes a weight takes, its share of the scales included.
     """
 
     encode: Callable[[Tensor], dict[str, Tensor]]
-    decode: Callable[[Any, tuple[int, int], torch.dtype], Tensor]
+    decode: Callable[[Any, Tensor], object]
     size: float
 
 
@@ -48,11 +49,16 @@ def _encode_nf4(weight: Tensor) -> dict[str, Tensor]:
     return {"codes": codes, "scale": state.absmax, "outer": outer.absmax, "table": outer.code, "offset": state.offset}
 
 
-def _decode_nf4(kept: Any, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    ops = torch.ops.bitsandbytes
-    scale = ops.dequantize_blockwise.default(kept.scale, kept.outer, kept.table, SCALES, torch.float32) + kept.offset
-    # as one row: with rows that are no multiple of a block 0.50's kernel for CPUs takes the wrong scales
-    return ops.dequantize_4bit.default(kept.codes, scale, BLOCK, "nf4", (1, shape[0] * shape[1]), dtype).view(shape)
+def _decode_nf4(kept: Any, out: Tensor) -> None:
+    """In pieces, because on a CPU bitsandbytes decodes into new memory only; each as one row, because with rows that are
+    no multiple of a block its kernel for CPUs (0.50) takes the wrong scales."""
+    ops, flat = torch.ops.bitsandbytes, out.view(-1)
+    for a in range(0, len(flat), PIECE):
+        b = min(a + PIECE, len(flat))
+        scale, outer = (t[a // n : -(-b // n)] for t, n in ((kept.scale, BLOCK), (kept.outer, BLOCK * SCALES)))
+        scale = ops.dequantize_blockwise.default(scale, outer, kept.table, SCALES, torch.float32) + kept.offset
+        codes = kept.codes[a // 2 : b // 2]
+        flat[a:b] = ops.dequantize_4bit.default(codes, scale, BLOCK, "nf4", (1, b - a), out.dtype)[0]
 
 
 def _encode_int8(weight: Tensor) -> dict[str, Tensor]:
@@ -64,8 +70,8 @@ def _encode_int8(weight: Tensor) -> dict[str, Tensor]:
     return {"codes": codes, "scale": scale}
 
 
-def _decode_int8(kept: Any, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return kept.codes.to(dtype).mul_(kept.scale[:, None] * (1.0 / 127.0))
+def _decode_int8(kept: Any, out: Tensor) -> None:
+    torch.mul(kept.codes, kept.scale[:, None] * (1.0 / 127.0), out=out)
 
 
 CODINGS = {
@@ -74,24 +80,46 @@ CODINGS = {
 }
 
 
+class Scratch:
+    """One piece of memory in which the layers of a model decode in turn: memory of its own for each would leave holes
+    between the activations, as large as the whole base. What is in it lasts until the next layer's product."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[rows, columns], not initialised."""
+        n = rows * columns * dtype.itemsize
+        if len(self.bytes) < n or self.bytes.device != device:
+            self.bytes = torch.empty(n, dtype=torch.uint8, device=device)
+        return self.bytes[:n].view(dtype).view(rows, columns)
+
+
 class Quantised(nn.Linear):
     """A frozen linear layer. weight: [out, in] in `dtype`, decoded anew at each look: a copy, changing it is lost."""
 
-    def __init__(self, layer: nn.Linear, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Linear, name: str, dtype: torch.dtype, scratch: Scratch) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.coding, self.dtype = CODINGS[name], dtype
+        self.coding, self.dtype, self.scratch = CODINGS[name], dtype, scratch
         for key, tensor in self.coding.encode(layer.weight.detach().contiguous()).items():
             self.register_buffer(key, tensor, persistent=False)
         self.register_parameter("bias", layer.bias)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return self.decoded(self.dtype)
+        device: Any = self.codes.device
+        return self._decode(torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=device))
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """[out, in] in the scratch."""
+        device: Any = self.codes.device
+        return self._decode(self.scratch.take(self.out_features, self.in_features, dtype, device))
 
     @torch.no_grad()
-    def decoded(self, dtype: torch.dtype) -> Tensor:
-        return self.coding.decode(self, (self.out_features, self.in_features), dtype)
+    def _decode(self, out: Tensor) -> Tensor:
+        self.coding.decode(self, out)
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in], any floating-point dtype, which is that of the product (under autocast: autocast's)."""
@@ -142,10 +170,10 @@ def quantise(
         raise UserError(f"A base in {name} needs the package {PACKAGE}; pip install {PACKAGE}.", param="quantization")
     import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401 registers its operators with torch
 
-    before = done = 0
+    before, done, scratch = 0, 0, Scratch()
     for parent, leaf, layer in _children(model):
         if isinstance(layer, nn.Linear) and can_be_quantised(layer) and layer not in keep:
-            setattr(parent, leaf, Quantised(layer, name, dtype))
+            setattr(parent, leaf, Quantised(layer, name, dtype, scratch))
             done += layer.weight.numel()
             if done - before >= TIDIED:
                 tidy()
