@@ -50,8 +50,8 @@ def _encode_nf4(weight: Tensor) -> dict[str, Tensor]:
 
 
 def _decode_nf4(kept: Any, out: Tensor) -> None:
-    """In pieces, because on a CPU bitsandbytes decodes into new memory only; each as one row, because with rows that are
-    no multiple of a block its kernel for CPUs (0.50) takes the wrong scales."""
+    """In pieces, because on a CPU bitsandbytes decodes into new memory only. Each as one row, because with rows that
+    are no multiple of a block its kernel for CPUs (0.50) takes the wrong scales."""
     ops, flat = torch.ops.bitsandbytes, out.view(-1)
     for a in range(0, len(flat), PIECE):
         b = min(a + PIECE, len(flat))
