@@ -128,9 +128,11 @@ def test_what_is_held_so_and_what_is_not(tiny_model_dir: Path) -> None:
     assert held == {name for name, m in plain.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model.model.embed_tokens.weight, plain.model.embed_tokens.weight.bfloat16())
+    logits(other := load(tiny_model_dir))
+    (scratch,) = {m.scratch for m in other.modules() if isinstance(m, Quantised)}
+    assert len(scratch.bytes) == 4 * max(plain.get_submodule(name).weight.numel() for name in held)
     assert count(model) == count(plain) and shape_of(model) == shape_of(plain)
     # the codes do not depend on the dtype of the computation
-    other = load(tiny_model_dir)
     for name in held:
         assert torch.equal(model.get_submodule(name).codes, other.get_submodule(name).codes)
     bits = sum(b.numel() * b.element_size() for m in model.modules() if isinstance(m, Quantised) for b in m.buffers())

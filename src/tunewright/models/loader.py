@@ -26,7 +26,7 @@ from tunewright.models.catalogue import ModelInfo, check_config, resolve
 from tunewright.models.heads import Head, auto_class, head_names
 from tunewright.models.probe import settle_layout
 from tunewright.ops.quant import NONE, quantise
-from tunewright.ops.runtime import derive_seed, forget_read, quiet, trim
+from tunewright.ops.runtime import derive_seed, quiet
 
 Progress = Callable[[str, int, int], None]
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
@@ -99,22 +99,17 @@ def load_model(
             param="model",
         )
     if quantization != NONE:
-        _quantise(model, folder, quantization, dtype, head)
+        _quantise(model, quantization, dtype, head)
     model.config.use_cache = False
     model.eval()
     settle_layout(model, scores=head is not None)
     return model
 
 
-def _quantise(model: Any, folder: Path, name: str, dtype: torch.dtype, head: Head | None) -> None:
+def _quantise(model: Any, name: str, dtype: torch.dtype, head: Head | None) -> None:
     """Quantise the linear layers below the head, and bring the rest to `dtype` in memory of its own."""
     heads = [model.get_output_embeddings()] if head is None else [model.get_submodule(n) for n in head_names(model)]
-
-    def tidy() -> None:
-        forget_read(folder)
-        trim()
-
-    quantise(model, name, dtype, {m for top in heads if top is not None for m in top.modules()}, tidy)
+    quantise(model, name, dtype, {m for top in heads if top is not None for m in top.modules()})
     for p in model.parameters():
         p.data = p.data.to(dtype, copy=True)
     model.config.dtype = dtype

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunewright.core.errors import UserError
+from tunewright.ops.runtime import forget_read, trim
 
 NONE = "none"
 PACKAGE = "bitsandbytes"
 BLOCK = 64  # weights that share a scale, in nf4
 SCALES = 256  # scales that share a scale of their own
 PIECE = 1 << 18  # numbers decoded at once, whole blocks of both kinds
-TIDIED = 1 << 26
+TIDIED = 1 << 26  # numbers that are there unquantised at most
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class Scratch:
         """[rows, columns], not initialised."""
         n = rows * columns * dtype.itemsize
         if len(self.bytes) < n or self.bytes.device != device:
-            self.bytes = torch.empty(n, dtype=torch.uint8, device=device)
+            with torch.inference_mode(False):  # it is used outside of it, too
+                self.bytes = torch.empty(n, dtype=torch.uint8, device=device)
         return self.bytes[:n].view(dtype).view(rows, columns)
 
 
@@ -154,37 +156,37 @@ def can_be_quantised(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and layer.in_features * layer.out_features % 2 == 0
 
 
-def quantise(
-    model: nn.Module,
-    name: str,
-    dtype: torch.dtype,
-    keep: Container[nn.Module] = (),
-    tidy: Callable[[], None] = lambda: None,
-) -> None:
-    """Replace the linear layers of the model but those in `keep`, in place and one by one.
+def quantise(model: nn.Module, name: str, dtype: torch.dtype, keep: Container[nn.Module] = ()) -> None:
+    """Replace the linear layers of a model that was just loaded, but those in `keep`, in place and one by one.
 
-    name: a key of CODINGS. dtype: of the computation. tidy: called each time that TIDIED numbers are done, and at the
-    end. Raises UserError if bitsandbytes is missing or no layer can be.
+    name: a key of CODINGS. dtype: of the computation. Raises UserError if bitsandbytes is missing or no layer can be.
     """
     if find_spec(PACKAGE) is None:
         raise UserError(f"A base in {name} needs the package {PACKAGE}; pip install {PACKAGE}.", param="quantization")
     import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401 registers its operators with torch
 
-    before, done, scratch = 0, 0, Scratch()
+    scratch, done, n = Scratch(), list[Tensor](), 0
     for parent, leaf, layer in _children(model):
         if isinstance(layer, nn.Linear) and can_be_quantised(layer) and layer not in keep:
             setattr(parent, leaf, Quantised(layer, name, dtype, scratch))
-            done += layer.weight.numel()
-            if done - before >= TIDIED:
-                tidy()
-                before = done
-    tidy()
-    if not done:
+            done.append(layer.weight.detach())
+            n += layer.weight.numel()
+        if sum(w.numel() for w in done) >= TIDIED:
+            _tidy(done)
+    _tidy(done)
+    if not n:
         raise UserError(
             f"This model ({type(model).__name__}) has no linear layers that can be held in {name}: GPT-2's are of "
             "another kind. Use quantization: none.",
             param="quantization",
         )
+
+
+def _tidy(done: list[Tensor]) -> None:
+    """Forget these weights, in the file and in memory."""
+    forget_read(done)
+    done.clear()
+    trim()
 
 
 def dequantise(model: nn.Module) -> nn.Module:

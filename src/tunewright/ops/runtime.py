@@ -8,12 +8,13 @@ import mmap
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPUINFO, _MAPS = Path("/proc/cpuinfo"), Path("/proc/self/maps")
@@ -55,14 +56,16 @@ def trim() -> None:
         malloc_trim(0)
 
 
-def forget_read(folder: Path) -> None:
-    """Let go of the pages that were read of a folder's weight files, which count as held as long as one view of a file
-    is there. They are read again when they are looked at. Nobody may have written to such a view yet: that would be
-    lost. Does nothing where the system has no /proc."""
+def forget_read(tensors: Sequence[Tensor]) -> None:
+    """Let go of the pages that were read of the safetensors files of which these tensors are views: they count as held
+    as long as there is one view. They are read again when they are looked at. Nobody may have written to another view
+    of the same opening of the file: that would be lost. Does nothing where the system has no /proc."""
+    places = [t.data_ptr() for t in tensors]
     for line in _MAPS.read_text().splitlines() if _MAPS.exists() else []:
-        found = line.split(maxsplit=5)
-        if len(found) == 6 and Path(found[5]).parent == folder.resolve() and found[5].endswith(".safetensors"):
-            start, end = (int(x, 16) for x in found[0].split("-"))
+        if not line.endswith(".safetensors"):
+            continue
+        start, end = (int(x, 16) for x in line.split(maxsplit=1)[0].split("-"))
+        if any(start <= place < end for place in places):
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
