@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,21 @@ def sft_file() -> Callable[..., Path]:
         return tiny.write_rows(folder / name, tiny.sft_rows(n))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bitsandbytes() -> Path:
+    """The folder in which Python finds bitsandbytes, from here on in this process, too: `make sdks` installs it apart,
+    because peft imports it wherever it is, which takes seconds."""
+    spec = find_spec("bitsandbytes")
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parents[1]
+    sdks = Path(os.environ.get("TUNEWRIGHT_SDKS") or Path(__file__).parents[1] / ".sdks")
+    place = next(sdks.glob("bitsandbytes-*"), None)
+    if place is None:
+        pytest.skip("bitsandbytes is not installed: run `make sdks`")
+    sys.path.append(str(place))
+    return place
 
 
 @pytest.fixture(scope="session")

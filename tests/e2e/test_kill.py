@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -140,6 +141,22 @@ def test_the_fast_path_on_tiles_is_as_exact(on_tiles: Machine) -> None:
         assert golden.plan["versions"]["kernels"] == "tiles"
         golden.check(killed(golden, "save", 0), killed(golden, "pack", 0))
         golden.check(killed(golden, "pack", 1))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_an_adapter_over_a_quantised_base_is_as_exact(
+    tmp_path: Path, tiny_model_dir: Path, bitsandbytes: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    paths = [str(bitsandbytes), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    machine = Machine(tmp_path, tiny_model_dir)
+    try:
+        golden = Golden(machine, {"quantization": quantization})
+        assert golden.plan["quantization"] == quantization
+        golden.check(killed(golden, "save", 0), killed(golden, "pack", 0))
+    finally:
+        machine.close()
 
 
 CHOOSING = [{"name": "fishmask", "k": 400}, {"name": "half", "round_steps": 4}]

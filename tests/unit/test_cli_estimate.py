@@ -37,7 +37,7 @@ def test_the_table_and_what_follows(home: Home, capsys: pytest.CaptureFixture[st
     assert out.startswith("llama2-7b: 6,738,415,616 parameters")
     rows = {line.split("\t")[0]: line.split("\t")[-1] for line in out.splitlines() if "\t" in line}
     assert rows["full, bfloat16"] == "no" and rows["LoRA r=16, bfloat16"] == "yes"
-    assert rows["QLoRA r=16, bfloat16"] == "yes*"
+    assert rows["QLoRA r=16, bfloat16"] == "yes"
     assert "Fits: LoRA r=16, bfloat16; rows of up to" in out
 
 

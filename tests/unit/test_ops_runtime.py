@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tunewright.ops import runtime
 
@@ -58,3 +61,24 @@ def test_quiet_restores_what_it_changed() -> None:
         assert logging.get_verbosity() == logging.ERROR
         assert not logging.is_progress_bar_enabled()
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_what_was_read_of_a_file_is_forgotten_and_what_others_wrote_is_not(tmp_path: Path) -> None:
+    path, numbers = tmp_path / "a.safetensors", 1 << 22
+    save_file({"w": torch.arange(numbers, dtype=torch.float32)}, path)
+    with safe_open(path, "pt") as ours, safe_open(path, "pt") as theirs:
+        w, written = ours.get_slice("w")[...], theirs.get_slice("w")[...]
+        written.fill_(1.0)
+        total = w.sum().item()
+        before = resident_files()
+        runtime.forget_read([w])
+        assert before - resident_files() > 3 * numbers
+        assert w.sum().item() == total and written.sum().item() == numbers
+        runtime.forget_read([torch.ones(5000)])
+
+
+def resident_files() -> int:
+    """Bytes of files in memory, as this process sees them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssFile"))

@@ -94,6 +94,7 @@ def plan_text(plan: dict[str, Any]) -> list[str]:
     )
     cost += [f"{bytes_text(known['peak_memory_bytes'])} of memory"] if "peak_memory_bytes" in known else []
     cost += [f"{known['dtype']}"] if "dtype" in known else []
+    cost += [f"base in {known['quantization']}"] if known.get("quantization", "none") != "none" else []
     cost += [f"checkpointing {known['checkpointing']}"] if known.get("checkpointing", "none") != "none" else []
     cost += [f"{known['threads']} CPU threads"] if "threads" in known else []
     return [*lines, "Predicted: " + ", ".join(cost)] if cost else lines

@@ -71,6 +71,8 @@ class Artefact(BaseModel):
     recipe: of a recipe: its name and options.
     decoding: default sampling parameters from the job's task.
     head: what the model answers with: `lm` (tokens), `classify` or `regress`. labels: its classes, in order.
+    quantization: how the base was held while this was trained over it (`none`, `nf4`, `int8`). It is served over the
+        unquantised base.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -83,6 +85,7 @@ class Artefact(BaseModel):
     decoding: dict[str, Any] = {}
     head: str = "lm"
     labels: list[str] | None = None
+    quantization: str = "none"
     metrics: dict[str, Any] = {}
     recipe: dict[str, Any] | None = None
 

@@ -134,6 +134,8 @@ class JobSpec(BaseModel):
     router_loss: factor of the routers' load-balancing loss, for a mixture of experts; 0 adds none.
     dtype: of the computation; `auto` is bfloat16 where the hardware multiplies it, else float32; float16 comes with
         loss scaling.
+    quantization: how the base's linear layers are held while an adapter is trained over them (QLoRA): `nf4` (4 bits),
+        `int8` or `none`; `auto` is none, and nf4 where the base would not fit otherwise. Needs bitsandbytes.
     micro_batch_tokens: tokens computed at once inside a step; changes memory and speed, not the result.
     checkpointing: layers that are computed again in the backward to save memory: none, every second one (`selective`)
         or all (`full`); `auto` is the fastest that fits.
@@ -180,6 +182,7 @@ class JobSpec(BaseModel):
     neftune_alpha: float = Field(0.0, ge=0, le=100)
     router_loss: float = Field(0.0, ge=0, le=10)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["auto", "none", "nf4", "int8"] = "auto"
     micro_batch_tokens: Auto | int = "auto"
     checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     max_memory: str | None = None
@@ -333,8 +336,10 @@ def check_parts(spec: JobSpec, describe: dict[str, Any]) -> JobSpec:
             updates[kind].append(checked)
         else:
             updates[kind] = checked
-    if problems:
-        raise SpecError("The job spec is not valid: " + "; ".join(dict.fromkeys(problems)) + ".", param=first)
+    unfit = _not_over_quantised(spec, describe["tuner"])
+    if problems or unfit:
+        text = "; ".join(dict.fromkeys([*problems, *unfit]))
+        raise SpecError(f"The job spec is not valid: {text}.", param=first or "quantization")
     return spec.model_copy(update=updates)
 
 
@@ -367,3 +372,24 @@ def _problems(kind: str, part: Part, rows: dict[str, Any], head: str) -> Iterato
             f"head is '{head}', but the objective '{part.name}' trains the head '{card['head']}'; use objective: "
             f"{' or '.join(sorted(fits))}, or head: {card['head']}"
         )
+
+
+def _not_over_quantised(spec: JobSpec, tuners: dict[str, Any]) -> list[str]:
+    """What keeps the job from running over a quantised base, if it asks for one."""
+    if spec.quantization in ("auto", "none"):
+        return []
+    found = []
+    if find_spec("bitsandbytes") is None:
+        found.append(
+            f"quantization {spec.quantization} needs the package bitsandbytes, which is not installed; pip install "
+            "bitsandbytes"
+        )
+    works = {name: row["card"]["works_on_nf4"] for name, row in tuners.items()}
+    if not works.get(spec.tuner.name, True):
+        kind = tuners[spec.tuner.name]["card"]["artefact"]
+        why = "does not work over one" if kind == "adapter" else "trains weights of the base itself"
+        found.append(
+            f"quantization is '{spec.quantization}', which needs a frozen base, but the tuner '{spec.tuner.name}' "
+            f"{why}; use quantization: none, or one of the tuners {', '.join(sorted(n for n in works if works[n]))}"
+        )
+    return found

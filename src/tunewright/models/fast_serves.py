@@ -11,6 +11,7 @@ from torch import nn
 
 from tunewright.models.layouts import causal_lm, decoder_of
 from tunewright.ops.lora import BLOCK
+from tunewright.ops.quant import is_quantised
 
 # model type -> the sliding window that transformers applies (Llama ignores one in its config), or None
 WINDOWS: dict[str, Callable[[Any], int | None]] = {
@@ -27,6 +28,7 @@ def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
     plain = ("o_proj", "gate_proj", "up_proj", "down_proj")
     found = {
         "a soft prompt stands in front of the rows": getattr(model, "prompt_encoder", None) is not None,
+        "its base is quantised, and the fast path reads plain weights": is_quantised(model),
         f"models of type '{config.model_type}' have no fast path": config.model_type not in WINDOWS,
         "its MLP is not a SwiGLU": getattr(config, "hidden_act", "silu") != "silu",
         "its linear layers have biases": any(f"{p}.bias" in name for name in names for p in plain),

@@ -26,6 +26,7 @@ from tunewright.models.catalogue import ModelInfo, check_config, resolve
 from tunewright.models.heads import Head, auto_class, head_names
 from tunewright.models.probe import settle_layout
 from tunewright.models.stored import stored_weights
+from tunewright.ops.quant import NONE, quantise
 from tunewright.ops.runtime import derive_seed, quiet
 
 Progress = Callable[[str, int, int], None]
@@ -84,15 +85,19 @@ def context_length(folder: Path) -> int:
     return positions - config.pad_token_id - 1 if config.model_type in COUNT_FROM_PADDING else positions
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, head: Head | None = None) -> nn.Module:
+def load_model(
+    folder: Path, dtype: torch.dtype = torch.float32, head: Head | None = None, quantization: str = NONE
+) -> nn.Module:
     """The model in a folder, in `dtype`, in eval mode, without cache and without the architecture's dropout.
 
     head: a head for whole rows instead of the LM head; its weights are drawn from its seed if the folder has none.
-    The model's attention is set so that it runs packed, or padded where it must (`layouts.layout_of` says which).
-    Raises UserError if the architecture cannot be trained here, or if weights are missing.
+    quantization: `none`, or how the linear layers are held (a key of ops.quant.CODINGS); embeddings, norms and heads
+    are not. The model's attention is set so that it runs packed, or padded where it must (`layouts.layout_of` says
+    which). Raises UserError if the architecture cannot be trained here, or if weights are missing.
     """
     check_folder(folder)
-    model, report = _open(folder, dtype, head)
+    # "auto": the weights are views of the file, so a quantised model is never there in full
+    model, report = _open(folder, dtype if quantization == NONE else "auto", head)
     new = () if head is None else tuple(f"{name}." for name in head_names(model))
     missing = (k for k in map(str, report["missing_keys"]) if not (new and k.startswith(new)))
     other = (f"{name} of {list(has)}, not {list(said)}" for name, has, said in report["mismatched_keys"])
@@ -103,11 +108,22 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, head: Head | No
             f"another shape, first {wrong[0]}.",
             param="model",
         )
+    if quantization != NONE:
+        _quantise(model, quantization, dtype, head)
     model.config.use_cache = False
     model.name_or_path = model.config.name_or_path = str(folder)
     model.eval()
     settle_layout(model, scores=head is not None)
     return model
+
+
+def _quantise(model: Any, name: str, dtype: torch.dtype, head: Head | None) -> None:
+    """Quantise the linear layers below the head, and bring the rest to `dtype` in memory of its own."""
+    heads = [model.get_output_embeddings()] if head is None else [model.get_submodule(n) for n in head_names(model)]
+    quantise(model, name, dtype, {m for top in heads if top is not None for m in top.modules()})
+    for p in model.parameters():
+        p.data = p.data.to(dtype, copy=True)
+    model.config.dtype = dtype
 
 
 def load_body(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -124,7 +140,7 @@ def load_body(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model.eval()
 
 
-def _open(folder: Path, dtype: torch.dtype, head: Head | None, opener: Any = None) -> Any:
+def _open(folder: Path, dtype: torch.dtype | str, head: Head | None, opener: Any = None) -> Any:
     """(model, what was loaded) from transformers, its errors turned into ours.
 
     opener: transformers' class; None: the one that the head asks for.
@@ -138,10 +154,12 @@ def _open(folder: Path, dtype: torch.dtype, head: Head | None, opener: Any = Non
             with torch.device("meta"):
                 kind = type((opener or auto_class(head, config)).from_config(config))
             torch.manual_seed(derive_seed("head", head.seed if head else 0))
+            # in the file's own dtype the weights stay views of it, which come and go with what is read of them
+            views = dtype == "auto"
             return kind.from_pretrained(
-                None,
+                folder if views else None,
                 config=config,
-                state_dict=stored_weights(folder),
+                state_dict=None if views else stored_weights(folder),
                 dtype=dtype,
                 attn_implementation="eager",
                 local_files_only=True,

@@ -15,7 +15,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CHECKPOINTING = ("none", "selective", "full")
 # float32-equivalent bytes of state for each trained parameter; Adafactor's rows and columns are next to nothing
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1, "lion": 4.0, "muon": 4.0, "sgd": 4.0}
-NF4_BYTES = 0.516  # 4 bits, and a doubly quantised scale for 64 of them (Dettmers et al. 2023, arXiv 2305.14314)
+NF4_BYTES = 0.516  # 4 bits, and a doubly quantised scale for 64 of them (ops/quant.py)
 HEAD_CHUNK = 256
 PROCESS = 0.45e9  # Python, torch and transformers, without any model
 CONTEXT = 0.6e9  # what CUDA itself takes on the GPU
@@ -39,7 +39,7 @@ class Setting:
     @property
     def here(self) -> bool:
         """Whether tunewright can train so today."""
-        return self.tuner != "qlora" and not self.offload
+        return not self.offload
 
     @property
     def title(self) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from tunewright.ops import quant
 from tunewright.ops.runtime import quiet
 
 # transformers' names for the same number
@@ -46,7 +48,7 @@ def shape_of(model: nn.Module) -> dict[str, Any]:
     ffn = _get(config, "ffn") or 4 * hidden
     sides = _get(config, "layers") + (getattr(config, "num_decoder_layers", 0) or 0)
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": quant.count(model),
         "embedding": embedded.numel() + own_head,
         "largest": max(i * o for i, o in found),
         "linears": [[i, o, n] for (i, o), n in sorted(found.items())],
@@ -70,9 +72,22 @@ def on_meta(config: PreTrainedConfig) -> nn.Module:
         return kind.from_config(config)
 
 
+def quantised_bytes(folder: Path, n: int, size: int, name: str) -> float:
+    """Bytes of a model folder's weights when its linear layers are held in `name`, and one of them decoded.
+
+    n: numbers in its files. size: bytes of one that is not quantised.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"), quiet():
+        body = AutoModel.from_config(config)  # without the head, which is not quantised
+    linear = [m.weight.numel() for m in body.modules() if quant.can_be_quantised(m)]  # type: ignore[union-attr,operator]
+    return sum(linear) * quant.CODINGS[name].size + (n - sum(linear) + max(linear, default=0)) * size
+
+
 def _size(module: nn.Module) -> tuple[int, int]:
-    weight = module.weight
-    return (weight.shape[0], weight.shape[1]) if isinstance(module, Conv1D) else (weight.shape[1], weight.shape[0])  # type: ignore[index,return-value]
+    if isinstance(module, nn.Linear):  # a quantised one would decode its weight to be asked for its shape
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape)  # type: ignore[return-value,arg-type]
 
 
 def _get(config: Any, name: str) -> int:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import mmap
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CPUINFO = Path("/proc/cpuinfo")
+_CPUINFO, _MAPS = Path("/proc/cpuinfo"), Path("/proc/self/maps")
 
 
 def device() -> torch.device:
@@ -44,6 +47,26 @@ def set_threads(threads: str | int = "auto") -> int:
     n = len(os.sched_getaffinity(0)) if threads == "auto" else int(threads)
     torch.set_num_threads(n)
     return n
+
+
+def trim() -> None:
+    """Give memory that is free inside the process back to the system, where it can be asked to."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def forget_read(tensors: Sequence[Tensor]) -> None:
+    """Let go of the pages that were read of the safetensors files of which these tensors are views: they count as held
+    as long as there is one view. They are read again when they are looked at. Nobody may have written to another view
+    of the same opening of the file: that would be lost. Does nothing where the system has no /proc."""
+    places = [t.data_ptr() for t in tensors]
+    for line in _MAPS.read_text().splitlines() if _MAPS.exists() else []:
+        if not line.endswith(".safetensors"):
+            continue
+        start, end = (int(x, 16) for x in line.split(maxsplit=1)[0].split("-"))
+        if any(start <= place < end for place in places):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -33,13 +33,15 @@ FEW_ROWS = ((2048, 1.0), (1024, 1.04), (512, 1.1), (256, 1.25), (0, 1.5))
 @dataclass(frozen=True)
 class Room:
     """limit: bytes that the job may hold. shape: models.shape.shape_of the model. state: bytes that the optimizer will
-    allocate. fixed: bytes held whatever the setting, optimizer and gradients included."""
+    allocate. fixed: bytes held whatever the setting, optimizer and gradients included. could_be_nf4: numbers of the
+    base that quantization could hold in 4 bits."""
 
     limit: int
     shape: dict[str, Any]
     tuner: str
     state: int
     fixed: int
+    could_be_nf4: int = 0
 
     def activations(self, tokens: int, checkpointing: str, dtype: str) -> float:
         """By counting."""
@@ -218,6 +220,9 @@ def _fixes(parts: Parts, room: Room, longest: int, ratio: float) -> Iterator[str
         yield f"max_length {fitting} with overlong: truncate or drop"
     elif parts.spec.checkpointing not in ("auto", "full") and fitting >= longest:
         yield "checkpointing: auto"
+    saved = room.could_be_nf4 * (memory.BYTES[dtype] - memory.NF4_BYTES)
+    if saved and empty + longest * a_token - saved <= room.limit:
+        yield f"quantization: nf4 (about {(empty + longest * a_token - saved) / 1e9:.2f} GB)"
     if room.tuner == "full":
         lora = memory.needs(room.shape, Setting("lora", "bfloat16", "full", tokens=longest, rank=8), gpu=False)
         if lora["device"] <= room.limit:

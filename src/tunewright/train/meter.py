@@ -6,7 +6,6 @@ start is known. Limits are read from the control groups (v2 and v1), the machine
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import resource
 import sys
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import psutil
 import torch
+
+from tunewright.ops.runtime import trim
 
 _STATUS, _CLEAR, _GROUPS = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/sys/fs/cgroup")
 # control group files: limit, usage, and the key in memory.stat of the page cache that the kernel would give up first
@@ -68,9 +69,7 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim()
 
 
 def free() -> int:

@@ -25,6 +25,7 @@ CHECKPOINTING = ("none", "selective", "full")
 @dataclass(frozen=True)
 class Plan:
     """n_tokens: tokens of one epoch. path: `fast` (own kernels) or `plain` (the model's modules).
+    quantization: how the base is held, `none`, `nf4` or `int8`.
     checkpointing: layers that are computed again in the backward, `none`, `selective`
     (every second one) or `full`. base: loss and accuracy before step 1. available_memory_bytes: what the job may hold.
     peak_memory_bytes, seconds_per_step, predicted_seconds: measured predictions; predicted_finish in Unix seconds.
@@ -50,6 +51,7 @@ class Plan:
     parameters: int
     trainable_parameters: int
     path: str = "plain"
+    quantization: str = "none"
     checkpointing: str = "none"
     base: dict[str, Any] = field(default_factory=dict)
     available_memory_bytes: int = 0
@@ -84,6 +86,7 @@ def resolve(
     *,
     dtype: str,
     path: str = "plain",
+    quantization: str = "none",
     threads: int,
     context: int,
     parameters: int,
@@ -114,6 +117,7 @@ def resolve(
         seed=spec.seed if spec.seed is not None else 0,
         dtype=dtype,
         path=path,
+        quantization=quantization,
         threads=threads,
         micro_batch_tokens=MICRO_BATCH_TOKENS if spec.micro_batch_tokens == "auto" else spec.micro_batch_tokens,
         eval_every=max(1, total // 10) if spec.eval_every == "auto" else spec.eval_every,

@@ -22,22 +22,22 @@ import torch
 from torch import nn
 
 from tunewright.core.durable import commit_folder
-from tunewright.core.errors import OutOfMemory
 from tunewright.core.example import Group
 from tunewright.core.spec import parse_bytes
 from tunewright.data.rendered import SQUARES, SUPERVISED, TOKENS, sizes
 from tunewright.models import memory
 from tunewright.models.layouts import causal_lm
 from tunewright.models.shape import shape_of
+from tunewright.ops import quant
 from tunewright.ops.noise import dropouts_of
 from tunewright.train import meter
 from tunewright.train.fit import Room, drop_gradients, fitting
 from tunewright.train.loop import EVALUATED_AT_ONCE, Parts, accumulate, add, means_of, pulls
 from tunewright.train.plan import Plan, epoch_rows, step_rows
-from tunewright.tuners.base import TunerCard, parameter_bytes
+from tunewright.train.room import MARGIN
+from tunewright.tuners.base import parameter_bytes
 
 Build = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
-MARGIN = 0.95  # of the memory that is there
 PROBED = 1 << 24  # elements of a parameter that stand for the rest of it when the optimizer is timed
 SAVE_PROBE = 8 << 20
 LEAST_SECONDS, MOST_SECONDS, SHARE = 1.0, 5.0, 0.02  # of the predicted time, for measuring steps
@@ -45,38 +45,6 @@ MOST_STEPS = 20
 BASE_SHARE = 0.02  # of the whole work, for the base model's loss on validation rows
 BASE_ROWS = 32  # training rows that say it where there are none
 _COUNTED = {"adapter": "lora", "delta": "full", "weights": "full"}
-
-
-def room_left(max_memory: str | None) -> float:
-    """Bytes that this process may still take. max_memory: the job's own limit on all it holds."""
-    return MARGIN * meter.limit(parse_bytes(max_memory) if max_memory else None) - meter.resident()
-
-
-def room_to_load(
-    folder: Path, card: TunerCard, dtype: torch.dtype, chosen: str, max_memory: str | None, more: int = 0
-) -> torch.dtype:
-    """The dtype to load the base in: `auto` becomes bfloat16 where float32 would leave no room.
-
-    card: the tuner's. chosen: the job's dtype. more: bytes for each parameter beside the model.
-    Raises OutOfMemory when even the weights do not fit.
-    """
-    limit = room_left(max_memory)
-    n = memory.stored_parameters(folder)
-    full = card.artefact == "weights"
-    # with gradients and at least one moment; or with the scores by which the data chooses; or alone
-    size = more + (12 if full else 8 if card.needs_data else 4 if card.float32_base else dtype.itemsize)
-    if n * size > 0.8 * limit and not card.float32_base and chosen == "auto" and dtype == torch.float32:
-        dtype, size = torch.bfloat16, size - 2
-    if n * size > limit:
-        what = "weights" + (", gradients and optimizer" if full else " and their scores" if card.needs_data else "")
-        what += " (and what `retain` keeps beside them)" if more else ""
-        smaller = " Use the tuner 'lora'." if card.float32_base and n * 2.5 < limit else " Choose a smaller model."
-        smaller += f" The job itself allows max_memory {max_memory}." if max_memory else ""
-        raise OutOfMemory(
-            f"This job does not fit into memory: the {what} of {n:,} parameters alone need {n * size / 1e9:.1f} GB, "
-            f"and {max(limit, 0) / 1e9:.1f} GB are there.{smaller}"
-        )
-    return dtype
 
 
 def preflight(parts: Parts, build: Build, peak: meter.Peak) -> Plan:
@@ -94,7 +62,8 @@ def preflight(parts: Parts, build: Build, peak: meter.Peak) -> Plan:
     shape = shape_of(causal_lm(parts.policy.model))
     kind = _COUNTED.get(parts.tuner.card.artefact, "lora")
     work = Work(memory.flops(shape, kind, getattr(parts.tuner.options, "r", 16)))
-    fitted = fitting(parts, Room(limit, shape, kind, state, held), peak)
+    room = Room(limit, shape, kind, state, held, could_be_nf4(parts))
+    fitted = fitting(parts, room, peak)
     found = next(m for m in (measure(p, work) for p in fitted) if max(m.peak + state, held) <= limit)
     parts = found.parts
     epoch = work.of_epoch(parts) * found.seconds
@@ -110,6 +79,16 @@ def preflight(parts: Parts, build: Build, peak: meter.Peak) -> Plan:
         predicted_seconds=total,
         predicted_finish=time.time() + total,
     )
+
+
+def could_be_nf4(parts: Parts) -> int:
+    """Numbers of the base that `quantization: nf4` would hold in 4 bits; 0 where the job cannot have it or has it."""
+    if parts.plan.quantization != quant.NONE or not parts.tuner.card.works_on_nf4:
+        return 0
+    model: Any = causal_lm(parts.policy.model)
+    head = model.get_output_embeddings()
+    linear = [m.weight for m in model.modules() if quant.can_be_quantised(m) and m is not head]
+    return sum(w.numel() for w in linear if not w.requires_grad)
 
 
 class Work:

@@ -36,6 +36,7 @@ from tunewright.models.loader import context_length, load_model, materialise
 from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
 from tunewright.ops.noise import neftune
+from tunewright.ops.quant import NONE, PACKAGE, count
 from tunewright.ops.runtime import be_deterministic, choose_dtype, device, set_threads
 from tunewright.train import meter
 from tunewright.train.balance import balanced
@@ -46,10 +47,11 @@ from tunewright.train.labels import job_head
 from tunewright.train.loop import Parts, announce_checkpoint, train
 from tunewright.train.optim import OPTIMIZERS, SCHEDULES
 from tunewright.train.plan import Plan, rate_factor, resolve
-from tunewright.train.preflight import Build, preflight, room_left, room_to_load
+from tunewright.train.preflight import Build, preflight
 from tunewright.train.prepare import prepare
 from tunewright.train.reference import find_reference
 from tunewright.train.retain import build as retain
+from tunewright.train.room import held_text, room_left, room_to_load
 from tunewright.train.rows import load_groups, training_groups
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
@@ -113,14 +115,17 @@ def run_once(
     groups = training_groups(job, load)
     valid: Sequence[Group] = load("validation") if job.validation else []
 
+    quantization = NONE if earlier is None else earlier.quantization
     if earlier is None:
         beside = retain.extra_bytes(spec, tuner.card, dtype.itemsize, start.over is not None)
-        dtype = room_to_load(start.weights, tuner.card, dtype, spec.dtype, spec.max_memory, beside)
+        dtype, quantization = room_to_load(start.weights, tuner.card, dtype, spec, beside)
+    if quantization != NONE:
+        events.write("message", held_text(quantization, spec.quantization), {"quantization": quantization})
     events.write("phase", "Loading the model", {"name": "loading", "done": 0, "total": 1})
     head = job_head(run, spec)
     if head is not None:
         objective.labels = head.labels
-    model = attach(start, tuner, spec, dtype, head)
+    model = attach(start, tuner, spec, dtype, head, quantization)
     autocast = None if dtype == torch.float32 else dtype
     wanted, room = (earlier.path, math.inf) if earlier else (spec.path, room_left(spec.max_memory))
     path = choose_path(model, dtype, threads, home.cache / "kernels", wanted, room)
@@ -134,17 +139,18 @@ def run_once(
         tuner.card,
         dtype=str(dtype).removeprefix("torch."),
         path=path.name,
+        quantization=quantization,
         threads=threads,
         context=context,
-        parameters=sum(p.numel() for p in policy.model.parameters()),
+        parameters=count(policy.model),
         trainable=sum(p.numel() for p in tuner.trainable().values()),
-        versions=versions(path.kernels),
+        versions=versions(path.kernels, quantization),
     )
     tuner.begin(plan.total_steps, plan.total_steps // plan.n_epochs)
 
     def second() -> Policy:
         """The policy at step 0, loaded again."""
-        frozen = attach(start, part(TUNERS, spec.tuner), spec, dtype, head).requires_grad_(False).eval()
+        frozen = attach(start, part(TUNERS, spec.tuner), spec, dtype, head, quantization).requires_grad_(False).eval()
         room = room_left(spec.max_memory)
         other = choose_path(frozen, dtype, threads, home.cache / "kernels", plan.path, math.inf if earlier else room)
         return Policy(frozen, autocast, fast=other.forward)
@@ -171,7 +177,7 @@ def run_once(
         groups=groups,
         valid=valid,
         events=events,
-        write_artefact=artefact_writer(job, spec, tuner, start, head),
+        write_artefact=artefact_writer(job, spec, tuner, start, head, quantization),
         stop=stop,
         retain=kept,
         advised={e.data["advice"] for e in run.stream() if "advice" in e.data},
@@ -242,7 +248,9 @@ def context_left(folder: Path, tuner: Tuner) -> int:
     return context - tuner.n_virtual
 
 
-def attach(start: Start, tuner: Tuner, spec: JobSpec, dtype: torch.dtype, head: Head | None) -> nn.Module:
+def attach(
+    start: Start, tuner: Tuner, spec: JobSpec, dtype: torch.dtype, head: Head | None, quantization: str
+) -> nn.Module:
     """Load the weights and make them trainable. Raises SpecError if the tuner cannot go on from what is there."""
     whole = tuner.card.artefact == "weights"
     if start.record is not None and not whole and start.record.kind != tuner.card.artefact:
@@ -253,7 +261,8 @@ def attach(start: Start, tuner: Tuner, spec: JobSpec, dtype: torch.dtype, head: 
             "trains all weights (full).",
             param="tuner",
         )
-    model = load_model(start.weights, torch.float32 if tuner.card.float32_base else dtype, head).to(device())
+    held = torch.float32 if tuner.card.float32_base else dtype
+    model = load_model(start.weights, held, head, quantization).to(device())
     if start.over is not None and start.record is not None and whole:
         model = MERGE[start.record.kind](model, start.over)
     model = tuner.attach(model, seed=spec.seed or 0)
@@ -293,15 +302,16 @@ def base_text(base: dict[str, Any]) -> str:
     return f"Before training: loss={base['loss']:.3f}{more} on {rows}"
 
 
-def versions(kernels: str) -> dict[str, str]:
+def versions(kernels: str, quantization: str) -> dict[str, str]:
     """What the numbers of a run depend on besides its inputs. kernels: `tiles`, `torch` or `none`."""
-    found = {name: version(name) for name in ("torch", "transformers", "peft", "tunewright")}
-    return {**found, "kernels": kernels}
+    names = ("torch", "transformers", "peft", "tunewright", *([PACKAGE] if quantization != NONE else []))
+    return {**{name: version(name) for name in names}, "kernels": kernels}
 
 
 def keep(plan: Plan, kernels: str, events: EventWriter) -> Plan:
     """The plan of the earlier attempt, with a warning when the environment is not the one it was made in."""
-    changed = [f"{k} {plan.versions.get(k)} -> {v}" for k, v in versions(kernels).items() if plan.versions.get(k) != v]
+    now = versions(kernels, plan.quantization)
+    changed = [f"{k} {plan.versions.get(k)} -> {v}" for k, v in now.items() if plan.versions.get(k) != v]
     if changed:
         text = f"This attempt runs with other versions ({', '.join(changed)}): it resumes, but perhaps not bit for bit."
         events.write("message", text, {}, "warn")
@@ -331,7 +341,7 @@ def resume(parts: Parts, rolled_back: bool) -> State:
 
 
 def artefact_writer(
-    job: JobFile, spec: JobSpec, tuner: Tuner, start: Start, head: Head | None
+    job: JobFile, spec: JobSpec, tuner: Tuner, start: Start, head: Head | None, quantization: str
 ) -> Callable[[Path, State], None]:
     """A function that fills a folder with a servable artefact: weights, tokenizer, artefact.json."""
 
@@ -351,6 +361,7 @@ def artefact_writer(
             decoding=spec.decoding,
             head=spec.head,
             labels=None if head is None else list(head.labels),
+            quantization=quantization,
             metrics={k: v for k, v in state.last.items() if v is not None},
         )
         write_json(folder / ARTEFACT, artefact.model_dump(mode="json"))

@@ -19,6 +19,7 @@ class TunerCard:
 
     artefact: `adapter`, `delta`, `weights` or `recipe`. default_lr: learning rate when the job says `auto`.
     float32_base: load the base in float32 (it is what is trained); else in the dtype of the computation.
+    works_on_nf4: the base's linear layers may be quantised (nf4 or int8): the tuner trains none of them itself.
     needs_data: what is trained is chosen in prepare(), by the gradients of some rows.
     """
 

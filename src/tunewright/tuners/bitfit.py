@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from tunewright.core.errors import SpecError, UserError
+from tunewright.ops.quant import dequantise
 from tunewright.tuners import base
 from tunewright.tuners.base import TunerCard
 from tunewright.tuners.targets import linear_layers
@@ -31,7 +32,7 @@ class BitFit(WholeTensors):
         artefact="delta",
         mergeable=True,
         identity_at_start=True,
-        works_on_nf4=False,
+        works_on_nf4=True,
         default_lr=2e-3,
     )
 
@@ -64,4 +65,4 @@ class BitFit(WholeTensors):
             )
         for flag in BIAS_FLAGS if self._added else ():
             setattr(config, flag, True)
-        return self.model
+        return dequantise(self.model)

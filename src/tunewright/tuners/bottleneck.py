@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -48,7 +49,7 @@ class Around(nn.Module):
     def __init__(self, inner: nn.Module, width: int, config: dict[str, Any]) -> None:
         super().__init__()
         self.base_layer = inner
-        device = next(inner.parameters()).device
+        device = next(chain(inner.parameters(), inner.buffers())).device  # a quantised layer has no parameters
         self.adapter_down = nn.Linear(width, config["size"], device=device)
         self.adapter_up = nn.Linear(config["size"], width, device=device)
         nn.init.zeros_(self.adapter_up.weight)

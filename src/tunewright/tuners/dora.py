@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.utils.integrations import dequantize_module_weight
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -62,7 +61,7 @@ class Magnitude(DoraLinearLayer):
 
     def _weight(self, base_layer: nn.Module) -> Tensor:
         """[out, in]"""
-        weight = dequantize_module_weight(base_layer).detach()
+        weight: Any = base_layer.weight.detach()  # type: ignore[union-attr,operator]
         return weight.T if self.fan_in_fan_out else weight
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ class IA3(PeftTuner):
         artefact="adapter",
         mergeable=True,
         identity_at_start=True,
-        works_on_nf4=False,
+        works_on_nf4=True,
         default_lr=1e-2,
     )
 

@@ -34,7 +34,7 @@ class OFT(PeftTuner):
         artefact="adapter",
         mergeable=True,
         identity_at_start=True,
-        works_on_nf4=False,
+        works_on_nf4=True,
         default_lr=2e-3,
     )
 

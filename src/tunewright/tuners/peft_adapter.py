@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tunewright.core.errors import SpecError
 from tunewright.ops.noise import KeyedDropout
+from tunewright.ops.quant import dequantise
 from tunewright.ops.runtime import quiet
 from tunewright.tuners import base
 from tunewright.tuners.adapter_files import VIRTUAL, WEIGHTS, check_same_shape, method_of, read_config, write_adapter
@@ -59,7 +60,9 @@ class PeftTuner(base.Tuner):
         copy_into(self.in_file(), read_tensors(folder / WEIGHTS), "the adapter")
 
     def merge(self) -> nn.Module:
-        """The base with the adapter folded into its weights, in its dtype (use float32 to lose nothing)."""
+        """The base with the adapter folded into its weights, in its dtype (use float32 to lose nothing); of a quantised
+        base, into what its codes stand for."""
+        dequantise(self.model)
         return self.model.merge_and_unload()  # type: ignore[operator]
 
     def in_file(self) -> dict[str, Tensor]:

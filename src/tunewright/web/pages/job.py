@@ -291,7 +291,7 @@ def own_rows(job: dict[str, Any]) -> list[tuple[str, str]]:
     """The resolved parts that our own object of the job tells: tuner, objective, optimizer, schedule, …"""
     own = job.get("tunewright") or {}
     rows = []
-    for key in ("objective", "tuner", "optimizer", "schedule", "learning_rate", "max_length", "dtype"):
+    for key in ("objective", "tuner", "optimizer", "schedule", "learning_rate", "max_length", "dtype", "quantization"):
         value = own.get(key)
         if value not in (None, "", {}):
             rows.append((key.replace("_", " ").capitalize(), part_words(value)))
