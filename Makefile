@@ -13,10 +13,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install dev sdks test test-slow test-all check fmt serve bench nightly docs lock clean
+.PHONY: help demo install dev sdks test test-slow test-all check fmt serve bench nightly methods-table docs lock clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 demo: install ## install everything, train the demo model, show base and tuned answers side by side
 	$(BIN)/tunewright demo
@@ -70,6 +70,9 @@ serve: install ## API and dashboard on this machine, without API keys
 
 docs: dev ## write the generated pages of docs/reference
 	$(BIN)/python tools/reference.py
+
+methods-table: install ## docs/methods.md: every method on a real model (hours; goes on where it stopped)
+	$(BIN)/python -m benchmarks.methods
 
 bench: install ## a short look at training speed beside a plain loop (four minutes; benchmarks/README.md has the rest)
 	$(BIN)/python -m benchmarks.sft --data benchmarks/data/short.jsonl --only ours,plain --rounds 1 --seconds 40

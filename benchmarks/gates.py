@@ -3,6 +3,10 @@
 exact: float32 loss of the first step equal to transformers + peft to 1e-5. Then a few steps of everybody in the dtype
 that is measured: same tokens and masks, same counts a step, gradient norms above 0 and within 2 % of the plain loop's
 at step 1, losses within noise, held-out loss of the trained weights (one judge for all) within noise.
+
+What noise is, the plain loop says itself: it runs in float32 too. Where LoRA's small first updates are added to outputs
+that are kept in bfloat16, most of them is rounded away, and the losses lie up to 0.1 above the float32 ones; a loss
+passes between the two curves, or CURVE beside them.
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ from benchmarks.process import Outcome, Step
 EXACT = 1e-5
 GRADIENT = 0.02
 # bfloat16 keeps 8 bits: the loss of a few hundred tokens moves by about 0.01 between float32 and bfloat16 activations
-CURVE = 0.03
-CURVE_WORST = 0.06
+CURVE = 0.01
+CURVE_WORST = 0.03
 HELD_OUT = 0.01
 
 
@@ -49,15 +53,20 @@ def exact_gate(ours: Outcome, plain: Outcome) -> Gate:
     return Gate("float32 loss", off <= EXACT and turned <= 1e-3, detail)
 
 
-def parity_gates(runs: Mapping[str, Outcome], held_out: Mapping[str, float], tokens: Tokens) -> list[Gate]:
-    """All gates of the rivals in `runs` (with `plain` among them) against the plain loop."""
+def parity_gates(
+    runs: Mapping[str, Outcome], exact: list[Step], held_out: Mapping[str, float], tokens: Tokens
+) -> list[Gate]:
+    """All gates of the rivals in `runs` (with `plain` among them) against the plain loop. exact: its float32 steps.
+
+    held_out: loss of what each trained, of `base`, and of `float32`, the plain loop in it.
+    """
     gates = []
     reference = runs["plain"].steps
     for name, run in runs.items():
         gates += [token_gate(name, run, tokens), count_gate(name, run.steps, tokens)]
         gates += [gradient_gate(name, run.steps, reference)]
         if name != "plain":
-            gates += [curve_gate(name, run.steps, reference), held_out_gate(name, held_out)]
+            gates += [curve_gate(name, run.steps, (exact, reference)), held_out_gate(name, held_out)]
     return gates
 
 
@@ -81,16 +90,22 @@ def gradient_gate(name: str, steps: list[Step], reference: list[Step]) -> Gate:
     return Gate(f"{name}: gradient norm", off <= GRADIENT, f"{mine:.4f}, plain {theirs:.4f}, off by {off:.2%}")
 
 
-def curve_gate(name: str, steps: list[Step], reference: list[Step]) -> Gate:
-    pairs = [(a.loss, b.loss) for a, b in zip(steps, reference, strict=False)]
-    if len(steps) != len(reference) or any(a is None or b is None for a, b in pairs):
-        return Gate(f"{name}: losses", False, f"{len(steps)} steps against {len(reference)}, or a loss is missing")
-    off = [abs(a - b) for a, b in pairs]  # type: ignore[operator]
+def curve_gate(name: str, steps: list[Step], references: tuple[list[Step], list[Step]]) -> Gate:
+    """How far each loss lies from where the two references' losses (or anything between them) are."""
+    found = [[s.loss for s in curve] for curve in (steps, *references)]
+    if len({len(losses) for losses in found}) > 1 or any(loss is None for losses in found for loss in losses):
+        counts = " and ".join(str(len(losses)) for losses in found[1:])
+        return Gate(f"{name}: losses", False, f"{len(steps)} steps against {counts}, or a loss is missing")
+    off = [max(min(a, b) - mine, mine - max(a, b), 0.0) for mine, a, b in zip(*found, strict=True)]  # type: ignore[type-var]
+    exact = statistics.median(abs(mine - a) for mine, a, _ in zip(*found, strict=True))  # type: ignore[operator]
     ok = statistics.median(off) <= CURVE and max(off) <= CURVE_WORST
-    return Gate(f"{name}: losses", ok, f"median off by {statistics.median(off):.1e}, worst {max(off):.1e}")
+    text = f"median outside by {statistics.median(off):.1e}, worst {max(off):.1e}; from float32 by {exact:.1e}"
+    return Gate(f"{name}: losses", ok, text)
 
 
 def held_out_gate(name: str, held_out: Mapping[str, float]) -> Gate:
-    off = abs(held_out[name] - held_out["plain"])
-    text = f"{held_out[name]:.4f}, plain {held_out['plain']:.4f}, base {held_out['base']:.4f}"
-    return Gate(f"{name}: held-out loss", off <= HELD_OUT, text)
+    """Between the held-out losses of the plain loop's two results, or HELD_OUT beside them."""
+    low, high = sorted((held_out["plain"], held_out["float32"]))
+    ok = low - HELD_OUT <= held_out[name] <= high + HELD_OUT
+    text = f"{held_out[name]:.4f}, plain {held_out['plain']:.4f}, in float32 {held_out['float32']:.4f}"
+    return Gate(f"{name}: held-out loss", ok, f"{text}, base {held_out['base']:.4f}")

@@ -40,19 +40,24 @@ class Progress:
 
 
 def run_gates(s: Settings) -> Iterator[Gate]:
-    """The float32 step of ours and plain, then a few steps of everybody, then one judge over what they trained."""
+    """The float32 step of ours and plain, then a few steps of everybody (of plain in float32 too), then one judge over
+    what they trained."""
     exact = {name: run(s, name, f"exact-{name}", s.exact, steps=1, epochs=1, batch=EXACT_ROWS, dtype="float32")
              for name in ("ours", "plain")}  # fmt: skip
     yield exact_gate(exact["ours"], exact["plain"])
-    names = {"plain": None, **dict.fromkeys(RIVALS[n].same_numbers_as or n for n in s.only)}
+    names = {"plain": s.dtype, "float32": "float32"}
+    names |= dict.fromkeys((RIVALS[n].same_numbers_as or n for n in s.only), s.dtype)
     runs = {}
-    for name in names:
-        say(f"gates: {s.gate_steps} steps of {name}")
-        runs[name] = run(s, name, f"gate-{name}", s.gate, steps=s.gate_steps, epochs=1, curve=True, save=True)
+    for name, dtype in names.items():
+        say(f"gates: {s.gate_steps} steps of {'plain in float32' if name == 'float32' else name}")
+        rival = "plain" if name == "float32" else name
+        short = {"steps": s.gate_steps, "epochs": 1, "curve": True, "save": True, "dtype": dtype}
+        runs[name] = run(s, rival, f"gate-{name}", s.gate, **short)
     trained = {name: str(r.trained) for name, r in runs.items()}
     judge = s.task("judge", s.held_out, options={"trained": trained}, batch=EXACT_ROWS)
     held_out = run_rival(Rival("heldout.py", env=TUNED), judge, limit_s=1800.0).facts["losses"]
-    yield from parity_gates(runs, held_out, s.gate_tokens)
+    reference = runs.pop("float32").steps
+    yield from parity_gates(runs, reference, held_out, s.gate_tokens)
 
 
 def run(s: Settings, name: str, folder: str, data: Any, **changes: Any) -> Outcome:

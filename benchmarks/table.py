@@ -37,6 +37,8 @@ RIVALS: dict[str, Rival] = {
     "trl_best": Rival("trl_sft.py", trl=True, env=TUNED, options=PADDING_FREE),
     "plain": Rival("plain.py"),
     "plain_tuned": Rival("plain.py", env=TUNED, same_numbers_as="plain"),
+    # our own plain path, for the ladder
+    "ours_plain": Rival(None, options={"path": "plain"}),
     # steps on the way to trl_best, and what did not help: measured once to choose it
     "trl_no_checkpointing": Rival("trl_sft.py", trl=True, options=NO_CHECKPOINTING),
     "trl_half": Rival("trl_sft.py", trl=True, options=HALF),

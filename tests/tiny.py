@@ -135,6 +135,7 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _BERT = {"num_labels": 3, "hidden_dropout_prob": 0.1}
 # name -> (model type of transformers, fields of its config that differ from SMALL, head)
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -143,6 +144,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3": ("qwen3", {"head_dim": 8}, "lm"),
     "mistral": ("mistral", {"sliding_window": 3}, "lm"),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "lm"),
+    "qwen2_moe": ("qwen2_moe", {**_MOE, "shared_expert_intermediate_size": 40}, "lm"),
+    "qwen3_moe": ("qwen3_moe", {**_MOE, "head_dim": 8}, "lm"),
     "gemma3": ("gemma3_text", {"sliding_window": 3, "head_dim": 8, "query_pre_attn_scalar": 8}, "lm"),
     "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}, "lm"),
     "gpt2": ("gpt2", {"attn_pdrop": 0.1}, "lm"),
@@ -165,15 +168,18 @@ def auto_class(family: str) -> Any:
     return transformers.AutoModelForSeq2SeqLM if kind.endswith("t5") else transformers.AutoModelForCausalLM
 
 
-def build_family(folder: Path, family: str, tokenizer: Path) -> Path:
-    """Write a tiny random model of a family of FAMILIES; returns the folder. tokenizer: a folder that has one."""
+def build_family(folder: Path, family: str, tokenizer: Path, **more: Any) -> Path:
+    """Write a tiny random model of a family of FAMILIES; returns the folder. tokenizer: a folder that has one.
+
+    more: fields of the config that differ from the family's tiny ones.
+    """
     import torch
     from transformers import AutoConfig
 
     kind, changes, _ = FAMILIES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, **{**SMALL, **changes})
+        config = AutoConfig.for_model(kind, **{**SMALL, **changes, **more})
         auto_class(family).from_config(config).save_pretrained(folder)
     shutil.copy(tokenizer / "tokenizer.json", folder)
     return folder

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tunewright.core.spec import TASKS, JobSpec
+from tunewright.core.spec import KINDS, LISTS, TASKS, JobSpec
 from tunewright.data.formats import FORMATS
 from tunewright.engine.recipes import RECIPES
 
@@ -28,7 +28,8 @@ training_file: train.jsonl
 ```
 
 A part (tuner, objective, optimizer, schedule) is written as its name, `tuner: lora`, or with options,
-`tuner: {name: lora, r: 32}`. On the command line: `--set tuner.r=32`.
+`tuner: {name: lora, r: 32}`. On the command line: `--set tuner.r=32`. `retain` is a list of parts, see
+[against forgetting](retain.md).
 """
 FORMATS_HEAD = """# Data formats
 
@@ -81,7 +82,9 @@ def plain(value: Any) -> str:
 def allowed(schema: dict[str, Any]) -> str:
     """The JSON Schema of one field in words."""
     if "$ref" in schema:
-        return "a part"
+        return {"Part": "a part", "Mix": "list or object"}[schema["$ref"].rpartition("/")[2]]
+    if schema.get("type") == "array" and "$ref" in schema.get("items", {}):
+        return "list of parts"
     if "anyOf" in schema:
         return " or ".join(allowed(s) for s in schema["anyOf"])
     if "const" in schema:
@@ -120,7 +123,7 @@ def part_rows(kind: str, table: dict[str, Any]) -> list[str]:
 def page(describe: dict[str, Any]) -> str:
     """The whole page. describe: what `python -m tunewright.train.describe` prints."""
     lines = [HEAD, "## Fields", "", *spec_rows(), "", "## Tasks", "", *task_rows(), ""]
-    for kind in ("tuner", "objective", "optimizer", "schedule"):
+    for kind in (*KINDS, *LISTS):
         lines += part_rows(kind, describe[kind])
     return "\n".join(lines).rstrip() + "\n"
 

@@ -79,3 +79,19 @@ def test_a_refused_create_leaves_nothing(http: httpx.Client, server) -> None:
 
 def test_metrics_of_an_unknown_job(http: httpx.Client) -> None:
     assert http.get("/v1/tunewright/jobs/ftjob-x/metrics").status_code == 404
+
+
+def test_a_job_with_retained_and_mixed_files(http: httpx.Client, server) -> None:
+    """They are file ids in the `tunewright` object; the run has its own copies."""
+    train, old, more = (upload(http, tiny.sft_rows(n), f"{n}.jsonl") for n in (3, 4, 5))  # too few rows: trains nothing
+    own = {"retain": [{"name": "replay", "file": old}, {"name": "l2sp"}], "mix": {"files": [more], "temperature": 2}}
+    answer = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": train, "tunewright": own})
+    assert answer.status_code == 200, answer.text
+    told = answer.json()["tunewright"]
+    assert told["retain"][0] == {"name": "replay", "file": old, "coefficient": 1.0, "share": 0.25}
+    assert told["mix"]["files"] == [{"file": more, "weight": None}]
+    job = json.loads((server.home / "runs" / answer.json()["id"] / "job.json").read_text())
+    assert set(job["more"]) == {"retain-1", "mix-1"} and job["sources"]["mix-1"]["name"] == "5.jsonl"
+    own["retain"][0]["file"] = "file-none"
+    wrong = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": train, "tunewright": own})
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "tunewright.retain"

@@ -22,15 +22,29 @@ from tunewright.tuners import TUNERS
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 ADAPTERS = [name for name in TUNERS if TUNERS.load(name).card.artefact == "adapter"]
 OPTIONS: dict[str, dict[str, Any]] = {"oft": {"block_size": 8}, "vera": {"r": 16}}
+OPTIONS |= {name: {"virtual_tokens": 5} for name in ("prompt", "p_tuning", "prefix")}
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 # what a tuner cannot do, and how its error begins
 REFUSED = {
     ("oft", "gpt2"): "tuner 'oft' cannot rotate",
     ("parallel", "bert"): "tuner 'parallel': no MLP was found",
     ("parallel", "roberta"): "tuner 'parallel': no MLP was found",
-    ("houlsby", "mixtral"): "tuner 'houlsby': no MLP output was found",
-    ("pfeiffer", "mixtral"): "tuner 'pfeiffer': no MLP output was found",
-    ("ia3", "mixtral"): "tuner 'ia3' does not know",
+    **{("houlsby", moe): "tuner 'houlsby': no MLP output was found" for moe in MIXTURES},
+    **{("pfeiffer", moe): "tuner 'pfeiffer': no MLP output was found" for moe in MIXTURES},
+    **{("ia3", moe): "tuner 'ia3' does not know" for moe in MIXTURES},
+    # this tiny one has another family's field in its config, and peft goes by it; test_soft_prompts.py has one without
+    ("prefix", "gpt2"): "tuner 'prefix' cannot be used with a GPT2LMHeadModel",
 }
+SOFT = ("prompt", "p_tuning", "prefix")
+WHY_NOT_SOFT = {
+    "gemma2": "can only be run padded",
+    "bloom": "can only be run padded",
+    "t5": "is an encoder-decoder",
+    "mt5": "is an encoder-decoder",
+    "bert": "is an encoder",
+    "roberta": "is an encoder",
+}
+REFUSED |= {(name, f): f"tuner '{name}' is for decoders .* {why}" for name in SOFT for f, why in WHY_NOT_SOFT.items()}
 
 
 def loss(family: str, model: nn.Module, groups: list[Group]) -> float:
@@ -51,7 +65,8 @@ def test_it_starts_as_the_base_learns_and_comes_back(built: Any, tmp_path: Path,
     base = load(family, built(family))
     before = our_loss(family, base, groups)
     model = tuner.attach(load(family, built(family)), 0)
-    assert our_loss(family, model, groups) == pytest.approx(before, abs=1e-6)
+    at_start = our_loss(family, model, groups)
+    assert (at_start == pytest.approx(before, abs=1e-6)) == part.card.identity_at_start
     trained = tuner.trainable()
     model.zero_grad()
     optimizer = torch.optim.AdamW(trained.values(), lr=part.card.default_lr)
@@ -61,7 +76,7 @@ def test_it_starts_as_the_base_learns_and_comes_back(built: Any, tmp_path: Path,
         optimizer.zero_grad()
     after = our_loss(family, model, groups)
     assert all(p.grad is not None for p in trained.values())
-    assert after < before
+    assert after < at_start
     with tuner.off(), torch.no_grad():
         assert loss(family, model, groups) == pytest.approx(before, abs=1e-6)
     tuner.save(tmp_path, "base")

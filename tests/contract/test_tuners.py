@@ -45,7 +45,8 @@ def shaken(name: str, folder: Path, seed: int = 0) -> tuple[Tuner, nn.Module]:
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    return model(IDS).logits
+    """Of the text, without those of virtual tokens before it."""
+    return model(IDS).logits[:, -IDS.shape[1] :]
 
 
 def with_delta(base: Path, folder: Path) -> nn.Module:

@@ -44,10 +44,15 @@ SMALL: dict[str, dict[str, Any]] = {
     "houlsby": {"size": 8},
     "pfeiffer": {"size": 8},
     "parallel": {"size": 8},
+    "prompt": {"virtual_tokens": 5},
+    "p_tuning": {"virtual_tokens": 5, "hidden_size": 16},
+    "prefix": {"virtual_tokens": 5},
 }
 ADAPTERS = [name for name in TUNERS if TUNERS.load(name).card.artefact == "adapter"]
 FAST = ("lora", "rslora", "dylora")  # B A x with some scale
-OF_PEFT = [name for name in SMALL if name not in ("houlsby", "pfeiffer", "parallel")]
+OWN = ("houlsby", "pfeiffer", "parallel")
+SOFT = ("prompt", "p_tuning", "prefix")  # peft opens them for use only: test_soft_prompts.py compares them
+OF_PEFT = [name for name in SMALL if name not in (*OWN, *SOFT)]
 
 
 def by_default(*names: str) -> Any:
@@ -110,7 +115,7 @@ def test_any_cut_of_a_step_is_the_same_step(tmp_path: Path, tiny_model_dir: Path
         assert a == pytest.approx(b, abs=2e-5)
 
 
-@by_default("adalora", "dylora")
+@by_default("adalora", "dylora", "p_tuning")
 def test_resume_is_exact_and_only_what_is_trained_changes(tmp_path: Path, tiny_model_dir: Path, name: str) -> None:
     golden = make_parts(tmp_path / "golden", tiny_model_dir, tuner=make(name))
     trained = {id(p) for p in golden.tuner.trainable().values()}

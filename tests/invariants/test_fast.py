@@ -182,6 +182,12 @@ def rounded(folder: Path) -> tuple[nn.Module, nn.Module]:
     return half, exact
 
 
+def error(found: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """Of all gradients together, relative."""
+    off = sum(float((found[k] - want[k]).square().sum()) for k in want)
+    return (off / sum(float(g.square().sum()) for g in want.values())) ** 0.5
+
+
 def test_on_tiles_the_error_is_that_of_rounding(tiled: Path, groups: list[Group], kernels: Kernels) -> None:
     """Against float32 with the same rounded weights; the plain bfloat16 modules are no nearer."""
     half, exact = rounded(tiled)
@@ -190,15 +196,34 @@ def test_on_tiles_the_error_is_that_of_rounding(tiled: Path, groups: list[Group]
     want, want_grads = step(Policy(exact), groups)
     got, grads = step(policy, groups)
     plain, plain_grads = step(Policy(half, torch.bfloat16), groups)
-
-    def error(found: dict[str, Tensor]) -> float:
-        return sum(float((found[k] - want_grads[k]).square().sum()) for k in want_grads) ** 0.5
-
-    size = sum(float(g.square().sum()) for g in want_grads.values()) ** 0.5
     assert abs(got - want) <= 0.002 * want
-    assert error(grads) <= 0.03 * size
-    assert error(grads) <= 1.5 * error(plain_grads)
+    assert error(grads, want_grads) <= 0.03
+    assert error(grads, want_grads) <= 1.5 * error(plain_grads, want_grads)
     assert abs(plain - want) <= 0.01 * want
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_each_family_on_tiles(tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, family: str) -> None:
+    """Biases of q, k, v and a sliding window, in the calls that do a whole layer; checkpointing gives the same bits."""
+    if not kernels.tiles:
+        pytest.skip("this processor has no AMX tiles")
+    calm = {**tiny.TILED, "initializer_range": 0.05}  # else rounding is all that is seen
+    half, exact = (lora(tiny.build_family(tmp_path / d, family, tiny_model_dir, **calm), dtype)[1]
+                   for d, dtype in (("half", torch.bfloat16), ("exact", torch.float32)))  # fmt: skip
+    give_biases(half)
+    with torch.no_grad():
+        for a, b in zip(exact.parameters(), half.parameters(), strict=True):
+            a.copy_(b)
+    rows = [Group((Example(tuple(range(3, 3 + n)), (1.0,) * n, n),)) for n in (9, 30, 21)]
+    policy = fast(half, kernels, torch.bfloat16)
+    want, want_grads = step(Policy(exact), rows)
+    got, grads = step(policy, rows)
+    assert got == pytest.approx(want, rel=0.005)
+    plain = error(step(Policy(half, torch.bfloat16), rows)[1], want_grads)
+    assert error(grads, want_grads) <= 1.5 * plain <= 0.15
+    policy.set_checkpointing("full")
+    again, same = step(policy, rows)
+    assert again == got and all(torch.equal(same[k], grads[k]) for k in grads)
 
 
 def test_on_tiles_packed_is_alone_and_again_is_the_same(tiled: Path, groups: list[Group], kernels: Kernels) -> None:

@@ -167,3 +167,14 @@ def test_a_data_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys
     assert command(Home(tmp_path / "file" / "home"), "model=tiny", "training_file=t") == 65
     err = capsys.readouterr().err
     assert "cannot be written" in err and "TUNEWRIGHT_HOME" in err and err.count("\n") == 1
+
+
+def test_paths_of_retained_and_mixed_rows_are_relative_to_the_file(tmp_path: Path) -> None:
+    text = "model: m\ntraining_file: t\nretain:\n  - {name: replay, file: old.jsonl}\n  - l2sp\n"
+    spec = train.read_spec(write(tmp_path, text + "mix: [b.jsonl, {file: /c.jsonl}]\n"), [])
+    assert spec.retain[0].options["file"] == str(tmp_path / "old.jsonl") and spec.retain[1].name == "l2sp"
+    assert spec.mix is not None and [f.file for f in spec.mix.files] == [str(tmp_path / "b.jsonl"), "/c.jsonl"]
+    text = "model: m\ntraining_file: t\nretain: {name: kl, file: old.jsonl}\nmix: {files: [b], temperature: 2}\n"
+    spec = train.read_spec(write(tmp_path, text), [])
+    assert spec.retain[0].options["file"] == str(tmp_path / "old.jsonl")
+    assert spec.mix is not None and spec.mix.files[0].file == str(tmp_path / "b") and spec.mix.temperature == 2

@@ -132,7 +132,7 @@ def test_every_field_of_a_job_spec_is_explained() -> None:
 def test_a_page_that_is_not_up_to_date_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tool = load_tool("reference")
     row = {"schema": {"properties": {"r": {"type": "integer"}}}, "defaults": {"r": 8}, "card": {}, "doc": "One line."}
-    describe = {kind: {"x": row} for kind in ("tuner", "objective", "optimizer", "schedule")}
+    describe = {kind: {"x": row} for kind in ("tuner", "objective", "optimizer", "schedule", "retain")}
     tool.FOLDER = tmp_path
     assert tool.main(["--check"], describe) == 1
     assert tool.main([], describe) == 0

@@ -13,7 +13,7 @@ import pytest
 from jobs_kit import add_base
 
 from tunewright.core.durable import discard, write_json
-from tunewright.core.errors import DiskFull, ModelNotFound, NotFound, StateError
+from tunewright.core.errors import DiskFull, ModelNotFound, NotFound, SpecError, StateError
 from tunewright.core.home import Home
 from tunewright.core.ids import parse_model_name
 from tunewright.core.run import BASE_IS_START, Artefact, Run, list_runs
@@ -158,3 +158,21 @@ def test_only_old_unfinished_folders_are_swept(home: Home, data: Path) -> None:
         os.utime(path, (before, before))
     sweep_unfinished(home)
     assert {p.name for p in home.runs.iterdir()} == {run.id, "ftjob-new"}
+
+
+def test_files_of_other_roles_come_along(home: Home, data: Path, tmp_path: Path) -> None:
+    add_base(home)
+    old = tmp_path / "old.jsonl"
+    old.write_bytes(ROWS * 2)
+    fields = {"retain": {"name": "replay", "file": "file-1"}, "mix": ["file-2"]}
+    more = {"retain-1": old, "mix-1": data}
+    job = create_run(home, spec(**fields), train_path=data, more=more, names={"retain-1": "old rows.jsonl"}).job()
+    assert job.more.keys() == more.keys() and job.file("mix-1") == job.file("train") == job.train
+    digest = hashlib.sha256(ROWS * 2).hexdigest()
+    assert job.more["retain-1"] == f"data/{digest}.jsonl" and job.sources["retain-1"]["name"] == "old rows.jsonl"
+    assert job.spec.retain[0].options["file"] == "file-1"
+    with pytest.raises(NotFound) as caught:
+        create_run(home, spec(**fields), train_path=data, more={**more, "retain-1": tmp_path / "none"})
+    assert caught.value.param == "retain"
+    with pytest.raises(SpecError, match="mix-1 were not given"):
+        create_run(home, spec(**fields), train_path=data, more={"retain-1": old})

@@ -82,16 +82,24 @@ def test_rmsnorm_and_its_gradient(kernels: Kernels, random: Callable[..., Tensor
     near(dx, leaf.grad, tolerance)  # type: ignore[arg-type]
 
 
+def by_rows(blocks: Tensor) -> Tensor:
+    """[T, n] that lies in blocks of 32 x 32, as rows."""
+    rows, columns = blocks.shape
+    return blocks.view(rows // 32, columns // 32, 32, 32).transpose(1, 2).reshape(rows, columns)
+
+
 def test_swiglu_in_the_products(kernels: Kernels, random: Callable[..., Tensor]) -> None:
     """On tiles it is done on the way out of a product; gates far below zero must not become NaN."""
     need_tiles(kernels)
     x, dy, down = random(64, 64).to(B16), random(64, 64).to(B16), random(64, 96).to(B16)
     gate, up = 12 * random(96, 64).to(B16), random(96, 64).to(B16)
-    into = TileProduct(kernels, [interleave(gate, up)], [0], [slice(0, 192)])
-    out = TileProduct(kernels, [down], [0], [slice(0, 64)])
+    into = TileProduct(kernels, [interleave(gate, up)], [0], [slice(0, 192)], "out")
+    out = TileProduct(kernels, [down], [0], [slice(0, 64)], "in")
     gu, h, dgu, again = (torch.empty(64, n, dtype=B16) for n in (192, 96, 192, 96))
-    into.forward(x, gu, "swiglu", h)
-    out.backward(dy, dgu, "swiglu_backward", gu, again)
+    none = torch.empty(64, 0, dtype=B16)
+    into.forward(x, none, gu, "swiglu", h)
+    out.backward(dy, none, dgu, "swiglu_backward", gu, again)
+    gu, h, dgu, again = (by_rows(t) for t in (gu, h, dgu, again))
     rows = gu.T.contiguous().view(6, 2, 16, 64).float()
     g, u = (rows[:, i].reshape(96, 64).T.contiguous().requires_grad_() for i in range(2))
     assert g.min() < -100
@@ -124,12 +132,11 @@ def products(kernels: Kernels, kind: type[Product], x: Tensor, dy: Tensor, weigh
     product = kind(kernels, [weights[:64], weights[64:]], [8, 16], [slice(0, 64), slice(64, 160)])
     product.set_updates(updates)
     product.refresh()
-    into, back = x.new_empty(x.shape[0], product.wide_in), x.new_empty(x.shape[0], product.wide_out)
-    into[:, :128], back[:, :160] = x, dy
     y, dx = torch.empty(x.shape[0], 160, dtype=x.dtype), torch.empty_like(x)
-    product.forward(into, y)
-    product.backward(back, dx)
-    return y, dx, product.gradients(into, back)
+    u, du = (x.new_empty(x.shape[0], product.r) for _ in range(2))
+    product.forward(x, u, y)
+    product.backward(dy, du, dx)
+    return y, dx, product.gradients(x, u, dy, du)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(TileProduct, B16), (TorchProduct, B16), (TorchProduct, torch.float32)])

@@ -73,6 +73,14 @@ def test_with_one_group_a_micro_batch_it_fails_with_the_numbers(tmp_path: Path) 
         with_room(run, plan, events, 2, "train", GROUPS, limited(0, []))
 
 
+def test_tokens_in_front_of_each_row_count_when_it_is_halved(tmp_path: Path) -> None:
+    run, plan, events = make(tmp_path)
+    calls: list[int] = []
+    with pytest.raises(OutOfMemory, match=r"only one row \(the largest has 140 tokens"):
+        with_room(run, plan, events, 2, "train", GROUPS, limited(0, calls), virtual=100)
+    assert calls == [2048, 250, 125]  # then a row each; without those tokens it would try on down to 40
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
     run, plan, events = make(tmp_path)
 

@@ -11,6 +11,7 @@ from tunewright.api.lookup import find_data_file, find_start
 from tunewright.api.requests import CreateJob
 from tunewright.api.state import ORG, Server
 from tunewright.core.durable import discard
+from tunewright.core.spec import extra_files
 from tunewright.jobs.prepare import create_run
 from tunewright.jobs.rows import JobRow
 
@@ -24,6 +25,10 @@ def create(
     train = find_data_file(server, request.training_file, "training_file")
     other = request.validation_file
     validation = find_data_file(server, other, "validation_file") if other else None
+    more = {
+        role: find_data_file(server, file, f"tunewright.{role.partition('-')[0]}")
+        for role, file in extra_files(spec).items()
+    }
     with server.changing:
         job_id = job_id_for(server.home, idempotency_key, body)
         known = server.store.get_job(job_id)
@@ -36,7 +41,12 @@ def create(
             org=ORG,
             train_path=server.home.blob(train.sha256),
             validation_path=server.home.blob(validation.sha256) if validation else None,
-            names={"train": train.filename, **({"validation": validation.filename} if validation else {})},
+            more={role: server.home.blob(row.sha256) for role, row in more.items()},
+            names={
+                "train": train.filename,
+                **({"validation": validation.filename} if validation else {}),
+                **{role: row.filename for role, row in more.items()},
+            },
         )
         try:
             job = run.job()

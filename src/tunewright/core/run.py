@@ -10,6 +10,7 @@ runs/<job id>/
   checkpoints/step-000030/ artefact/, optimizer state, trainer.json, MANIFEST.json
   result/                  the artefact that the job leaves
   prepared/                what the tuner chose to train by looking at the data, if it does
+  retained/                what a method against forgetting measured before step 1 (EWC's Fisher information)
   labels.json              the classes of a classification job, in order
   step_metrics.csv         OpenAI's result file
   lock                     held by the worker
@@ -39,7 +40,8 @@ class JobFile(BaseModel):
     """job.json. Paths are relative to the run folder.
 
     name: the `ft:` name the finished model will have. base: the catalogue name or folder of the weights below it.
-    train, validation: the copied data files. sources: {"train": {"name", "sha256", "bytes"}, "validation": …}.
+    train, validation: the copied data files. more: those of other roles (core.spec.extra_files).
+    sources: {"train": {"name", "sha256", "bytes"}, "validation": …}.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,8 +52,13 @@ class JobFile(BaseModel):
     spec: JobSpec
     train: str
     validation: str | None = None
+    more: dict[str, str] = {}
     sources: dict[str, dict[str, Any]] = {}
     start: str | None = None
+
+    def file(self, role: str) -> str:
+        """The data file of a role: `train`, `validation` or one of `more`."""
+        return {"train": self.train, "validation": self.validation, **self.more}[role] or ""
 
 
 class Artefact(BaseModel):
@@ -105,6 +112,10 @@ class Run:
     @property
     def prepared(self) -> Path:
         return self.folder / "prepared"
+
+    @property
+    def retained(self) -> Path:
+        return self.folder / "retained"
 
     @property
     def metrics_csv(self) -> Path:

@@ -7,6 +7,7 @@ Options of a part (tuner, objective, optimizer, schedule) are free here and vali
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -18,7 +19,8 @@ from tunewright.core.errors import SpecError, did_you_mean
 
 Auto = Literal["auto"]
 HEADS = {"lm": "sft", "classify": "classify", "regress": "regress"}  # head -> the objective that trains it
-KINDS = ("tuner", "objective", "optimizer", "schedule")
+KINDS = ("tuner", "objective", "optimizer", "schedule")  # one part each
+LISTS = ("retain",)  # any number of parts
 
 
 class Part(BaseModel):
@@ -41,6 +43,48 @@ class Part(BaseModel):
     @model_serializer
     def _dump(self) -> dict[str, Any]:
         return {"name": self.name, **self.options}
+
+
+class MixFile(BaseModel):
+    """A further training file. Written as its path (or file id), or `{file: …, weight: 2}`."""
+
+    model_config = ConfigDict(extra="forbid")
+    file: str = Field(min_length=1)
+    weight: float | None = Field(None, gt=0, le=1e6)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        return {"file": value} if isinstance(value, str) else value
+
+
+class Mix(BaseModel):
+    """Several training files in one job. files: those beside training_file. weight: of training_file.
+
+    Without weights a file of n rows has the share n^(1 / temperature) of an epoch: 1 takes each row once, higher ones
+    bring the files closer to equal parts. With weights (1 where one is missing) these are the shares.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    files: list[MixFile] = Field(min_length=1, max_length=32)
+    weight: float | None = Field(None, gt=0, le=1e6)
+    temperature: float = Field(1.0, gt=0, le=100)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        return {"files": value} if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Mix:
+        if self.weights() is not None and self.temperature != 1.0:
+            raise ValueError("weights and a temperature both say how large the parts are; give one of them")
+        return self
+
+    def weights(self) -> list[float] | None:
+        """Of training_file and the files, if any of them has one."""
+        given = [self.weight, *(f.weight for f in self.files)]
+        return None if all(w is None for w in given) else [1.0 if w is None else w for w in given]
 
 
 @dataclass(frozen=True)
@@ -76,6 +120,8 @@ class JobSpec(BaseModel):
     train_on: `assistant` trains every assistant turn (per-message `weight` may switch one off), `last` only the last.
     objective: toward what is trained. tuner: what is trained. optimizer: the update rule.
     schedule: how the learning rate moves over the steps.
+    retain: methods against forgetting, each a part: `[{name: replay, file: old.jsonl}]`. file: a path or a file id.
+    mix: further training files and their shares of an epoch: `[b.jsonl]` or `{files: [{file: b.jsonl, weight: 2}]}`.
     n_epochs: passes over the data. batch_size: groups (rows) in one optimizer step.
     learning_rate: absolute; `auto` is the tuner's default times learning_rate_multiplier.
     learning_rate_multiplier: a factor on the learning rate; `auto` is 1.
@@ -85,6 +131,7 @@ class JobSpec(BaseModel):
     suffix: up to 64 letters, digits, `.`, `_`, `-` in the finished model's name.
     neftune_alpha: size of the uniform noise on the embeddings while training (NEFTune, arXiv 2310.05914, where 5 to 15
         helped chat models); 0 adds none.
+    router_loss: factor of the routers' load-balancing loss, for a mixture of experts; 0 adds none.
     dtype: of the computation; `auto` is bfloat16 where the hardware multiplies it, else float32; float16 comes with
         loss scaling.
     micro_batch_tokens: tokens computed at once inside a step; changes memory and speed, not the result.
@@ -118,6 +165,8 @@ class JobSpec(BaseModel):
     tuner: Part = Part(name="lora")
     optimizer: Part = Part(name="adamw")
     schedule: Part = Part(name="linear")
+    retain: list[Part] = Field(default_factory=list, max_length=8)
+    mix: Mix | None = None
     n_epochs: Auto | int = Field("auto")
     batch_size: Auto | int = Field("auto")
     learning_rate: Auto | float = Field("auto")
@@ -129,6 +178,7 @@ class JobSpec(BaseModel):
     seed: int | None = Field(None, ge=0, le=2_147_483_647)
     suffix: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
     neftune_alpha: float = Field(0.0, ge=0, le=100)
+    router_loss: float = Field(0.0, ge=0, le=10)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     micro_batch_tokens: Auto | int = "auto"
     checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
@@ -166,6 +216,11 @@ class JobSpec(BaseModel):
                 raise ValueError(f"{name} is {value}; allowed: 'auto' or {low:g} to {high:g}")
         return self
 
+    @field_validator("retain", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | dict) else value
+
     @field_validator("max_memory", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
@@ -200,6 +255,14 @@ class JobSpec(BaseModel):
             object.__setattr__(self, "format", preset.format)
         object.__setattr__(self, "decoding", {**preset.decoding, **self.decoding})
         return self
+
+
+def extra_files(spec: JobSpec) -> dict[str, str]:
+    """{role: path or file id} of the data files beside training and validation file. A role is the field and the
+    place in it, from 1: `retain-1`, `mix-2`."""
+    retained = ((f"retain-{i}", part.options.get("file")) for i, part in enumerate(spec.retain, 1))
+    mixed = ((f"mix-{i}", f.file) for i, f in enumerate(spec.mix.files if spec.mix else [], 1))
+    return {role: file for role, file in (*retained, *mixed) if isinstance(file, str) and file}
 
 
 def parse_bytes(value: str | int) -> int:
@@ -254,46 +317,53 @@ def check_parts(spec: JobSpec, describe: dict[str, Any]) -> JobSpec:
     Raises one SpecError that lists all problems.
     """
     problems: list[str] = []
-    updates: dict[str, Part] = {}
     first: str | None = None
-    for kind in KINDS:
-        part: Part = getattr(spec, kind)
-        rows = describe[kind]
-        if part.name not in rows:
-            problems.append(
-                f"there is no {kind} '{part.name}'; use one of: {', '.join(sorted(rows))}"
-                + did_you_mean(part.name, rows).rstrip("?").replace(" Did", "; did")
-            )
-            first = first or kind
-            continue
-        row = rows[part.name]
-        needs = row["card"].get("needs")
-        if needs and find_spec(needs) is None:
-            first = first or kind
-            problems.append(
-                f"{kind} '{part.name}' needs the package {needs}, which is not installed; pip install {needs}"
-            )
-        known = row["schema"].get("properties", {})
-        for error in jsonschema.Draft202012Validator(row["schema"]).iter_errors(part.options):
-            first = first or kind
-            if error.validator == "additionalProperties":
-                for key in sorted(set(part.options) - set(known)):
-                    problems.append(
-                        f"{kind} '{part.name}' has no option '{key}'.{did_you_mean(key, known)}"
-                        f" Its options: {', '.join(sorted(known)) or 'none'}"
-                    )
-            else:
-                path = ".".join(str(p) for p in error.absolute_path)
-                problems.append(f"{kind} '{part.name}', option '{path}': {error.message}")
-        updates[kind] = Part(name=part.name, options={**row["defaults"], **part.options})
-        trains = row.get("card", {}).get("head", spec.head)
-        if kind == "objective" and trains != spec.head:
-            fits = [name for name, other in rows.items() if other["card"].get("head", "lm") == spec.head]
-            problems.append(
-                f"head is '{spec.head}', but the objective '{part.name}' trains the head '{trains}'; use objective: "
-                f"{' or '.join(sorted(fits))}, or head: {trains}"
-            )
-            first = first or "objective"
+    updates: dict[str, Any] = {kind: [] for kind in LISTS}
+    asked = [(kind, getattr(spec, kind)) for kind in KINDS]
+    asked += [(kind, part) for kind in LISTS for part in getattr(spec, kind)]
+    for kind, part in asked:
+        found = list(_problems(kind, part, describe[kind], spec.head))
+        problems += found
+        first = first or (kind if found else None)
+        checked = part
+        if part.name in describe[kind]:
+            defaults = describe[kind][part.name]["defaults"]
+            checked = Part(name=part.name, options={**defaults, **part.options})
+        if kind in LISTS:
+            updates[kind].append(checked)
+        else:
+            updates[kind] = checked
     if problems:
         raise SpecError("The job spec is not valid: " + "; ".join(dict.fromkeys(problems)) + ".", param=first)
     return spec.model_copy(update=updates)
+
+
+def _problems(kind: str, part: Part, rows: dict[str, Any], head: str) -> Iterator[str]:
+    """What is wrong with one part. rows: what the describe file says of its table."""
+    if part.name not in rows:
+        near = did_you_mean(part.name, rows).rstrip("?").replace(" Did", "; did")
+        yield f"there is no {kind} '{part.name}'; use one of: {', '.join(sorted(rows))}{near}"
+        return
+    row = rows[part.name]
+    card, known = row["card"], row["schema"].get("properties", {})
+    needs = card.get("needs")
+    if needs and find_spec(needs) is None:
+        yield f"{kind} '{part.name}' needs the package {needs}, which is not installed; pip install {needs}"
+    for error in jsonschema.Draft202012Validator(row["schema"]).iter_errors(part.options):
+        if error.validator == "additionalProperties":
+            for key in sorted(set(part.options) - set(known)):
+                yield (
+                    f"{kind} '{part.name}' has no option '{key}'.{did_you_mean(key, known)}"
+                    f" Its options: {', '.join(sorted(known)) or 'none'}"
+                )
+        else:
+            path = ".".join(str(p) for p in error.absolute_path)
+            yield f"{kind} '{part.name}', option '{path}': {error.message}"
+    if card.get("rows") == "required" and not part.options.get("file"):
+        yield f"{kind} '{part.name}' needs rows of what must not be forgotten; give its option 'file'"
+    if kind == "objective" and card.get("head", head) != head:
+        fits = [name for name, other in rows.items() if other["card"].get("head", "lm") == head]
+        yield (
+            f"head is '{head}', but the objective '{part.name}' trains the head '{card['head']}'; use objective: "
+            f"{' or '.join(sorted(fits))}, or head: {card['head']}"
+        )

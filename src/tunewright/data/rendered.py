@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
-from itertools import groupby
+from dataclasses import fields, replace
+from functools import cached_property
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, overload
 
@@ -40,6 +42,11 @@ class StoredGroups(Sequence[Group]):
     def __len__(self) -> int:
         return len(self.sizes)
 
+    @cached_property
+    def last_source(self) -> int:
+        """The number of the last row in its file."""
+        return self[-1].examples[0].source if len(self) else 0
+
     @overload
     def __getitem__(self, i: int) -> Group: ...
     @overload
@@ -55,6 +62,39 @@ class StoredGroups(Sequence[Group]):
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             os.close(self._fd)
+
+
+class JoinedGroups(Sequence[Group]):
+    """The groups of several files behind each other. counts: how many each has.
+
+    A row's number goes on from file to file, so that no two rows have the same one.
+    """
+
+    def __init__(self, files: Sequence[StoredGroups]) -> None:
+        self._files = files
+        self.counts = [len(f) for f in files]
+        self._ends = list(accumulate(self.counts))
+        self.sizes = np.concatenate([f.sizes for f in files])
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, i: int) -> Group: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Group]: ...
+    def __getitem__(self, i: int | slice) -> Group | list[Group]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"there are {len(self)} groups, but number {i} was asked for")
+        i %= len(self)
+        file = bisect_right(self._ends, i)
+        before = self._ends[file - 1] if file else 0
+        group = self._files[file][i - before]
+        last_before = sum(f.last_source for f in self._files[:file])
+        examples = tuple(replace(e, source=e.source + last_before) for e in group.examples)
+        return replace(group, examples=examples) if last_before else group
 
 
 def write_groups(folder: Path, groups: Iterable[Group]) -> int:
@@ -73,7 +113,7 @@ def write_groups(folder: Path, groups: Iterable[Group]) -> int:
 
 def sizes(groups: Sequence[Group]) -> npt.NDArray[np.int64]:
     """[n, 3] of every group: tokens, sum of the squares of its texts' lengths, tokens with a loss."""
-    if isinstance(groups, StoredGroups):
+    if isinstance(groups, StoredGroups | JoinedGroups):
         return groups.sizes
     return np.array([_size(g) for g in groups], np.int64).reshape(len(groups), 3)
 

@@ -1,8 +1,8 @@
 """What is loaded: base models with adapters over them, and whole models; the least recently used idle one goes first.
 
-An adapter that is plain LoRA shares its base with everything else that runs there. Any other adapter is merged (or, a
-bottleneck, put) into a copy of the base, and served like a whole model. A delta is set in a copy of the base that
-shares every tensor it does not change with what is loaded of that base already.
+An adapter that is plain LoRA, or a soft prompt, shares its base with everything else that runs there. Any other
+adapter is merged (or, a bottleneck, put) into a copy of the base, and served like a whole model. A delta is set in a
+copy of the base that shares every tensor it does not change with what is loaded of that base already.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tunewright.core.home import Home
 from tunewright.core.ids import parse_model_name
 from tunewright.core.run import ARTEFACT, find_artefact, read_artefact
 from tunewright.data.tokenizer import Tokenizer
-from tunewright.engine import attention, linear
+from tunewright.engine import attention, linear, soft
 from tunewright.engine.kv_cache import KVCache
 from tunewright.engine.scheduler import Limits
 from tunewright.models.layouts import PACKED, layout_of
@@ -39,7 +39,8 @@ class Target:
 
     folder: the model's own weights. adapter: peft files or a delta to apply over them; merged: into a copy, not beside
     it.
-    key, adapter_key: change when the files do. context: tokens that fit. decoding: the artefact's defaults.
+    key, adapter_key: change when the files do. context: tokens that fit; virtual: how many a soft prompt takes of them.
+    decoding: the artefact's defaults.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Target:
     merged: bool
     tokenizer: Tokenizer
     context: int
+    virtual: int
     decoding: dict[str, Any]
 
 
@@ -56,6 +58,7 @@ class Target:
 class Model:
     """A loaded model. adapters: key -> bytes, least recently used first. pins: running sequences by adapter key.
 
+    prefixes: what a sequence's cache begins with, of the adapters that are soft prompts.
     differs: names of the tensors that are not its base's; None if that is not known.
     """
 
@@ -65,6 +68,7 @@ class Model:
     differs: frozenset[str] | None
     adapters: OrderedDict[str, int] = field(default_factory=OrderedDict)
     pins: Counter[str] = field(default_factory=Counter)
+    prefixes: dict[str, soft.Prefix] = field(default_factory=dict)
 
     @property
     def idle(self) -> bool:
@@ -127,7 +131,7 @@ class Artefacts:
                 ):
                     return None
                 _verify(target.adapter)
-                model.adapters[target.adapter_key] = linear.load_adapter(model.net, target.adapter_key, target.adapter)
+                model.adapters[target.adapter_key] = _add_adapter(model, target.adapter_key, target.adapter)
             model.adapters.move_to_end(target.adapter_key)
         self.models.move_to_end(target.key)
         model.pins[target.adapter_key] += 1
@@ -155,7 +159,8 @@ class Artefacts:
 
     def _target(self, folder: Path, adapter: Path | None, decoding: dict[str, Any]) -> Target:
         own = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else folder
-        merged = adapter is not None and (is_delta(adapter) or not linear.is_plain_lora(adapter))
+        virtual = 0 if adapter is None or is_delta(adapter) else soft.virtual_tokens(adapter)
+        merged = adapter is not None and not virtual and (is_delta(adapter) or not linear.is_plain_lora(adapter))
         key = _stamp(folder, "config.json")
         adapter_key = "" if adapter is None else _stamp(adapter, ARTEFACT)
         config = read_json(folder / "config.json")
@@ -167,6 +172,7 @@ class Artefacts:
             merged,
             self._tokenizer(own),
             int(config.get("max_position_embeddings") or 2048),
+            virtual,
             decoding,
         )
 
@@ -221,11 +227,21 @@ class Artefacts:
     def _drop(self, model: Model, adapter: str) -> None:
         del model.adapters[adapter]
         model.pins.pop(adapter, None)
+        model.prefixes.pop(adapter, None)
         linear.drop_adapter(model.net, adapter)
 
     def _evict(self, key: str) -> None:
         del self.models[key]
         gc.collect()  # a module graph has cycles; its memory should go now, not some day
+
+
+def _add_adapter(model: Model, key: str, folder: Path) -> int:
+    """Put an adapter beside the model's weights; returns its bytes. Raises CheckpointError if it does not fit."""
+    if not soft.virtual_tokens(folder):
+        return linear.load_adapter(model.net, key, folder)
+    model.routing.parts = []  # of the step before
+    model.prefixes[key] = soft.load_prefix(model.net, folder, model.kv.limit)
+    return sum(x.numel() * x.element_size() for pair in model.prefixes[key] for x in pair)
 
 
 def _put_adapter(net: Any, folder: Path) -> Any:

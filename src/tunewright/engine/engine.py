@@ -96,7 +96,7 @@ class Engine:
 
     def _queue(self, found: Followed, emit: Emit) -> int:
         asked, targets = found.asked, [target for target, _ in found.parts]
-        target, context = targets[0], min(t.context for t in targets)
+        target, context = targets[0], min(t.context - t.virtual for t in targets)
         self._check_fits(targets)
         tokens = encode(asked, target.tokenizer)
         how = settle(asked, target.decoding)
@@ -235,7 +235,8 @@ class Engine:
     def _acquire(self, s: Sequence) -> bool:
         model = self.artefacts.acquire(s.target)
         if model is not None:
-            s.model, s.cache = model, model.kv.open(min(len(s.tokens) + 32, s.end))
+            s.model, s.cache = model, model.kv.open(s.virtual + min(len(s.tokens) + 32, s.end))
+            model.kv.put(s.cache, model.prefixes.get(s.target.adapter_key, ()))
         return model is not None
 
     def _release(self, s: Sequence) -> None:
@@ -248,13 +249,13 @@ class Engine:
     def _compute(self, model: Model, work: list[tuple[Sequence, int]]) -> None:
         """One forward of `model` over the new tokens, then a token for every sequence whose input is complete."""
         for s, n in work:
-            model.kv.reserve(s.place, s.n_done + n)  # may move sequences, so before anybody's place is read
+            model.kv.reserve(s.place, s.place.length + n)  # may move sequences, so before anybody's place is read
         ids, positions, keep, complete = [], [], [], []
         first: dict[Sequence, int] = {}
         for s, n in work:
             first[s] = len(ids)
             ids += s.tokens[s.n_done : s.n_done + n]
-            positions += range(s.n_done, s.n_done + n)
+            positions += range(s.place.length, s.place.length + n)
             if n == s.n_new:
                 keep.append(len(ids) - 1)
                 complete.append(s)
@@ -339,7 +340,8 @@ def _leader(
 ) -> Sequence:
     """The sequence of a choice, with a helper for each further model whose logits it needs."""
     text = TextStream(request.target.tokenizer.decode, how.stop, MARK if request.asked.tools else "")
-    team = [Sequence(request, index, tokens, len(tokens), end, how, text, target=t, weight=w) for t, w in parts]
+    own = (request, index, tokens, len(tokens), end, how, text)
+    team = [Sequence(*own, virtual=t.virtual, target=t, weight=weight) for t, weight in parts]
     team[0].helpers = team[1:]
     for helper in team[1:]:
         helper.leader = team[0]
@@ -374,14 +376,14 @@ def _route(work: list[tuple[Sequence, int]], first: dict[Sequence, int]) -> list
 
 
 def _plan(work: list[tuple[Sequence, int]], first: dict[Sequence, int]) -> StepPlan:
-    chunks = [Chunk(s.place, first[s], first[s] + n, s.n_done) for s, n in work if n > 1]
+    chunks = [Chunk(s.place, first[s], first[s] + n, s.place.length) for s, n in work if n > 1]
     by_pool: dict[int, list[Sequence]] = {}
     for s, n in work:
         if n == 1:
             by_pool.setdefault(id(s.place.pool), []).append(s)
     singles = []
     for members in by_pool.values():
-        places = [(s.place.slot, first[s], s.n_done) for s in members]
+        places = [(s.place.slot, first[s], s.place.length) for s in members]
         pool = members[0].place.pool
         rows_N = torch.zeros(len(pool.owners), dtype=torch.long)
         at_N = torch.zeros_like(rows_N)

@@ -7,6 +7,7 @@ half of what is allocated for a sequence is empty, and growing costs a copy per 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -96,6 +97,18 @@ class KVCache:
             for target, source in zip(there, (old.k[layer], old.v[layer]), strict=True):
                 target[cache.slot, :, : cache.length] = source[slot, :, : cache.length]
         self._leave(old, slot)
+
+    def put(self, cache: Cache, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Begin a new sequence with keys and values [1, H, N, K] of each layer that were computed before."""
+        for number, (keys, values) in enumerate(layers):
+            for there, given in zip(cache.pool.layer(number, keys, values), (keys, values), strict=True):
+                there[cache.slot, :, : given.shape[2]] = given[0]
+            cache.length = keys.shape[2]
+
+    def get(self, cache: Cache) -> list[tuple[Tensor, Tensor]]:
+        """The sequence's keys and values [1, H, N, K] of each layer, as copies."""
+        pool, slots, end = cache.pool, slice(cache.slot, cache.slot + 1), cache.length
+        return [(pool.k[n][slots, :, :end].clone(), pool.v[n][slots, :, :end].clone()) for n in sorted(pool.k)]
 
     def close(self, cache: Cache) -> None:
         """Free the sequence's place. Closing twice is an error of the caller (ValueError)."""

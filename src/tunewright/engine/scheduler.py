@@ -30,8 +30,9 @@ class Limits:
 
 @dataclass(eq=False)
 class Sequence:
-    """One choice of a request. tokens: the prompt, then what was generated; `cache.length` of them are computed.
+    """One choice of a request. tokens: the prompt, then what was generated.
 
+    virtual: tokens of a soft prompt that stand in the cache before them.
     target, model: the weights, and where they are loaded. helpers: of an answer whose tokens are chosen from the logits
     of several models, the sequences of the others: they share `tokens`, start and end with their leader, and each
     model's `logits` of the next token, times `weight`, are added up once all are there.
@@ -44,6 +45,7 @@ class Sequence:
     end: int
     how: Settled
     text: TextStream
+    virtual: int = 0
     cache: Cache | None = None
     counts: Counter[int] = field(default_factory=Counter)
     finish_reason: str | None = None
@@ -69,8 +71,8 @@ class Sequence:
 
     @property
     def n_done(self) -> int:
-        """Tokens whose keys and values are in the cache."""
-        return self.cache.length if self.cache is not None else 0
+        """Tokens whose keys and values are in the cache, after the virtual ones."""
+        return self.cache.length - self.virtual if self.cache is not None else 0
 
     @property
     def n_new(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from tunewright.core.durable import read_json, write_json
 from tunewright.core.errors import TunewrightError
 from tunewright.core.home import Home
-from tunewright.core.spec import KINDS
+from tunewright.core.spec import KINDS, LISTS
 from tunewright.jobs.launchers.local import worker_env
 
 COMMAND = (sys.executable, "-m", "tunewright.train.describe")
@@ -58,7 +58,7 @@ def _ask(home: Home) -> dict[str, Any]:
 def _digest() -> str:
     """Changes with the installed versions, the entry points and, for a checkout, the files of our own parts."""
     lines = [f"{name} {_version(name)}" for name in _PACKAGES]
-    for kind in KINDS:
+    for kind in (*KINDS, *LISTS):
         lines += [
             f"{e.group} {e.name} {e.value} {e.dist.version if e.dist else ''}"
             for e in entry_points(group=f"tunewright.{kind}")

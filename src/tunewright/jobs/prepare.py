@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from tunewright.core.errors import NotFound, SpecError, StateError
 from tunewright.core.home import Home
 from tunewright.core.ids import ModelName, new_id, parse_model_name, random_part
 from tunewright.core.run import JobFile, Run, base_of, find_artefact, read_artefact
-from tunewright.core.spec import JobSpec
+from tunewright.core.spec import JobSpec, extra_files
 from tunewright.models.catalogue import resolve
 
 _UNFINISHED_SECONDS = 24 * 3600
+_PARAMS = {"train": "training_file", "validation": "validation_file"}
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,21 @@ def create_run(
     org: str = "personal",
     train_path: Path,
     validation_path: Path | None = None,
+    more: Mapping[str, Path] | None = None,
     names: dict[str, str] | None = None,
 ) -> Run:
     """Make the run folder of a job and return it; when this returns, the job survives a power cut.
 
     The seed is drawn if the spec has none. Data files are linked from the data folder or copied from elsewhere, and an
     artefact to continue from comes along, so that nothing of the job depends on files that others may delete.
+    more: the data files of other roles (core.spec.extra_files).
     names: {"train": …, "validation": …}, what the files are called, if not as their paths say.
-    Raises ModelNotFound, NotFound for a missing data file, DiskFull, StateError if the job has begun already.
+    Raises ModelNotFound, NotFound for a missing data file, SpecError for one that was not given, DiskFull, StateError
+    if the job has begun already.
     """
+    missing = sorted(extra_files(spec).keys() - (more or {}).keys())
+    if missing:
+        raise SpecError(f"The job's files {', '.join(missing)} were not given.", param=missing[0].partition("-")[0])
     job_id = job_id or new_id("ftjob-")
     seed = secrets.randbelow(1 << 31) if spec.seed is None else spec.seed
     spec = spec.model_copy(update={"seed": seed})
@@ -60,7 +68,8 @@ def create_run(
     _make_way(run)
     with disk_full_is_clear(f"the run folder of {job_id}"):
         try:
-            train, validation, sources = _fill(home, run, origin, train_path, validation_path, names or {})
+            paths = {"train": train_path, "validation": validation_path, **(more or {})}
+            sources, places = _fill(home, run, origin, {k: p for k, p in paths.items() if p is not None}, names or {})
             fsync_path(home.runs)
             run.write_job(
                 JobFile(
@@ -69,8 +78,9 @@ def create_run(
                     name=str(ModelName(origin.short, org, spec.suffix or "", random_part(8))),
                     base=origin.base if origin.private_base is None else str(run.folder / "base"),
                     spec=spec,
-                    train=train,
-                    validation=validation,
+                    train=places.pop("train"),
+                    validation=places.pop("validation", None),
+                    more=places,
                     sources=sources,
                     start=None if origin.artefact is None else "start",
                 )
@@ -82,20 +92,21 @@ def create_run(
 
 
 def _fill(
-    home: Home, run: Run, origin: Origin, train_path: Path, validation_path: Path | None, names: dict[str, str]
-) -> tuple[str, str | None, dict[str, dict[str, Any]]]:
-    """Everything but job.json, which makes the folder a job; returns what job.json says of the data."""
+    home: Home, run: Run, origin: Origin, paths: dict[str, Path], names: dict[str, str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Everything but job.json, which makes the folder a job; returns what job.json says of the data: where each file
+    came from and where it is now, by role."""
     (run.folder / "data").mkdir(mode=0o700, parents=True)
-    train, source = _take_data(home, run, train_path, names.get("train"), "training_file")
-    sources, validation = {"train": source}, None
-    if validation_path is not None:
-        validation, source = _take_data(home, run, validation_path, names.get("validation"), "validation_file")
-        sources["validation"] = source
+    sources, places = {}, {}
+    for role, path in paths.items():
+        places[role], sources[role] = _take_data(
+            home, run, path, names.get(role), _PARAMS.get(role, role.partition("-")[0])
+        )
     if origin.artefact is not None:
         copy_tree(origin.artefact, run.folder / "start")
     if origin.private_base is not None:
         copy_tree(origin.private_base, run.folder / "base")
-    return train, validation, sources
+    return sources, places
 
 
 def find_origin(model: str, home: Home) -> Origin:

@@ -20,8 +20,13 @@ from tunewright.models.policy import head_of
 from tunewright.ops.attention import segment_attention
 from tunewright.ops.kernels import Kernels
 from tunewright.ops.logprob import TileHead
-from tunewright.ops.lora import BLOCK, TileProduct, TorchProduct, padded
+from tunewright.ops.lora import TileProduct, TorchProduct, padded
 from tunewright.ops.types import Batch
+
+
+def double(x: float) -> int:
+    """The bits of a float64, for a struct of C among whole numbers."""
+    return int(torch.tensor(x, dtype=torch.float64).view(torch.int64))
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,14 @@ class Shape:
 @dataclass(frozen=True)
 class Packed:
     """A batch for the kernels: tokens padded to whole blocks (n of them real), where segments start, cosine and sine
-    [T, hd/2]."""
+    [T, hd/2]. record: the same as a struct of C (layer.h, Pack)."""
 
     tokens_T: Tensor
     starts: Tensor
     cosine: Tensor
     sine: Tensor
     n: int
+    record: Tensor
 
     @property
     def total(self) -> int:
@@ -70,10 +76,14 @@ class Kept:
     What the norms made of x and mid is always made again: writing it to memory and reading it there takes as long.
 
     small: [2 + heads, T] float32, 1/rms of both norms and the attention's log-sum-exp. graph: attention without tiles.
+    low: [T, r] of each product's update, narrow results, in the order of Layer.linears. room: all but x and small where
+    the layer is one call of the kernels.
     """
 
     x: Tensor
     small: Tensor | None = None
+    room: Tensor | None = None
+    low: tuple[Tensor, ...] = ()
     qkv: Tensor | None = None
     attended: Tensor | None = None
     graph: tuple[Tensor, Tensor] | None = None
@@ -139,6 +149,8 @@ class FastLlama:
         if not self._seen or on != self._seen[0]:
             for linear in self._low_rank:
                 linear.product.set_updates(linear.updates())
+            for layer in self.layers:
+                layer.update_record()
         for linear in self._low_rank:
             linear.product.refresh()
         for part in self._whole:
@@ -168,7 +180,10 @@ class FastLlama:
         positions[0, :n] = batch.position_T
         half = self.shape.hd // 2
         cosine, sine = (t[0, :, :half].float().contiguous() for t in self.rotary(torch.empty(0), positions))
-        return Packed(tokens, batch.cu_seqlens.to(torch.int64), cosine, sine, n)
+        starts, s = batch.cu_seqlens.to(torch.int64), self.shape
+        sizes = [total, n, s.heads, s.kv, s.hd, s.window, starts.numel() - 1]
+        places = [t.data_ptr() for t in (starts, cosine, sine)]
+        return Packed(tokens, starts, cosine, sine, n, torch.tensor([*sizes, *places, double(s.eps)]))
 
     # ---- forward
 
@@ -199,27 +214,36 @@ class FastLlama:
 
     def _layer(self, w: Layer, x: Tensor, b: Packed, own: Room) -> tuple[Tensor, Kept]:
         """(the layer's output, all that its backward needs)."""
+        if w.one_call:
+            return self._layer_at_once(w, x, b, own)
         own.at = 0
-        o_in, d = w.o.product.wide_in, x.shape[1]
-        gu_out = w.gate_up.product.n + BLOCK  # without the spare columns rows would share few sets of the cache
-        room = Room(b.total, self.shape.v.stop + o_in + d + gu_out, self.dtype)
+        d, gu_out = x.shape[1], w.gate_up.product.n
+        low = narrow_rooms(w, b.total, self.dtype)
+        room = Room(b.total, self.shape.v.stop + w.o.product.k + d + gu_out, self.dtype)
         small = torch.empty(2 + self.shape.heads, b.total)
-        xn = self._rmsnorm(x, w.norm1.weight, own.take(w.qkv.product.wide_in), small[0])
+        xn = self._rmsnorm(x, w.norm1.weight, own.take(d), small[0])
         qkv = room.take(self.shape.v.stop)
-        w.qkv.product.forward(xn, qkv)
+        w.qkv.product.forward(xn, low[0], qkv)
         if w.qkv.bias is not None:
             qkv += w.qkv.bias
         self._rope(qkv, b, 1.0)
-        attended = room.take(o_in)
+        attended = room.take(w.o.product.k)
         graph = self._attention(qkv, attended, small[2:], b)
         mid = room.take(d)
-        w.o.product.forward(attended, mid, "add", x)
-        xn2 = self._rmsnorm(mid, w.norm2.weight, own.take(w.gate_up.product.wide_in), small[1])
-        gu, h = room.take(gu_out), own.take(w.down.product.wide_in)
-        w.gate_up.product.forward(xn2, gu, "swiglu", h)
+        w.o.product.forward(attended, low[1], mid, "add", x)
+        xn2 = self._rmsnorm(mid, w.norm2.weight, own.take(d), small[1])
+        gu, h = room.take(gu_out), own.take(w.down.product.k)
+        w.gate_up.product.forward(xn2, low[2], gu, "swiglu", h)
         out = torch.empty(b.total, d, dtype=self.dtype)
-        w.down.product.forward(h, out, "add", mid)
-        return out, Kept(x, small, qkv, attended, graph, mid, gu)
+        w.down.product.forward(h, low[3], out, "add", mid)
+        return out, Kept(x, small, None, low, qkv, attended, graph, mid, gu)
+
+    def _layer_at_once(self, w: Layer, x: Tensor, b: Packed, own: Room) -> tuple[Tensor, Kept]:
+        """_layer of tiles with nothing but low-rank updates."""
+        room = torch.empty(b.total * w.kept_columns, dtype=self.dtype)
+        small, out = torch.empty(2 + self.shape.heads, b.total), torch.empty_like(x)
+        self.kernels("layer_forward_tiles", b.record, w.record, x, out, room, small, own.flat)
+        return out, Kept(x, small, room)
 
     def _rmsnorm(self, x: Tensor, weight: Tensor, to: Tensor, rstd: Tensor) -> Tensor:
         sizes = (rstd, x.shape[0], x.shape[1])
@@ -234,13 +258,13 @@ class FastLlama:
         """Fill `out`, and lse [heads, T] on tiles; without tiles returns torch's graph (leaf, output)."""
         s = self.shape
         width = s.heads * s.hd
-        out[b.n :, :width] = 0
+        out[b.n :] = 0
         if not self.tiles:
             with torch.enable_grad():
                 leaf = qkv[: b.n].detach().clone().requires_grad_()
                 q, k, v = (leaf[:, c].view(1, b.n, -1, s.hd).transpose(1, 2) for c in (s.q, s.k, s.v))
                 o = segment_attention(q, k, v, b.starts.tolist(), window=s.window or None)[0].transpose(0, 1)
-            out[: b.n, :width] = o.detach().reshape(b.n, width)
+            out[: b.n] = o.detach().reshape(b.n, width)
             return leaf, o
         self.kernels("attention_tiles", *self._attention_sizes(qkv, out, lse, b))
         return None
@@ -256,24 +280,22 @@ class FastLlama:
         """Gradients of what __call__ passes to autograd, in its order. `kept` is emptied on the way."""
         lowest = len(self.layers) - len(kept)
         found: list[list[Tensor]] = []
-        d, widest = last.shape[1], max(layer.down.product.wide_out for layer in self.layers)
-        turns = [torch.empty(b.total, widest, dtype=self.dtype) for _ in range(2)]
+        turns = [torch.empty_like(last) for _ in range(2)]
         own = self._own_room(b)
-        scratch = Room(b.total, max(_scratch(layer, d) for layer in self.layers), self.dtype)
-        dx = turns[0][:, : self.layers[-1].down.product.wide_out]
+        scratch = Room(b.total, max(_scratch(layer) for layer in self.layers), self.dtype)
+        dx = turns[0]
         g_norm = self._rmsnorm_backward(grad, last, self.norm, rstd, None, dx)
         for i in range(len(self.layers) - 1, lowest - 1, -1):
             layer, k = self.layers[i], kept.pop()
-            if k.gu is None:
+            if k.small is None:
                 _, k = self._layer(layer, k.x, b, own)
             turns.reverse()
-            below = self.layers[i - 1].down.product.wide_out if i > lowest else d
-            to = turns[0][:, :below] if i > lowest or self.embedding.requires_grad or layer.norm1.trained else None
+            to = turns[0] if i > lowest or self.embedding.requires_grad or layer.norm1.trained else None
             scratch.at = own.at = 0
             found.append(self._layer_backward(layer, k, b, dx, to, own, scratch))
             if to is not None:
                 dx = to
-        g_embedding = [self._embedding_gradient(b, dx[: b.n, :d])] if self.embedding.requires_grad else []
+        g_embedding = [self._embedding_gradient(b, dx[: b.n])] if self.embedding.requires_grad else []
         return [*(g for grads in reversed(found) for g in grads), *g_norm, *g_embedding]
 
     def _embedding_gradient(self, b: Packed, dx_TD: Tensor) -> Tensor:
@@ -285,42 +307,42 @@ class FastLlama:
     def _layer_backward(
         self, w: Layer, k: Kept, b: Packed, dx: Tensor, to: Tensor | None, own: Room, scratch: Room
     ) -> list[Tensor]:
-        """dx: gradient of the layer's output, wide_out columns of `down`. to: where its input's goes, or None."""
+        """dx: gradient of the layer's output. to: where its input's goes, or None."""
+        if k.room is not None:
+            found = torch.empty(sum(w.gradient_sizes))
+            places = (k.x, k.room, k.small, dx, to, own.flat, scratch.flat, found)
+            self.kernels("layer_backward_tiles", b.record, w.record, *places)
+            return w.split_gradients(found)
         assert k.small is not None and k.mid is not None and k.attended is not None and k.gu is not None
         rstd1, rstd2, lse = k.small[0], k.small[1], k.small[2:]
-        dgu, h = scratch.take(w.gate_up.product.wide_out), own.take(w.down.product.wide_in)
-        w.down.product.backward(dx, dgu, "swiglu_backward", k.gu, h)
-        if w.down.low_rank:
-            w.down.product.forward(h, None)
-        g_down = w.down.gradients(h, dx)
+        low = narrow_rooms(w, b.total, self.dtype)
+        dgu, h = scratch.take(w.gate_up.product.n), own.take(w.down.product.k)
+        w.down.product.backward(dx, low[3], dgu, "swiglu_backward", k.gu, h)
+        g_down = w.down.gradients(h if w.down.trained else None, k.low[3], dx, low[3])
         dn = scratch.take(k.x.shape[1])
-        w.gate_up.product.backward(dgu, dn)
-        g_gate_up = w.gate_up.gradients(self._normed_again(k.mid, w.norm2, rstd2, w.gate_up, own), dgu)
-        dmid = scratch.take(w.o.product.wide_out)
+        w.gate_up.product.backward(dgu, low[2], dn)
+        xn2 = self._normed_again(k.mid, w.norm2, rstd2, w.gate_up, own)
+        g_gate_up = w.gate_up.gradients(xn2, k.low[2], dgu, low[2])
+        dmid = scratch.take(k.x.shape[1])
         g_norm2 = self._rmsnorm_backward(dn, k.mid, w.norm2, rstd2, dx, dmid)
         dout = scratch.take(w.o.product.k)
-        w.o.product.backward(dmid, dout)
-        g_o = w.o.gradients(k.attended, dmid)
-        dqkv = scratch.take(w.qkv.product.wide_out)
+        w.o.product.backward(dmid, low[1], dout)
+        g_o = w.o.gradients(k.attended, k.low[1], dmid, low[1])
+        dqkv = scratch.take(w.qkv.product.n)
         self._attention_backward(k, lse, dout, dqkv, b)
         self._rope(dqkv, b, -1.0)
         g_norm1: list[Tensor] = []
         if to is None:
-            w.qkv.product.backward(dqkv, None)
+            w.qkv.product.backward(dqkv, low[0], None)
         else:
-            w.qkv.product.backward(dqkv, dn)
+            w.qkv.product.backward(dqkv, low[0], dn)
             g_norm1 = self._rmsnorm_backward(dn, k.x, w.norm1, rstd1, dmid, to)
-        g_qkv = w.qkv.gradients(self._normed_again(k.x, w.norm1, rstd1, w.qkv, own), dqkv)
+        g_qkv = w.qkv.gradients(self._normed_again(k.x, w.norm1, rstd1, w.qkv, own), k.low[0], dqkv, low[0])
         return [*g_qkv, *g_o, *g_gate_up, *g_down, *g_norm1, *g_norm2]
 
     def _normed_again(self, x: Tensor, norm: Norm, rstd: Tensor, linear: Linear, own: Room) -> Tensor | None:
         """The input of `linear` as the forward had it, where a gradient needs it."""
-        if not linear.trained:
-            return None
-        xn = self._rmsnorm(x, norm.weight, own.take(linear.product.wide_in), rstd)
-        if linear.low_rank:
-            linear.product.forward(xn, None)
-        return xn
+        return self._rmsnorm(x, norm.weight, own.take(x.shape[1]), rstd) if linear.trained else None
 
     def _rmsnorm_backward(
         self, dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor | None, to: Tensor
@@ -334,26 +356,34 @@ class FastLlama:
 
     def _attention_backward(self, k: Kept, lse: Tensor, dout: Tensor, dqkv: Tensor, b: Packed) -> None:
         s = self.shape
-        dqkv[b.n :, : s.v.stop] = 0
+        dqkv[b.n :] = 0
         if not self.tiles:
             assert k.graph is not None
             leaf, out = k.graph
             (found,) = torch.autograd.grad(out, leaf, dout[: b.n].view(b.n, s.heads, s.hd))
-            dqkv[: b.n, : s.v.stop] = found
+            dqkv[: b.n] = found
             return
         sizes = self._attention_sizes(k.qkv, k.attended, lse, b)  # type: ignore[arg-type]
         to = (dqkv, dqkv[:, s.k], dqkv[:, s.v], dqkv.stride(0))
         self.kernels("attention_backward_tiles", *sizes, dout, dout.stride(0), *to)
 
 
+def narrow_rooms(w: Layer, rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Memory for the narrow results of a layer's products, [rows, r] each."""
+    ranks = [linear.product.r for linear in w.linears]
+    parts = torch.empty(rows * sum(ranks), dtype=dtype).split([rows * r for r in ranks])
+    return tuple(part.view(rows, r) for part, r in zip(parts, ranks, strict=True))
+
+
 def _inputs(w: Layer) -> int:
     """Columns of the inputs of one layer's products that its backward makes again."""
-    return w.qkv.product.wide_in + w.gate_up.product.wide_in + w.down.product.wide_in
+    return w.qkv.product.k + w.gate_up.product.k + w.down.product.k
 
 
-def _scratch(w: Layer, d: int) -> int:
+def _scratch(w: Layer) -> int:
     """Columns that one layer's backward takes of its scratch memory."""
-    return w.gate_up.product.wide_out + d + w.o.product.wide_out + w.o.product.k + w.qkv.product.wide_out
+    narrow = sum(linear.product.r for linear in w.linears)
+    return w.gate_up.product.n + 2 * w.gate_up.product.k + w.o.product.k + w.qkv.product.n + narrow
 
 
 class _Hidden(torch.autograd.Function):

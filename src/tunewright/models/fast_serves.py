@@ -26,6 +26,7 @@ def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
     names = {name.replace(".base_layer", "") for name, _ in decoder_of(model).named_parameters()}
     plain = ("o_proj", "gate_proj", "up_proj", "down_proj")
     found = {
+        "a soft prompt stands in front of the rows": getattr(model, "prompt_encoder", None) is not None,
         f"models of type '{config.model_type}' have no fast path": config.model_type not in WINDOWS,
         "its MLP is not a SwiGLU": getattr(config, "hidden_act", "silu") != "silu",
         "its linear layers have biases": any(f"{p}.bias" in name for name in names for p in plain),

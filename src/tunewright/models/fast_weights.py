@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tunewright.ops.kernels import Kernels
-from tunewright.ops.lora import LowRank, Product, interleave
+from tunewright.ops.lora import Inner, LowRank, Product, TileProduct, interleave
 
 
 class Room:
@@ -38,19 +39,20 @@ class Linear:
         kernels: Kernels,
         dtype: torch.dtype,
         layers: Sequence[nn.Module],
-        mix: bool = False,
+        inner: Inner = "",
     ) -> None:
-        self.layers, self.mix, self.dtype = layers, mix, dtype
+        """inner: see ops.lora.Product; what goes `out` to the inner side of the MLP has gate and up in turns."""
+        self.layers, self.dtype = layers, dtype
         self.plain: list[Any] = [x.get_base_layer() if isinstance(x, LoraLayer) else x for x in layers]
         sizes = [layer.weight.shape[0] for layer in self.plain]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         rows: list[Tensor | slice] = [slice(a, a + n) for a, n in zip(starts, sizes, strict=True)]
-        if mix:
+        if inner == "out":
             order = interleave(*(torch.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)))
             rows = [torch.nonzero((order >= s) & (order < s + n))[:, 0] for s, n in zip(starts, sizes, strict=True)]
         self.rows = rows
         ranks = [layer.r[layer.active_adapters[0]] if isinstance(layer, LoraLayer) else 0 for layer in layers]  # type: ignore[operator]
-        self.product = kind(kernels, [w.to(dtype) for w in self._weights()], ranks, rows)
+        self.product = kind(kernels, [w.to(dtype) for w in self._weights()], ranks, rows, inner)
         self.whole = [p for layer in self.plain for p in (layer.weight, layer.bias) if _is_trained(p)]
         self.low = [_low_rank(layer) for layer in layers]
         self.low_rank = any(self.low)
@@ -97,11 +99,11 @@ class Linear:
         """What is trained, in the order of gradients()."""
         return [p for u in self.product.updates if u is not None for p in (u.a, u.b)] + self.whole  # type: ignore[misc]
 
-    def gradients(self, x: Tensor | None, dy: Tensor) -> list[Tensor]:
+    def gradients(self, x: Tensor | None, u: Tensor, dy: Tensor, du: Tensor) -> list[Tensor]:
         """Of parameters(), float32. x: may be None where nothing is trained."""
         if x is None:
             return []
-        low = self.product.gradients(x, dy) if self.low_rank else []
+        low = self.product.gradients(x, u, dy, du) if self.low_rank else []
         found = [g for pair in low if pair is not None for g in pair]
         if not self.whole:
             return found
@@ -110,7 +112,7 @@ class Linear:
             if _is_trained(layer.weight):
                 found.append(weights[rows])
             if _is_trained(layer.bias):
-                found.append(dy[:, : self.product.n][:, rows].float().sum(0))
+                found.append(dy[:, rows].float().sum(0))
         return found
 
 
@@ -144,10 +146,12 @@ class Layer:
         attention, mlp = layer.self_attn, layer.mlp
         self.qkv = Linear(kind, kernels, dtype, [attention.q_proj, attention.k_proj, attention.v_proj])
         self.o = Linear(kind, kernels, dtype, [attention.o_proj])
-        self.gate_up = Linear(kind, kernels, dtype, [mlp.gate_proj, mlp.up_proj], mix=True)
-        self.down = Linear(kind, kernels, dtype, [mlp.down_proj])
+        self.gate_up = Linear(kind, kernels, dtype, [mlp.gate_proj, mlp.up_proj], "out")
+        self.down = Linear(kind, kernels, dtype, [mlp.down_proj], "in")
         self.norm1 = Norm(layer.input_layernorm)
         self.norm2 = Norm(layer.post_attention_layernorm)
+        whole = any(linear.whole for linear in self.linears) or any(norm.trained for norm in self.norms)
+        self.one_call = kind is TileProduct and not whole
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -164,6 +168,36 @@ class Layer:
     def parameters(self) -> list[nn.Parameter]:
         """What is trained, in the order of the gradients."""
         return [p for linear in self.linears for p in linear.parameters()] + norm_parameters(self.norms)
+
+    # ---- where a layer is one call of the kernels (layer.h)
+
+    def update_record(self) -> None:
+        """Its weights as a struct of C (layer.h, LayerWeights)."""
+        if not self.one_call:
+            return
+        products: list[Any] = [linear.product for linear in self.linears]
+        places = [t for p in products for t in (p.record, p.addresses)] + [norm.weight for norm in self.norms]
+        bias = self.qkv.bias
+        self.record = torch.tensor([*(t.data_ptr() for t in places), 0 if bias is None else bias.data_ptr()])
+
+    @property
+    def kept_columns(self) -> int:
+        """Columns of all that the backward needs of the forward, but x."""
+        wide = self.qkv.product.n + self.o.product.k + self.o.product.n + self.gate_up.product.n
+        return wide + sum(linear.product.r for linear in self.linears)
+
+    @property
+    def gradient_sizes(self) -> list[int]:
+        return [n for linear in self.linears for n in linear.product.gradient_sizes]  # type: ignore[attr-defined]
+
+    def split_gradients(self, found: Tensor) -> list[Tensor]:
+        """Of parameters(), from what the kernels wrote."""
+        parts, grads = iter(found.split(self.gradient_sizes)), []
+        for linear in self.linears:
+            own = list(islice(parts, 1 + len(linear.layers)))
+            pairs = linear.product.split_gradients(own)  # type: ignore[attr-defined]
+            grads += [g for pair in pairs if pair is not None for g in pair]
+        return grads
 
 
 def norm_parameters(norms: Sequence[Norm]) -> list[nn.Parameter]:

@@ -18,6 +18,7 @@ from tunewright.ops import attention
 from tunewright.ops.noise import set_keys, source_keys
 from tunewright.ops.padding import buckets, pad, real, unpad
 from tunewright.ops.types import Batch
+from tunewright.ops.virtual import Virtual, insert_rows
 
 PACKED, PADDED = "packed", "padded"
 
@@ -48,25 +49,51 @@ def use_attention(model: nn.Module, name: str) -> None:
             module.config._attn_implementation = name
 
 
+def virtual_of(model: nn.Module) -> Virtual | None:
+    """What a soft prompt puts in front of each segment, from peft's encoder of it; None where there is none, or off."""
+    peft_model: Any = model
+    if getattr(model, "prompt_encoder", None) is None or peft_model._adapters_disabled:
+        return None
+    n, made = peft_model.active_peft_config.num_virtual_tokens, peft_model.get_prompt(batch_size=1)
+    if isinstance(made, Tensor):  # [1, N, D], else a cache
+        return Virtual(n, rows_ND=made[0])
+    return Virtual(n, layers=tuple((layer.keys, layer.values) for layer in made.layers))
+
+
 def packed(model: nn.Module, batch: Batch, inputs: dict[str, Tensor]) -> Tensor:
-    """[T, D]. inputs: {"input_ids": [T]} or {"inputs_embeds": [T, D]}."""
+    """[T, D]. inputs: {"input_ids": [T]} or {"inputs_embeds": [T, D]}. A soft prompt goes before each segment."""
+    virtual = virtual_of(model)
+    if virtual is None or virtual.rows_ND is None:
+        return _run_packed(model, batch, inputs, virtual)
+    embeddings: Any = causal_lm(model).get_input_embeddings()  # type: ignore[operator]
+    embedded_TD = inputs["inputs_embeds"] if "inputs_embeds" in inputs else embeddings(inputs["input_ids"])
+    grown, embedded_RD, at_T = insert_rows(batch, virtual.rows_ND, embedded_TD)
+    return _run_packed(model, grown, {"inputs_embeds": embedded_RD}, None)[at_T]
+
+
+def _run_packed(model: nn.Module, batch: Batch, inputs: dict[str, Tensor], virtual: Virtual | None) -> Tensor:
+    """[T, D]. virtual: keys and values that every segment sees before its own, or None."""
     given: dict[str, Any] = {name: values[None] for name, values in inputs.items()}
+    position_T = batch.position_T
     if batch.types_T is not None:
         given["token_type_ids"] = batch.types_T[None]
     prefixes = attention.prefixes_of(batch)
     if prefixes is not None:
         given["prefixes"] = prefixes
+    if virtual is not None:
+        given["virtual"] = virtual.layers
+        position_T = position_T + virtual.n
     set_keys(model, None if batch.noise_T is None else batch.noise_T[None])
     out = decoder_of(model)(
-        **given, position_ids=batch.position_T[None], cu_seqlens=batch.cu_seqlens.tolist(), use_cache=False
+        **given, position_ids=position_T[None], cu_seqlens=batch.cu_seqlens.tolist(), use_cache=False
     )
     return out.last_hidden_state[0]
 
 
 def padded(model: nn.Module, batch: Batch, inputs: dict[str, Tensor]) -> Tensor:
-    """[T, D]. inputs: as in `packed`. Raises ValueError for segments that continue others."""
-    if attention.prefixes_of(batch) is not None:
-        raise ValueError("a model that runs padded cannot share prefixes")
+    """[T, D]. inputs: as in `packed`. Raises ValueError for segments that continue others, and for a soft prompt."""
+    if attention.prefixes_of(batch) is not None or virtual_of(model) is not None:
+        raise ValueError("a model that runs padded cannot share prefixes, nor have a soft prompt")
     hidden, order = [], []
     for rows, at_N, lengths in segments_of(batch):
         given = {name: pad(values[at_N], lengths) for name, values in inputs.items()}

@@ -25,9 +25,11 @@ from tunewright.models import gguf
 from tunewright.models.catalogue import ModelInfo, check_config, resolve
 from tunewright.models.heads import Head, auto_class, head_names
 from tunewright.models.probe import settle_layout
+from tunewright.models.stored import stored_weights
 from tunewright.ops.runtime import derive_seed, quiet
 
 Progress = Callable[[str, int, int], None]
+COUNT_FROM_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
 HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*"]
 
@@ -74,6 +76,14 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def context_length(folder: Path) -> int:
+    """Tokens that the model can attend to, from its config."""
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    positions = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+    # RoBERTa and its kin count positions from after the padding token's
+    return positions - config.pad_token_id - 1 if config.model_type in COUNT_FROM_PADDING else positions
+
+
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, head: Head | None = None) -> nn.Module:
     """The model in a folder, in `dtype`, in eval mode, without cache and without the architecture's dropout.
 
@@ -94,6 +104,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, head: Head | No
             param="model",
         )
     model.config.use_cache = False
+    model.name_or_path = model.config.name_or_path = str(folder)
     model.eval()
     settle_layout(model, scores=head is not None)
     return model
@@ -124,15 +135,17 @@ def _open(folder: Path, dtype: torch.dtype, head: Head | None, opener: Any = Non
                 folder, local_files_only=True, trust_remote_code=False, **({} if head is None else head.config)
             )
             _without_dropout(config)
+            with torch.device("meta"):
+                kind = type((opener or auto_class(head, config)).from_config(config))
             torch.manual_seed(derive_seed("head", head.seed if head else 0))
-            return (opener or auto_class(head, config)).from_pretrained(
-                folder,
+            return kind.from_pretrained(
+                None,
                 config=config,
+                state_dict=stored_weights(folder),
                 dtype=dtype,
                 attn_implementation="eager",
                 local_files_only=True,
                 trust_remote_code=False,
-                use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=head is not None,
             )

@@ -26,6 +26,14 @@ class Fast(Protocol):
     def __call__(self, batch: Batch) -> Tensor: ...
 
 
+class Teacher(Protocol):
+    """What a divergence is measured against: another Policy, or something that computes the same two."""
+
+    model: nn.Module
+
+    def hidden(self, batch: Batch) -> Tensor: ...
+
+
 class Policy:
     """model: a transformers model from load_model(), or a PeftModel around one.
 
@@ -102,7 +110,7 @@ class Policy:
             stats = logprob.token_stats(h_ND, head_of(self.model), batch.targets_T[rows], want, tiles=tiles)
         return {name: _spread(values, rows, batch.n_tokens) for name, values in stats.items()}
 
-    def divergence(self, batch: Batch, teacher: Policy, kind: str) -> Tensor:
+    def divergence(self, batch: Batch, teacher: Teacher, kind: str) -> Tensor:
         """[T] float32, 0 where weights_T is 0. kind: forward_kl, reverse_kl or jsd. No gradient to the teacher."""
         rows = batch.weights_T.nonzero()[:, 0]
         with torch.no_grad():
@@ -111,6 +119,18 @@ class Policy:
         with self._cast():
             values = logprob.divergence(h_ND, head_of(self.model), teacher_h_ND, head_of(teacher.model), kind)
         return _spread(values, rows, batch.n_tokens)
+
+    @torch.no_grad()
+    def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """[T] int64: where weights_T is not 0 a next token drawn from the model's own distribution, else the target."""
+        rows = batch.weights_T.nonzero()[:, 0]
+        h_ND, head = self.hidden(batch)[rows], head_of(self.model)
+        with self._cast():
+            drawn = [
+                torch.multinomial(head.logits(h).softmax(-1), 1, generator=generator)[:, 0]
+                for h in h_ND.split(logprob.CHUNK)
+            ]
+        return batch.targets_T.index_copy(0, rows, torch.cat(drawn)) if drawn else batch.targets_T
 
     def _cast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from tunewright.core.errors import UserError
 from tunewright.ops.padding import buckets, places, real
 from tunewright.ops.types import Batch
+from tunewright.ops.virtual import KeysValues
 
 NAME = "tunewright"
 # On a CPU the backward in bfloat16 is 5 times (50 tokens) to 2 times (150) slower than in float32; equal at about 300.
@@ -37,17 +38,19 @@ def segment_attention(
     window: int | None = None,
     causal: bool = True,
     prefixes: Sequence[tuple[int, int]] | None = None,
+    before: KeysValues | None = None,
 ) -> Tensor:
     """Attention within each segment. B is 1; K/V may have fewer heads (grouped queries).
 
     cu_seqlens: S+1 cumulative lengths from 0 to T. scale: factor on the scores, default K ** -0.5.
     window: a token sees itself and the window - 1 tokens before it; None is all of them.
     causal: whether a token sees only itself and what is before it; else its whole segment.
-    prefixes: from `prefixes_of`; what a segment sees before its own tokens. Returns [1, H, T, K].
+    prefixes: from `prefixes_of`; what a segment sees before its own tokens.
+    before: keys and values [1, Hkv, N, K] that every segment sees before all of that. Returns [1, H, T, K].
     """
     lengths = [b - a for a, b in pairwise(cu_seqlens)]
     if prefixes is None and window is None and q_BHTK.device.type == "cpu" and max(lengths) <= TOGETHER < sum(lengths):
-        return _together(q_BHTK, k_BHTK, v_BHTK, tuple(lengths), scale, causal)
+        return _together(q_BHTK, k_BHTK, v_BHTK, tuple(lengths), scale, causal, before)
     # split, not slices: the gradient of a slice is a zero-padded tensor of the whole row
     parts = list(zip(*(x.split(lengths, dim=2) for x in (q_BHTK, k_BHTK, v_BHTK)), strict=True))
     outs = []
@@ -56,12 +59,20 @@ def segment_attention(
         if n:
             _, parent_k, parent_v = parts[parent]
             k, v = torch.cat([parent_k[:, :, :n], k], dim=2), torch.cat([parent_v[:, :, :n], v], dim=2)
+        if before is not None:
+            k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
         outs.append(_one_segment(q, k, v, scale, window, causal))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
 def _together(
-    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, lengths: tuple[int, ...], scale: float | None, causal: bool
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTK: Tensor,
+    lengths: tuple[int, ...],
+    scale: float | None,
+    causal: bool,
+    before: KeysValues | None,
 ) -> Tensor:
     """The same for many short segments: matrix products over all of them, padded to similar lengths. [1, H, T, K]."""
     dtype, groups = q_BHTK.dtype, q_BHTK.shape[1] // k_BHTK.shape[1]
@@ -76,6 +87,12 @@ def _together(
             .transpose(1, 2)
             for x in (q, k, v)
         )
+        if before is not None:
+            k_SHLK, v_SHLK = (
+                torch.cat([own.float().expand(rows, -1, -1, -1), x], dim=2)
+                for own, x in zip(before, (k_SHLK, v_SHLK), strict=True)
+            )
+            blocked = F.pad(blocked, (before[0].shape[2], 0))
         if groups > 1:
             k_SHLK, v_SHLK = k_SHLK.repeat_interleave(groups, 1), v_SHLK.repeat_interleave(groups, 1)
         scores = (q_SHLK * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k_SHLK.transpose(-1, -2)
@@ -149,6 +166,7 @@ def _forward(
     *,
     cu_seqlens: Sequence[int] | None = None,
     prefixes: Sequence[tuple[int, int]] | None = None,
+    virtual: Sequence[KeysValues] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -160,11 +178,17 @@ def _forward(
 ) -> tuple[Tensor, None]:
     """What transformers calls. query: [1, H, T, K]; key, value: [1, Hkv, T, K]. Returns ([1, T, H, K], None).
 
-    cu_seqlens: None is one segment. Raises UserError for what this attention does not compute.
+    cu_seqlens: None is one segment; then there may be more keys than queries, what a cache holds in front of them.
+    virtual: for each layer the keys and values that every segment sees before its own. Raises UserError for what this
+    attention does not compute.
     """
     n = query.shape[2]
     segments = [0, n] if cu_seqlens is None else cu_seqlens
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    before = _before(module, key, value, virtual)
+    if cu_seqlens is None and key.shape[2] > n:
+        cached = key.shape[2] - n
+        before, key, value = (key[:, :, :cached], value[:, :, :cached]), key[:, :, cached:], value[:, :, cached:]
     problems = {
         "more than one row in a batch": query.shape[0] != 1,
         "keys of another length than the queries": key.shape[2] != n,
@@ -184,9 +208,25 @@ def _forward(
             param="model",
         )
     out = segment_attention(
-        query, key, value, segments, scale=scaling, window=sliding_window, causal=causal, prefixes=prefixes
+        query,
+        key,
+        value,
+        segments,
+        scale=scaling,
+        window=sliding_window,
+        causal=causal,
+        prefixes=prefixes,
+        before=before,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _before(module: nn.Module, key: Tensor, value: Tensor, virtual: Sequence[KeysValues] | None) -> KeysValues | None:
+    """The layer's own of `virtual`, in the dtypes of its keys and values."""
+    if virtual is None:
+        return None
+    keys, values = virtual[int(module.layer_idx)]  # pyright: ignore[reportArgumentType]
+    return keys.to(key.dtype), values.to(value.dtype)
 
 
 def register() -> str:

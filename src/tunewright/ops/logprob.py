@@ -204,7 +204,7 @@ def divergence(
     def part(h: Tensor, teacher_h: Tensor) -> tuple[Tensor]:
         with torch.no_grad():
             teacher = F.log_softmax(teacher_head.logits(teacher_h), dim=-1)
-        return (_divergence(F.log_softmax(head.logits(h), dim=-1), teacher, kind),)
+        return (divergence_of(F.log_softmax(head.logits(h), dim=-1), teacher, kind),)
 
     return _in_chunks(part, (h_ND, teacher_h_ND.detach()), 1, chunk)[0]
 
@@ -235,7 +235,9 @@ def _chunk_stats(z_NV: Tensor, targets_N: Tensor, names: list[str]) -> tuple[Ten
     return tuple(formulas[name]() for name in names)
 
 
-def _divergence(student_NV: Tensor, teacher_NV: Tensor, kind: str) -> Tensor:
+def divergence_of(student_NV: Tensor, teacher_NV: Tensor, kind: str) -> Tensor:
+    """[N] in nats, from log-probabilities. kind: as in `divergence`."""
+
     def kl(a_NV: Tensor, b_NV: Tensor) -> Tensor:
         return (a_NV.exp() * (a_NV - b_NV)).sum(-1)
 

@@ -1,9 +1,9 @@
 """Products of frozen linear layers with their low-rank updates: y = x W^T + (x A^T) (s B)^T, forward and backward.
 
-Layers that read the same input (q, k, v; gate and up) are one product. The narrow result u = x A^T is written into the
-columns after x, so that [x, u] [W, s B]^T is one wide product; backward likewise, with du = dy (s B) after dy and
-[dy, du] [[W], [A]]. Rank 0 is a plain frozen layer. Two forms with the same numbers: TileProduct runs the AMX kernels
-on packed bfloat16 weights, TorchProduct runs torch in any dtype. LoRA: Hu et al., arXiv 2106.09685.
+Layers that read the same input (q, k, v; gate and up) are one product. With the narrow result u = x A^T,
+[x, u] [W, s B]^T is one wide product; backward likewise, with du = dy (s B) and [dy, du] [[W], [A]]. So an update is
+added before anything is rounded. Rank 0 is a plain frozen layer. Two forms with the same numbers: TileProduct runs the
+AMX kernels on bfloat16 weights, TorchProduct runs torch in any dtype. LoRA: Hu et al., arXiv 2106.09685.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tunewright.ops.kernels import Kernels, addresses
 
 BLOCK = 32
 Epilogue = Literal["store", "add", "swiglu", "swiglu_backward"]
+Inner = Literal["", "in", "out"]
 _EPILOGUES: dict[Epilogue, int] = {"store": 0, "add": 1, "swiglu": 2, "swiglu_backward": 3}
 
 
@@ -48,30 +49,27 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
 class Product:
     """What both forms share: sizes, buffers, and where each layer's rows and ranks lie.
 
-    weights: [n_i, k] of the layers that read the same input. ranks: r_i, 0 for a layer without an update. rows: for
-    each layer the rows of the product's output that are its own.
+    weights: [n_i, k] of the layers that read the same input. ranks: r_i, 0 for a layer without an update; all of them
+    and what pads them to whole blocks are r. rows: for each layer the rows of the product's output that are its own.
+    inner: whether `in` or `out`, what it reads or writes, is the inner side of a SwiGLU MLP, which the AMX kernels keep
+    in blocks of 32 x 32 instead of rows.
     """
 
     def __init__(
-        self, kernels: Kernels, weights: Sequence[Tensor], ranks: Sequence[int], rows: Sequence[Tensor | slice]
+        self,
+        kernels: Kernels,
+        weights: Sequence[Tensor],
+        ranks: Sequence[int],
+        rows: Sequence[Tensor | slice],
+        inner: Inner = "",
     ) -> None:
-        self.kernels = kernels
+        self.kernels, self.inner = kernels, inner
         self.n, self.k = sum(w.shape[0] for w in weights), weights[0].shape[1]
         self.dtype = weights[0].dtype
         self.rows = list(rows)
         ends = list(accumulate(ranks, initial=0))
         self.ranks = [slice(a, b) for a, b in pairwise(ends)]
         self.r = padded(ends[-1])
-
-    @property
-    def wide_in(self) -> int:
-        """Columns of the buffer for x: k, and r that forward() fills."""
-        return self.k + self.r
-
-    @property
-    def wide_out(self) -> int:
-        """Columns of the buffer for dy: n, and r that backward() fills."""
-        return self.n + self.r
 
     def set_updates(self, updates: Sequence[LowRank | None]) -> None:
         """Which matrices are the updates from now on; refresh() takes over their values. None: that layer has none."""
@@ -80,17 +78,14 @@ class Product:
     def refresh(self) -> None:
         """Take over the present values of the updates, where a copy of them is kept."""
 
-    def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        """x [tokens, wide_in] -> y [tokens, n]. add: plus extra[0]. swiglu: y is gate and up, extra[0] gets h.
-
-        y None: only u is computed.
-        """
+    def forward(self, x: Tensor, u: Tensor, y: Tensor, epilogue: Epilogue = "store", *extra: Tensor) -> None:
+        """x [tokens, k] -> y [tokens, n]; fills u [tokens, r]. add: plus extra[0]. swiglu: y is gate and up, extra[0]
+        gets h."""
         raise NotImplementedError
 
-    def backward(self, dy: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        """dy [tokens, wide_out] -> dx [tokens, k]. swiglu_backward: extra is gu and where h goes, dx becomes dgu.
-
-        dx None: only du is computed.
+    def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
+        """dy [tokens, n] -> dx [tokens, k]; fills du [tokens, r]. swiglu_backward: extra is gu and where h goes, dx
+        becomes dgu. dx None: only du is computed.
         """
         raise NotImplementedError
 
@@ -99,15 +94,11 @@ class Product:
         raise NotImplementedError
 
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        """[n, k] float32, from the buffers that forward() and backward() filled."""
-        return self._outer(dy[:, : self.n], x[:, : self.k])
-
-    def gradients(self, x: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-        """(dA, dB) of each layer that has an update, float32, from the buffers that forward() and backward() filled."""
+        """[n, k] float32, from what forward() and backward() read."""
         raise NotImplementedError
 
-    def _outer(self, p_TR: Tensor, q_TN: Tensor) -> Tensor:
-        """p^T q, [r, n] float32."""
+    def gradients(self, x: Tensor, u: Tensor, dy: Tensor, du: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        """(dA, dB) of each layer that has an update, float32, from what forward() and backward() read and filled."""
         raise NotImplementedError
 
 
@@ -115,15 +106,20 @@ class TileProduct(Product):
     """On bfloat16 weights where they lie. n, k and the numbers of tokens must be multiples of 32."""
 
     def __init__(
-        self, kernels: Kernels, weights: Sequence[Tensor], ranks: Sequence[int], rows: Sequence[Tensor | slice]
+        self,
+        kernels: Kernels,
+        weights: Sequence[Tensor],
+        ranks: Sequence[int],
+        rows: Sequence[Tensor | slice],
+        inner: Inner = "",
     ) -> None:
-        super().__init__(kernels, weights, ranks, rows)
+        super().__init__(kernels, weights, ranks, rows, inner)
         self._weights = [w.contiguous() for w in weights]
         self._places = [_place(rows) for rows in self.rows]
-        self._addresses = torch.zeros(self.n // 16, dtype=torch.int64)
+        self.addresses = torch.zeros(self.n // 16, dtype=torch.int64)
         for weight, (first, spread) in zip(self._weights, self._places, strict=True):
             groups = weight.shape[0] // 16
-            self._addresses[first // 16 + spread // 16 * torch.arange(groups)] = addresses(weight)
+            self.addresses[first // 16 + spread // 16 * torch.arange(groups)] = addresses(weight)
         self.set_updates([None] * len(ranks))
 
     def set_updates(self, updates: Sequence[LowRank | None]) -> None:
@@ -139,46 +135,59 @@ class TileProduct(Product):
             self._sizes.append(n * r)
             at += n * r
         self._table = torch.tensor(table)
-        self.record = torch.tensor([self._table.data_ptr(), len(table), self.k, self.n, self.r])
+        sizes = (len(table), self.k, self.n, self.r, int(self.inner == "in"), int(self.inner == "out"))
+        self.record = torch.tensor([self._table.data_ptr(), *sizes])
 
     def set_weights(self, weights: Sequence[Tensor]) -> None:
         for own, weight in zip(self._weights, weights, strict=True):
             if own.data_ptr() != weight.data_ptr():
                 own.copy_(weight)
 
-    def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
+    def forward(self, x: Tensor, u: Tensor, y: Tensor, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         other, h = (extra[0], None) if epilogue == "add" else (None, extra[0] if extra else None)
-        self._run(x, 0, y, epilogue, other, h)
+        self._run(x, u, 0, y, epilogue, other, h)
 
-    def backward(self, dy: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
+    def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         other, h = extra if extra else (None, None)
-        self._run(dy, 1, dx, epilogue, other, h)
+        self._run(dy, du, 1, dx, epilogue, other, h)
 
     def _run(
-        self, x: Tensor, turned: int, y: Tensor | None, epilogue: Epilogue, other: Tensor | None, h: Tensor | None
+        self,
+        x: Tensor,
+        u: Tensor,
+        turned: int,
+        y: Tensor | None,
+        epilogue: Epilogue,
+        other: Tensor | None,
+        h: Tensor | None,
     ) -> None:
-        def ld(t: Tensor | None) -> int:
-            return 0 if t is None else t.stride(0)
+        given = (self.record, self.addresses, x, u, x.shape[0], turned)
+        self.kernels("linear_tiles", *given, y, _EPILOGUES[epilogue], other, h)
 
-        given = (x, ld(x), x.shape[0], self.record, turned, self._addresses, self.k, int(y is None))
-        self.kernels("linear_tiles", *given, y, ld(y), _EPILOGUES[epilogue], other, ld(other), h, ld(h))
+    @property
+    def gradient_sizes(self) -> list[int]:
+        """Numbers of the gradient of all A [r, k], and of each layer's B."""
+        return [self.r * self.k, *self._sizes]
 
-    def gradients(self, x: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-        da_RK = torch.empty(self.r, self.k)
-        db = torch.empty(sum(self._sizes))
-        self.kernels("update_gradients_tiles", self.record, x, x.stride(0), dy, dy.stride(0), x.shape[0], da_RK, db)
+    def gradients(self, x: Tensor, u: Tensor, dy: Tensor, du: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        found = torch.empty(sum(self.gradient_sizes))
+        self.kernels("update_gradients_tiles", self.record, x, u, dy, du, x.shape[0], found)
+        return self.split_gradients(found.split(self.gradient_sizes))
+
+    def split_gradients(self, parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor] | None]:
+        """gradients() of what the kernels wrote, in pieces of gradient_sizes."""
+        da_RK = parts[0].view(self.r, self.k)
         return [
-            None if update is None else (da_RK[ranks], own.view_as(update.b))
-            for update, ranks, own in zip(self.updates, self.ranks, db.split(self._sizes), strict=True)
+            None if update is None else (da_RK[ranks], db.view_as(update.b))
+            for update, ranks, db in zip(self.updates, self.ranks, parts[1:], strict=True)
         ]
 
-    def _outer(self, p_TR: Tensor, q_TN: Tensor) -> Tensor:
-        tokens, r, n = p_TR.shape[0], p_TR.shape[1], q_TN.shape[1]
-        g_RN = torch.empty(r, n)
-        room = torch.empty(tokens * (r + n), dtype=self.dtype)
-        p, q = (p_TR, p_TR.stride(0)), (q_TN, q_TN.stride(0))
-        self.kernels("outer_tiles", *p, *q, g_RN, tokens, r, n, room, room[tokens * r :])
-        return g_RN
+    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        tokens = x.shape[0]
+        g_NK = torch.empty(self.n, self.k)
+        room = torch.empty(tokens * (self.n + self.k), dtype=self.dtype)
+        self.kernels("weight_gradient_tiles", self.record, x, dy, tokens, g_NK, room, room[tokens * self.n :])
+        return g_NK
 
 
 def _place(rows: Tensor | slice) -> tuple[int, int]:
@@ -192,9 +201,14 @@ class TorchProduct(Product):
     """In torch, any dtype and any processor; the weights are kept as [W, s B] and A."""
 
     def __init__(
-        self, kernels: Kernels, weights: Sequence[Tensor], ranks: Sequence[int], rows: Sequence[Tensor | slice]
+        self,
+        kernels: Kernels,
+        weights: Sequence[Tensor],
+        ranks: Sequence[int],
+        rows: Sequence[Tensor | slice],
+        inner: Inner = "",
     ) -> None:
-        super().__init__(kernels, weights, ranks, rows)
+        super().__init__(kernels, weights, ranks, rows, inner)
         self._wide_NK = weights[0].new_zeros(self.n, self.k + self.r)
         self._a_RK = weights[0].new_zeros(self.r, self.k)
         self.set_weights(weights)
@@ -211,34 +225,32 @@ class TorchProduct(Product):
                 a_RK[ranks] = update.a.detach().to(self.dtype)
                 b_NR[rows, ranks] = (update.scale * update.b.detach()).to(self.dtype)
 
-    def forward(self, x: Tensor, y: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        x[:, self.k :] = x[:, : self.k] @ self._a_RK.T
-        if y is None:
-            return
-        torch.mm(x, self._wide_NK.T, out=y[:, : self.n])
+    def forward(self, x: Tensor, u: Tensor, y: Tensor, epilogue: Epilogue = "store", *extra: Tensor) -> None:
+        torch.mm(x, self._a_RK.T, out=u)
+        torch.mm(torch.cat([x, u], 1) if self.r else x, self._wide_NK.T, out=y)
         if epilogue == "add":
-            y[:, : self.n] += extra[0]
+            y += extra[0]
         elif epilogue == "swiglu":
             h = extra[0]
             self.kernels.rows("swiglu", self.dtype, y, y.stride(0), h, h.stride(0), y.shape[0], self.n // 2)
 
-    def backward(self, dy: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        dy[:, self.n :] = dy[:, : self.n] @ self._wide_NK[:, self.k :]
+    def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
+        torch.mm(dy, self._wide_NK[:, self.k :], out=du)
         if dx is None:
             return
         to = dx if epilogue == "store" else torch.empty(dx.shape[0], self.k, dtype=self.dtype)
-        to[:, : self.k] = dy[:, : self.n] @ self._wide_NK[:, : self.k] + dy[:, self.n :] @ self._a_RK
+        torch.mm(dy, self._wide_NK[:, : self.k], out=to)
+        to += du @ self._a_RK
         if epilogue == "swiglu_backward":
             gu, h = extra
             sizes = (gu, gu.stride(0), dx, dx.stride(0), h, h.stride(0), dy.shape[0], self.k)
             self.kernels.rows("swiglu_backward", self.dtype, to, to.stride(0), *sizes)
 
-    def _outer(self, p_TR: Tensor, q_TN: Tensor) -> Tensor:
-        return (p_TR.T @ q_TN).float()
+    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        return (dy.T @ x).float()
 
-    def gradients(self, x: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-        db_RN = self._outer(x[:, self.k :], dy[:, : self.n])
-        da_RK = self._outer(dy[:, self.n :], x[:, : self.k])
+    def gradients(self, x: Tensor, u: Tensor, dy: Tensor, du: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        db_RN, da_RK = (u.T @ dy).float(), (du.T @ x).float()
         return [
             None if update is None else (da_RK[ranks], (update.scale * db_RN[ranks][:, rows].T).contiguous())
             for update, rows, ranks in zip(self.updates, self.rows, self.ranks, strict=True)

@@ -38,16 +38,16 @@ def _target_weights(example: Example) -> tuple[float, ...]:
     return (*example.weights[1:], 0.0)
 
 
-def pack(groups: Sequence[Group], micro_batch_tokens: int) -> list[Batch]:
+def pack(groups: Sequence[Group], micro_batch_tokens: int, virtual: int = 0) -> list[Batch]:
     """The groups of one step as micro-batches of at most micro_batch_tokens tokens each.
 
+    virtual: tokens that will be put in front of each example; they count.
     Best fit of the groups from the largest down (11/9 of the least number of micro-batches at worst; Johnson 1974); the
     same groups always give the same batches. A group is never split: one larger than the budget gets its own batch.
     """
     bins: list[list[Group]] = []
     room: list[int] = []
-    for group in sorted(groups, key=lambda g: -g.n_tokens):
-        n = group.n_tokens
+    for n, group in sorted(((g.n_tokens + virtual * len(g.examples), g) for g in groups), key=lambda pair: -pair[0]):
         fits = min((i for i, free in enumerate(room) if n <= free), key=room.__getitem__, default=None)
         if fits is None:
             bins.append([group])

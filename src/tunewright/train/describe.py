@@ -15,9 +15,10 @@ from typing import Any
 from tunewright.core.registry import Table
 from tunewright.objectives import OBJECTIVES
 from tunewright.train.optim import OPTIMIZERS, SCHEDULES
+from tunewright.train.retain import RETAIN
 from tunewright.tuners import TUNERS
 
-TABLES: tuple[Table, ...] = (TUNERS, OBJECTIVES, OPTIMIZERS, SCHEDULES)
+TABLES: tuple[Table, ...] = (TUNERS, OBJECTIVES, OPTIMIZERS, SCHEDULES, RETAIN)
 
 
 def describe_part(part: Any) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from tunewright.data.rendered import TOKENS, sizes
 from tunewright.models import memory
 from tunewright.models.memory import CHECKPOINTING, Setting
 from tunewright.train import meter
-from tunewright.train.loop import Parts, accumulate
-from tunewright.train.plan import Plan, order
+from tunewright.train.loop import Parts, Terms, run_terms
+from tunewright.train.plan import Plan, epoch_rows
 from tunewright.tuners.base import parameter_bytes
 
 SMALLEST = 128
@@ -58,7 +58,9 @@ def fitting(parts: Parts, room: Room, peak: meter.Peak) -> Iterator[Parts]:
     fullest = fullest_step(parts.plan, parts.groups)
     for tokens, checkpointing in settings(parts, fullest):
         heavy = heaviest_of(parts, fullest, tokens)
-        counted = room.activations(_tokens(heavy), checkpointing, dtype)
+        counted = room.activations(
+            max(_tokens(rows) for _, rows in work_of(parts, heavy, tokens)), checkpointing, dtype
+        )
         tried = with_setting(parts, tokens, checkpointing)
         if not ratio and room.fixed + counted > 0.4 * room.limit:
             ratio = _calibrate(tried, room, peak, tokens)
@@ -93,7 +95,7 @@ def fullest_step(plan: Plan, groups: Sequence[Group]) -> list[int]:
     """The rows of the job's step that has the most tokens."""
     lengths, most, rows = sizes(groups)[:, TOKENS], 0, []
     for epoch in range(plan.n_epochs):
-        ordered = order(plan.seed, epoch, plan.n_rows)
+        ordered = epoch_rows(plan, epoch)
         sums = np.add.reduceat(lengths[ordered], np.arange(0, plan.n_rows, plan.batch_size))
         if sums.max() > most:
             at = int(sums.argmax()) * plan.batch_size
@@ -105,6 +107,13 @@ def heaviest_of(parts: Parts, fullest: Sequence[int], tokens: int) -> list[Group
     """The job's heaviest micro-batch: its fullest step where that is one micro-batch, else one as full as can be."""
     whole = [parts.groups[i] for i in fullest]
     return whole if _tokens(whole) <= tokens else heaviest(parts.groups, tokens, parts.plan.batch_size)
+
+
+def work_of(parts: Parts, heavy: Sequence[Group], tokens: int) -> list[tuple[Terms, Sequence[Group]]]:
+    """What a step runs at its heaviest: the objective over `heavy`, and each method against forgetting over the same,
+    or over the heaviest micro-batch of its own rows."""
+    own = [m for m in parts.retain if len(m.draw(1, heavy))]
+    return [(parts.objective, heavy), *((m, heaviest(m.rows, tokens, m.n) if len(m.rows) else heavy) for m in own)]
 
 
 def heaviest(groups: Sequence[Group], tokens: int, batch_size: int) -> list[Group]:
@@ -143,13 +152,14 @@ def run_heaviest(parts: Parts, heavy: Sequence[Group], peak: meter.Peak) -> int 
     allocator's holes.
     """
     longest = np.sort(sizes(parts.groups)[:, TOKENS])[-parts.plan.batch_size :].sum()
-    several = longest > parts.plan.micro_batch_tokens and parts.plan.batch_size > 1
+    several = (longest > parts.plan.micro_batch_tokens and parts.plan.batch_size > 1) or len(parts.retain) > 0
     drop_gradients(parts)
     meter.release()
     peak.restart()
     try:
         for _ in range(2 if several else 1):
-            accumulate(parts, heavy, max(parts.plan.micro_batch_tokens, _tokens(heavy)), step=0)
+            for terms, rows in work_of(parts, heavy, parts.plan.micro_batch_tokens):
+                run_terms(parts, terms, rows, max(parts.plan.micro_batch_tokens, _tokens(rows)), step=0)
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
@@ -187,7 +197,7 @@ def _tokens(groups: Sequence[Group]) -> int:
 
 def refusal(parts: Parts, room: Room, least: float, ratio: float) -> str:
     """What it would take, what there is, and what fits."""
-    longest = int(sizes(parts.groups)[:, TOKENS].max())
+    longest = max(int(sizes(g)[:, TOKENS].max()) for g in (parts.groups, *(m.rows for m in parts.retain)) if len(g))
     given = f"max_memory {parts.spec.max_memory}" if parts.spec.max_memory else "free on this machine"
     text = (
         f"This job does not fit into memory: it needs at least about {least / 1e9:.2f} GB (with micro-batches of one "

@@ -5,6 +5,7 @@ labels.json in the run folder holds the classes in order, so that every attempt 
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 from tunewright.core.durable import read_json, write_json
@@ -27,7 +28,8 @@ def job_head(run: Run, spec: JobSpec) -> Head | None:
 
 
 def job_labels(run: Run, job: JobFile, spec: JobSpec, path: Path, format: str, name: str) -> tuple[str, ...] | None:
-    """The classes in order, settled at the first call from the training file at `path`; None if there are none.
+    """The classes in order, settled at the first call from the training file at `path` and those mixed with it; None
+    if there are none.
 
     Raises DataError if the file has one class only, or so many that the labels must be values.
     """
@@ -36,7 +38,9 @@ def job_labels(run: Run, job: JobFile, spec: JobSpec, path: Path, format: str, n
     if not _file(run).exists():
         start = read_artefact(run.folder / job.start) if job.start else None
         known = start.labels if start else None
-        labels = known or class_names({str(row.label) for row in read_conversations(path, format, name)})
+        mixed = [run.folder / file for role, file in job.more.items() if role.startswith("mix-")]
+        rows = chain(read_conversations(path, format, name), *(read_conversations(p, spec.format) for p in mixed))
+        labels = known or class_names({str(row.label) for row in rows})
         _check(labels, name)
         write_json(_file(run), {"labels": list(labels)})
     return tuple(read_json(_file(run))["labels"])

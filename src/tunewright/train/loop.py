@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -25,17 +25,27 @@ from tunewright.objectives.base import Objective
 from tunewright.ops.noise import token_keys
 from tunewright.ops.packing import pack
 from tunewright.ops.runtime import seed_step
-from tunewright.ops.types import Term
+from tunewright.ops.types import Batch, Term
 from tunewright.train import scaling, watch
 from tunewright.train.advise import Epoch, History, advise
 from tunewright.train.checkpoint import State, prune, save_checkpoint
 from tunewright.train.plan import Plan, Where, step_rows, valid_rows
 from tunewright.train.recovery import roll_back, skip, with_room
+from tunewright.train.retain.base import Retain
 from tunewright.tuners.base import Tuner
 
+SHOWN = ("retain_", "router_")  # how the terms begin that events show besides the objective's own
 EVALUATED_AT_ONCE = 64  # rows of a validation that are in memory at the same time
 
 T = TypeVar("T")
+
+
+class Terms(Protocol):
+    """What the loop asks of an objective, and of a method against forgetting that has rows of its own."""
+
+    def weights(self, batch: Batch) -> dict[str, float]: ...
+
+    def __call__(self, policy: Policy, batch: Batch, stats: Any = None) -> dict[str, Term]: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Parts:
     """Everything a loop needs, composed in train/run.py.
 
     rate: learning rate of a step (1-based). write_artefact(folder, state): fills a new folder with a servable artefact.
-    stop: whether the process was asked to stop; looked at between steps.
+    stop: whether the process was asked to stop; looked at between steps. retain: methods against forgetting, begun.
     """
 
     run: Run
@@ -59,11 +69,12 @@ class Parts:
     events: EventWriter
     write_artefact: Callable[[Path, State], None]
     stop: Callable[[], bool]
+    retain: Sequence[Retain] = ()
     advised: set[str] = field(default_factory=set)  # advice that was given, in earlier attempts too
 
     def with_room(self, step: int, where: Where, groups: Sequence[Group], compute: Callable[[int], T]) -> T:
         """recovery.with_room of this run."""
-        return with_room(self.run, self.plan, self.events, step, where, groups, compute)
+        return with_room(self.run, self.plan, self.events, step, where, groups, compute, self.tuner.n_virtual)
 
 
 def accumulate(
@@ -71,17 +82,36 @@ def accumulate(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Run the objective over `groups` in micro-batches of `tokens`; returns each term's sum and its weight.
 
-    step: adds the gradients of the loss times `scale`, with this step's noise; None: no gradients and no noise.
+    step: adds the gradients of the loss times `scale`, with this step's noise, and those of the methods against
+    forgetting over rows of their own; None: no gradients and no noise.
     """
-    batches = pack(list(groups), tokens)
+    sums, weights = run_terms(parts, parts.objective, groups, tokens, step, scale)
+    if step is None:
+        return sums, weights
+    for method in parts.retain:
+        own = method.draw(step, groups)
+        if len(own):
+            more = run_terms(parts, method, own, tokens, step, scale)
+            add(sums, more[0])
+            add(weights, more[1])
+    return sums, weights
+
+
+def run_terms(
+    parts: Parts, objective: Terms, groups: Sequence[Group], tokens: int, step: int | None, scale: float = 1.0
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One objective over its groups: as accumulate, which has the arguments."""
+    batches = pack(list(groups), tokens, parts.tuner.n_virtual)
     if step is not None:
         batches = [replace(b, noise_T=token_keys(b, parts.plan.seed, step)) for b in batches]
     weights: dict[str, float] = {}
     for batch in batches:
-        add(weights, parts.objective.weights(batch))
+        add(weights, objective.weights(batch))
     sums = dict.fromkeys(weights, 0.0)
+    look = getattr(objective, "stats", None)
+    stats = None if look is None else look(parts.policy, [b.to(parts.policy.device) for b in batches])
     for batch in batches:
-        terms = parts.objective(parts.policy, batch.to(parts.policy.device))
+        terms = objective(parts.policy, batch.to(parts.policy.device), stats)
         if step is not None:
             (step_loss(terms, weights) * scale).backward()
         add(sums, {name: float(term.total.detach()) for name, term in terms.items()})
@@ -152,6 +182,7 @@ def train(parts: Parts, state: State) -> State:
             metrics_message(metrics),
             {
                 **metrics,
+                **{name: finite(value) for name, value in means.items() if name.startswith(SHOWN)},
                 "lr": parts.rate(step),
                 "grad_norm": finite(grad_norm),
                 "trained_tokens": state.tokens,
@@ -182,6 +213,7 @@ def optimize(parts: Parts, step: int, groups: Sequence[Group], state: State) -> 
         group["lr"] = parts.rate(step)
     means = parts.with_room(step, "train", groups, lambda tokens: gradients(parts, step, groups, tokens, state))
     parts.tuner.on_gradients(step)
+    means |= pulls(parts)
     norm = clip(parameters, parts.spec.max_grad_norm or math.inf)
     if math.isfinite(means["loss"]) and math.isfinite(norm):
         parts.tuner.update(parts.optimizer, step)
@@ -193,6 +225,12 @@ def optimize(parts: Parts, step: int, groups: Sequence[Group], state: State) -> 
         state.alarms += 1
         skip(parts.run, parts.plan, parts.events, state, step, rows_of(groups))
     return means, norm
+
+
+def pulls(parts: Parts) -> dict[str, float]:
+    """Add the pulls of the methods against forgetting to the gradients; returns the penalties."""
+    found = {method.term: method.pull() for method in parts.retain}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def trained(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

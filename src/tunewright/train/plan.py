@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +13,9 @@ import numpy.typing as npt
 from tunewright.core.errors import SpecError
 from tunewright.core.example import Group
 from tunewright.core.spec import JobSpec
-from tunewright.data.rendered import TOKENS, sizes
+from tunewright.data.rendered import TOKENS, JoinedGroups, sizes
+from tunewright.train.mix import mixed_rows, quotas
+from tunewright.train.shuffle import order
 from tunewright.tuners.base import TunerCard
 
 MICRO_BATCH_TOKENS = 2048
@@ -30,6 +30,7 @@ class Plan:
     peak_memory_bytes, seconds_per_step, predicted_seconds: measured predictions; predicted_finish in Unix seconds.
     halvings: [{"step", "where", "micro_batch_tokens"}], what running out of memory changed, and from when on.
     rollbacks: [{"step", "to", "lr_factor", "why", "rows"}], where the job went back to, and the slower rate since.
+    mix: [rows, rows of them in an epoch] of each training file, where there are several.
     """
 
     n_rows: int
@@ -58,6 +59,7 @@ class Plan:
     predicted_finish: float = 0.0
     halvings: list[dict[str, Any]] = field(default_factory=list)
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    mix: list[list[int]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +99,10 @@ def resolve(
     multiplier = 1.0 if spec.learning_rate_multiplier == "auto" else spec.learning_rate_multiplier
     rate = card.default_lr if spec.learning_rate == "auto" else spec.learning_rate
     total = math.ceil(n / batch) * epochs
-    return Plan(
+    mix: list[list[int]] = []
+    if spec.mix is not None and isinstance(groups, JoinedGroups):
+        mix = [list(pair) for pair in zip(groups.counts, quotas(groups.counts, spec.mix), strict=True)]
+    plan = Plan(
         n_rows=n,
         n_valid_rows=len(valid),
         n_tokens=int(sizes(groups)[:, TOKENS].sum()),
@@ -116,34 +121,25 @@ def resolve(
         parameters=parameters,
         trainable_parameters=trainable,
         checkpointing="none" if spec.checkpointing == "auto" else spec.checkpointing,
+        mix=mix,
         versions=versions,
     )
+    return replace(plan, n_tokens=int(sizes(groups)[epoch_rows(plan, 0), TOKENS].sum())) if mix else plan
 
 
-@lru_cache(maxsize=2)
-def order(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
-    """[n] the rows' order in an epoch (0-based), a function of (seed, epoch, n) alone: rows sorted by a hash of each.
-
-    The hash is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), so no library's generator decides it.
-    """
-    key = int.from_bytes(hashlib.sha256(f"order/{seed}/{epoch}".encode()).digest()[:8], "big")
-    x = np.arange(n, dtype=np.uint64)
-    x *= np.uint64(0x9E3779B97F4A7C15)
-    x += np.uint64(key)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x ^= x >> np.uint64(shift)
-        x *= np.uint64(factor)
-    x ^= x >> np.uint64(31)
-    rows = np.argsort(x, kind="stable")
-    rows.setflags(write=False)
-    return rows
+def epoch_rows(plan: Plan, epoch: int) -> npt.NDArray[np.int64]:
+    """[n_rows] the rows of an epoch (0-based) in their order; of several files as places in all of them together."""
+    places = order(plan.seed, epoch, plan.n_rows)
+    if not plan.mix:
+        return places
+    return mixed_rows(tuple((n, quota) for n, quota in plan.mix), plan.seed, epoch)[places]
 
 
 def step_rows(plan: Plan, step: int) -> list[int]:
     """Row indices of one step (1-based), exactly batch_size of them but in an epoch's last step."""
     per_epoch = math.ceil(plan.n_rows / plan.batch_size)
     epoch, k = divmod(step - 1, per_epoch)
-    rows = order(plan.seed, epoch, plan.n_rows)[k * plan.batch_size : (k + 1) * plan.batch_size]
+    rows = epoch_rows(plan, epoch)[k * plan.batch_size : (k + 1) * plan.batch_size]
     return rows.tolist()
 
 

@@ -32,15 +32,16 @@ from tunewright.models.shape import shape_of
 from tunewright.ops.noise import dropouts_of
 from tunewright.train import meter
 from tunewright.train.fit import Room, drop_gradients, fitting
-from tunewright.train.loop import EVALUATED_AT_ONCE, Parts, accumulate, add, means_of
-from tunewright.train.plan import Plan, step_rows
+from tunewright.train.loop import EVALUATED_AT_ONCE, Parts, accumulate, add, means_of, pulls
+from tunewright.train.plan import Plan, epoch_rows, step_rows
 from tunewright.tuners.base import TunerCard, parameter_bytes
 
 Build = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 MARGIN = 0.95  # of the memory that is there
 PROBED = 1 << 24  # elements of a parameter that stand for the rest of it when the optimizer is timed
 SAVE_PROBE = 8 << 20
-MOST_STEPS, LEAST_SECONDS, SHARE = 20, 1.0, 0.02  # of the time for measuring steps
+LEAST_SECONDS, MOST_SECONDS, SHARE = 1.0, 5.0, 0.02  # of the predicted time, for measuring steps
+MOST_STEPS = 20
 BASE_SHARE = 0.02  # of the whole work, for the base model's loss on validation rows
 BASE_ROWS = 32  # training rows that say it where there are none
 _COUNTED = {"adapter": "lora", "delta": "full", "weights": "full"}
@@ -51,20 +52,24 @@ def room_left(max_memory: str | None) -> float:
     return MARGIN * meter.limit(parse_bytes(max_memory) if max_memory else None) - meter.resident()
 
 
-def room_to_load(folder: Path, card: TunerCard, dtype: torch.dtype, chosen: str, max_memory: str | None) -> torch.dtype:
+def room_to_load(
+    folder: Path, card: TunerCard, dtype: torch.dtype, chosen: str, max_memory: str | None, more: int = 0
+) -> torch.dtype:
     """The dtype to load the base in: `auto` becomes bfloat16 where float32 would leave no room.
 
-    card: the tuner's. chosen: the job's dtype. Raises OutOfMemory when even the weights do not fit.
+    card: the tuner's. chosen: the job's dtype. more: bytes for each parameter beside the model.
+    Raises OutOfMemory when even the weights do not fit.
     """
     limit = room_left(max_memory)
     n = memory.stored_parameters(folder)
     full = card.artefact == "weights"
     # with gradients and at least one moment; or with the scores by which the data chooses; or alone
-    size = 12 if full else 8 if card.needs_data else 4 if card.float32_base else dtype.itemsize
+    size = more + (12 if full else 8 if card.needs_data else 4 if card.float32_base else dtype.itemsize)
     if n * size > 0.8 * limit and not card.float32_base and chosen == "auto" and dtype == torch.float32:
-        dtype, size = torch.bfloat16, 2
+        dtype, size = torch.bfloat16, size - 2
     if n * size > limit:
-        what = "weights, gradients and optimizer" if full else "weights and their scores" if size == 8 else "weights"
+        what = "weights" + (", gradients and optimizer" if full else " and their scores" if card.needs_data else "")
+        what += " (and what `retain` keeps beside them)" if more else ""
         smaller = " Use the tuner 'lora'." if card.float32_base and n * 2.5 < limit else " Choose a smaller model."
         smaller += f" The job itself allows max_memory {max_memory}." if max_memory else ""
         raise OutOfMemory(
@@ -92,7 +97,7 @@ def preflight(parts: Parts, build: Build, peak: meter.Peak) -> Plan:
     fitted = fitting(parts, Room(limit, shape, kind, state, held), peak)
     found = next(m for m in (measure(p, work) for p in fitted) if max(m.peak + state, held) <= limit)
     parts = found.parts
-    epoch = work.of(parts.groups) * found.seconds
+    epoch = work.of_epoch(parts) * found.seconds
     steps = math.ceil(parts.plan.n_rows / parts.plan.batch_size)
     total = parts.plan.n_epochs * (epoch + steps * (found.clip + update)) + validation(parts, work) * found.forward
     total += saves(parts, total) * save_seconds(parts, parameter_bytes(trainable) + state)
@@ -117,6 +122,12 @@ class Work:
 
     def of(self, groups: Sequence[Group]) -> float:
         return float((sizes(groups) @ self._factors).sum())
+
+    def of_epoch(self, parts: Parts) -> float:
+        """Of the training rows of an epoch: all once, or, of several files, their shares."""
+        if not parts.plan.mix:
+            return self.of(parts.groups)
+        return float(self.each(parts.groups)[epoch_rows(parts.plan, 0)].sum())
 
     def each(self, groups: Sequence[Group]) -> np.ndarray:
         return sizes(groups) @ self._factors
@@ -156,7 +167,7 @@ class Steps:
 
 
 def measure_steps(parts: Parts, work: Work) -> Steps:
-    """Medians over steps that take up to SHARE of the predicted time, or LEAST_SECONDS; one at least.
+    """Medians over steps that take up to SHARE of the predicted time, within LEAST_ and MOST_SECONDS; one at least.
 
     Of three and more the first is left out: it warms up.
     """
@@ -170,14 +181,15 @@ def measure_steps(parts: Parts, work: Work) -> Steps:
         begun = time.monotonic()
         part = accumulate(parts, groups, parts.plan.micro_batch_tokens, step)
         done = time.monotonic()
+        pulls(parts)
         torch.nn.utils.clip_grad_norm_(list(parts.tuner.trainable().values()), math.inf)
         clips.append(time.monotonic() - done)
         rates.append((done - begun) / work.of(groups))
         add(sums, part[0])
         add(weights, part[1])
         rows += len(groups)
-        whole = rates[-1] * work.of(parts.groups) * parts.plan.n_epochs
-        if time.monotonic() - started > max(LEAST_SECONDS, SHARE * whole):
+        whole = rates[-1] * work.of_epoch(parts) * parts.plan.n_epochs
+        if time.monotonic() - started > max(LEAST_SECONDS, min(MOST_SECONDS, SHARE * whole)):
             break
     counted = slice(1, None) if len(rates) > 2 else slice(None)
     return Steps(statistics.median(rates[counted]), statistics.median(clips[counted]), sums, weights, rows)
@@ -192,7 +204,7 @@ def measure_base(parts: Parts, work: Work, steps: Steps) -> tuple[dict[str, Any]
     sums, weights, rows = {}, {}, 0
     if len(parts.valid):
         groups, source = parts.valid, "validation"
-        budget = BASE_SHARE * work.of(parts.groups) * parts.plan.n_epochs
+        budget = BASE_SHARE * work.of_epoch(parts) * parts.plan.n_epochs
         n = max(8, int(len(groups) * min(1.0, 3 * budget / work.of(groups))))
     else:
         groups, source = parts.groups, "train"

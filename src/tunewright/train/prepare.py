@@ -6,7 +6,9 @@ What it chose is kept in the run folder (`prepared/`), so that every later attem
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -18,7 +20,8 @@ from tunewright.core.run import Run
 from tunewright.models.policy import Policy
 from tunewright.objectives.base import Objective
 from tunewright.ops.packing import collate
-from tunewright.train.plan import order
+from tunewright.ops.types import Batch
+from tunewright.train.shuffle import order
 from tunewright.tuners.base import Tuner
 
 TOLD_EVERY = 16  # rows
@@ -40,15 +43,11 @@ def prepare(
     """
     if not tuner.card.needs_data:
         return
-    if _is_kept(run, events):
+    if is_kept(run.prepared, "choice of what is trained", events):
         tuner.load(run.prepared)
         return
-    # one row at a time and every layer recomputed: this must fit before it is known what does
-    policy.set_checkpointing("full")
-    policy.model.train()
-    tuner.prepare(partial(row_gradients, policy, objective, groups, seed, events, stop))
-    policy.model.eval()
-    policy.set_checkpointing("none")
+    with one_row_at_a_time(policy):
+        tuner.prepare(partial(row_gradients, policy, objective, groups, seed, events, stop))
     commit_folder(run.prepared, lambda folder: tuner.save(folder, run.job().base))
 
 
@@ -60,31 +59,46 @@ def row_gradients(
     events: EventWriter,
     stop: Callable[[], bool],
     n: int,
+    *,
+    doing: str = "Choosing what is trained",
+    phase: str = "choosing",
+    change: Callable[[Batch, int], Batch] | None = None,
 ) -> Iterator[None]:
     """At each of n groups (the first of epoch 0) add the gradient of its terms' coef * total, not divided by anything.
 
-    Without noise, so it is a function of weights and data alone.
+    Without noise, so it is a function of weights and data alone. change: makes another batch of a row's.
     """
     rows = order(seed, 0, len(groups))[:n].tolist()
     for i, row in enumerate(rows):
         if stop():
-            raise Interrupted("Stopped before step 1, while choosing what is trained; nothing is lost but this choice.")
+            raise Interrupted(f"Stopped before step 1 ({doing[:1].lower()}{doing[1:]}); nothing but this is lost.")
         if i % TOLD_EVERY == 0:
-            text = f"Choosing what is trained: {i} of {len(rows)} rows"
-            events.write("phase", text, {"name": "choosing", "done": i, "total": len(rows)})
-        terms = objective(policy, collate([groups[row]]).to(policy.device))
+            text = f"{doing}: {i} of {len(rows)} rows"
+            events.write("phase", text, {"name": phase, "done": i, "total": len(rows)})
+        batch = collate([groups[row]]).to(policy.device)
+        terms = objective(policy, batch if change is None else change(batch, row))
         torch.stack([term.total * term.coef for term in terms.values() if term.coef]).sum().backward()
         yield
 
 
-def _is_kept(run: Run, events: EventWriter) -> bool:
-    """Whether an earlier attempt left its choice. A damaged one is removed: the same choice is made again."""
-    if not run.prepared.exists():
+@contextmanager
+def one_row_at_a_time(policy: Policy) -> Iterator[None]:
+    """Every layer is recomputed within this: a row must fit before it is known what does."""
+    policy.set_checkpointing("full")
+    policy.model.train()
+    yield
+    policy.model.eval()
+    policy.set_checkpointing("none")
+
+
+def is_kept(folder: Path, what: str, events: EventWriter) -> bool:
+    """Whether an earlier attempt left this. A damaged one is removed: the same is made again. what: for the message."""
+    if not folder.exists():
         return False
     try:
-        check_folder(run.prepared)
+        check_folder(folder)
     except CheckpointError as e:
-        events.write("message", f"The choice of what is trained is damaged and is made again. {e}", {}, "warn")
-        discard(run.prepared)
+        events.write("message", f"The {what} is damaged and is made again. {e}", {}, "warn")
+        discard(folder)
         return False
     return True

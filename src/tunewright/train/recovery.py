@@ -36,10 +36,12 @@ def with_room(
     where: Where,
     groups: Sequence[Group],
     compute: Callable[[int], T],
+    virtual: int = 0,
 ) -> T:
     """compute(micro_batch_tokens); when memory runs out, again with half of it, until one group is a micro-batch.
 
-    compute: does the whole work from its beginning, each time. groups: what it works on.
+    compute: does the whole work from its beginning, each time. groups: what it works on; virtual: tokens in front
+    of each of their examples.
     Raises OutOfMemory with the numbers when halving cannot help any more.
     """
     while True:
@@ -52,14 +54,21 @@ def with_room(
         # outside the except block, where the error no longer holds the frames with their tensors
         gc.collect()
         meter.release()
-        _halve(run, plan, events, step, where, groups, tokens)
+        _halve(run, plan, events, step, where, groups, tokens, virtual)
 
 
 def _halve(
-    run: Run, plan: Plan, events: EventWriter, step: int, where: Where, groups: Sequence[Group], tokens: int
+    run: Run,
+    plan: Plan,
+    events: EventWriter,
+    step: int,
+    where: Where,
+    groups: Sequence[Group],
+    tokens: int,
+    virtual: int,
 ) -> None:
-    batches = pack(list(groups), tokens)
-    largest = max(b.n_tokens for b in batches)
+    batches = pack(list(groups), tokens, virtual)
+    largest = max(b.n_tokens + virtual * b.n_segments for b in batches)
     doing = "validation" if where == "valid" else "training"
     if len(batches) == len(groups):
         raise OutOfMemory(

@@ -5,7 +5,7 @@ Nothing here grows with the file. A later attempt finds the folder and reads fro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,13 @@ from tunewright.core.events import EventWriter
 from tunewright.core.run import JobFile, Run
 from tunewright.core.spec import JobSpec
 from tunewright.data.render import RenderReport, render_rows
-from tunewright.data.rendered import StoredGroups, write_groups
+from tunewright.data.rendered import JoinedGroups, StoredGroups, write_groups
 from tunewright.data.tokenizer import Tokenizer
 from tunewright.data.validate import check_file, raise_for, read_conversations
 from tunewright.train.labels import job_labels
+
+# what the files of a role are called; a role's name ends with its place in the field, as in core.spec.extra_files
+WORDS = {"train": "training", "validation": "validation", "retain": "retained", "mix": "mixed"}
 
 
 def load_groups(
@@ -33,7 +36,11 @@ def load_groups(
     role: str,
     events: EventWriter,
 ) -> StoredGroups:
-    """The rows of a data file as token ids, checked and rendered into rendered/ once. Raises DataError."""
+    """The rows of a data file as token ids, checked and rendered into rendered/ once. Raises DataError.
+
+    Retained rows may be in another format than the job's; they are learned by the plain objective of the model's head,
+    which for a language model reads texts too.
+    """
     folder = run.folder / "rendered" / role
     wanted = {"options": render_options(job, spec, limit), "tunewright": version("tunewright")}
     try:
@@ -46,6 +53,13 @@ def load_groups(
     for note in done["notes"]:
         events.write("message", note, {}, "warn")
     return StoredGroups(folder)
+
+
+def training_groups(job: JobFile, load: Callable[[str], StoredGroups]) -> StoredGroups | JoinedGroups:
+    """The rows to train on: of the training file and, with `mix`, of the further ones behind it. load: of a role."""
+    first = load("train")
+    more = [load(role) for role in job.more if role.startswith("mix-")]
+    return JoinedGroups([first, *more]) if more else first
 
 
 def render_options(job: JobFile, spec: JobSpec, limit: int) -> dict[str, Any]:
@@ -73,12 +87,13 @@ def render(
     info: dict[str, Any],
 ) -> None:
     """Check a data file, then commit rendered/<role>, in memory that does not grow with the file. Raises DataError."""
-    path = run.folder / str(job.train if role == "train" else job.validation)
-    what = {"train": "training", "validation": "validation"}[role]
+    path, kind = run.folder / job.file(role), role.partition("-")[0]
+    what, retained = WORDS[kind], kind == "retain"
     name = job.sources.get(role, {}).get("name", path.name)
     minimum = spec.min_examples if role == "train" else 1
-    shapes = objective.card.shapes
-    report = check_file(path, format=spec.format, purpose_shapes=shapes, min_examples=minimum, name=name)
+    shapes = (("chat", "text") if spec.head == "lm" else ("labelled",)) if retained else objective.card.shapes
+    format = "auto" if retained else spec.format
+    report = check_file(path, format=format, purpose_shapes=shapes, min_examples=minimum, name=name)
     raise_for(report, what=what)
     events.write("message", f"The {what} file {name} has {report.n_rows} rows. {report.reason}")
     rendered, notes = RenderReport(), []

@@ -28,15 +28,17 @@ from tunewright.core.example import Group
 from tunewright.core.home import Home
 from tunewright.core.run import ARTEFACT, BASE_IS_START, Artefact, JobFile, Run, read_artefact
 from tunewright.core.spec import JobSpec, check_parts
+from tunewright.data.rendered import StoredGroups
 from tunewright.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from tunewright.models.heads import Head
 from tunewright.models.layouts import PADDED, causal_lm
-from tunewright.models.loader import load_model, materialise
+from tunewright.models.loader import context_length, load_model, materialise
 from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
 from tunewright.ops.noise import neftune
 from tunewright.ops.runtime import be_deterministic, choose_dtype, device, set_threads
 from tunewright.train import meter
+from tunewright.train.balance import balanced
 from tunewright.train.checkpoint import State, list_checkpoints, load_newest
 from tunewright.train.describe import describe
 from tunewright.train.fast import choose_path
@@ -46,13 +48,15 @@ from tunewright.train.optim import OPTIMIZERS, SCHEDULES
 from tunewright.train.plan import Plan, rate_factor, resolve
 from tunewright.train.preflight import Build, preflight, room_left, room_to_load
 from tunewright.train.prepare import prepare
-from tunewright.train.rows import load_groups
+from tunewright.train.reference import find_reference
+from tunewright.train.retain import build as retain
+from tunewright.train.rows import load_groups, training_groups
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
 from tunewright.tuners.delta import merge_delta
 from tunewright.tuners.peft_adapter import merge_adapter
 
-COUNT_FROM_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}
+LEAST_CONTEXT = 16  # tokens
 MERGE = {"adapter": merge_adapter, "delta": merge_delta}
 CSV_HEADER = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
@@ -99,16 +103,19 @@ def run_once(
     start = find_start(run, job, home, events)
     tokenizer = Tokenizer.load(start.weights, now=datetime.fromtimestamp(job.created_at))
     objective = part(OBJECTIVES, spec.objective)
-    context = context_length(start.weights)
-    limit = context if spec.max_length == "auto" else min(spec.max_length, context)
-    groups = load_groups(run, job, spec, tokenizer, objective, limit, "train", events)
-    valid: Sequence[Group] = []
-    if job.validation:
-        valid = load_groups(run, job, spec, tokenizer, objective, limit, "validation", events)
-
     tuner: Tuner = part(TUNERS, spec.tuner)
+    context = context_left(start.weights, tuner)
+    limit = context if spec.max_length == "auto" else min(spec.max_length, context)
+
+    def load(role: str) -> StoredGroups:
+        return load_groups(run, job, spec, tokenizer, objective, limit, role, events)
+
+    groups = training_groups(job, load)
+    valid: Sequence[Group] = load("validation") if job.validation else []
+
     if earlier is None:
-        dtype = room_to_load(start.weights, tuner.card, dtype, spec.dtype, spec.max_memory)
+        beside = retain.extra_bytes(spec, tuner.card, dtype.itemsize, start.over is not None)
+        dtype = room_to_load(start.weights, tuner.card, dtype, spec.dtype, spec.max_memory, beside)
     events.write("phase", "Loading the model", {"name": "loading", "done": 0, "total": 1})
     head = job_head(run, spec)
     if head is not None:
@@ -134,6 +141,16 @@ def run_once(
         versions=versions(path.kernels),
     )
     tuner.begin(plan.total_steps, plan.total_steps // plan.n_epochs)
+
+    def second() -> Policy:
+        """The policy at step 0, loaded again."""
+        frozen = attach(start, part(TUNERS, spec.tuner), spec, dtype, head).requires_grad_(False).eval()
+        room = room_left(spec.max_memory)
+        other = choose_path(frozen, dtype, threads, home.cache / "kernels", plan.path, math.inf if earlier else room)
+        return Policy(frozen, autocast, fast=other.forward)
+
+    reference = partial(find_reference, tuner, policy, start.over is not None, second)
+    kept = retain.begin(run, job, spec, plan, tuner, policy, head, load, reference, events, stop)
     optimizer_class, optimizer_options = row(OPTIMIZERS, spec.optimizer)
     build = partial(optimizer_class.build, lr=plan.learning_rate, options=optimizer_options)
     schedule, schedule_options = row(SCHEDULES, spec.schedule)
@@ -148,7 +165,7 @@ def run_once(
         plan=plan,
         policy=policy,
         tuner=tuner,
-        objective=objective,
+        objective=balanced(objective, policy, spec.router_loss),
         optimizer=build(tuner.trainable()),
         rate=rate,
         groups=groups,
@@ -156,6 +173,7 @@ def run_once(
         events=events,
         write_artefact=artefact_writer(job, spec, tuner, start, head),
         stop=stop,
+        retain=kept,
         advised={e.data["advice"] for e in run.stream() if "advice" in e.data},
     )
     if policy.layout == PADDED:
@@ -212,14 +230,16 @@ def find_start(run: Run, job: JobFile, home: Home, events: EventWriter) -> Start
     return Start(materialise(job.base, home), over, job.base, artefact)
 
 
-def context_length(folder: Path) -> int:
-    """Tokens that the model can attend to, from its config."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    positions = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
-    # RoBERTa and its kin count positions from after the padding token's
-    return positions - config.pad_token_id - 1 if config.model_type in COUNT_FROM_PADDING else positions
+def context_left(folder: Path, tuner: Tuner) -> int:
+    """Tokens that a row may have. Raises SpecError if the tuner's virtual tokens leave no room for one."""
+    context = context_length(folder)
+    if tuner.n_virtual and context - tuner.n_virtual < LEAST_CONTEXT:
+        raise SpecError(
+            f"virtual_tokens is {tuner.n_virtual}, and the model's context is {context} tokens; leave at least "
+            f"{LEAST_CONTEXT} of them to the rows.",
+            param="tuner",
+        )
+    return context - tuner.n_virtual
 
 
 def attach(start: Start, tuner: Tuner, spec: JobSpec, dtype: torch.dtype, head: Head | None) -> nn.Module:

@@ -23,5 +23,8 @@ TUNERS = Table(
         "houlsby": "tunewright.tuners.bottleneck:Houlsby",
         "pfeiffer": "tunewright.tuners.bottleneck:Pfeiffer",
         "parallel": "tunewright.tuners.bottleneck:Parallel",
+        "prompt": "tunewright.tuners.prompt:PromptTuning",
+        "p_tuning": "tunewright.tuners.p_tuning:PTuning",
+        "prefix": "tunewright.tuners.prefix:PrefixTuning",
     },
 )

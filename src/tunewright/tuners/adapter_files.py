@@ -26,8 +26,16 @@ SHAPE = {
     "scale": "scale",
     "target_modules": "target_modules",
     "feedforward_modules": "feedforward_modules",
+    "virtual_tokens": "num_virtual_tokens",
+    "encoder": "encoder_reparameterization_type",
+    "layers": "encoder_num_layers",
+    "projection": "prefix_projection",
+    "hidden_size": "encoder_hidden_size",
+    "experts": "target_parameters",
 }
-SETS = ("target_modules", "feedforward_modules", "exclude_modules")  # peft keeps them as sets, a file sorted
+VIRTUAL = "num_virtual_tokens"  # the field that soft prompts have
+# peft keeps them as sets, a file sorted
+SETS = ("target_modules", "feedforward_modules", "exclude_modules", "target_parameters")
 
 
 def write_adapter(folder: Path, config: dict[str, Any], base: str, tensors: Mapping[str, Tensor]) -> None:
@@ -46,11 +54,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json. Raises CheckpointError if it is missing or is no adapter's."""
     try:
         config = json.loads((folder / CONFIG).read_bytes())
-        known = {"peft_type", "target_modules"} <= config.keys()
+        known = "peft_type" in config and bool({"target_modules", VIRTUAL} & config.keys())
     except (OSError, ValueError, AttributeError) as e:
         raise CheckpointError(f"'{folder.name}' is not an adapter: its {CONFIG} cannot be read.") from e
     if not known:
-        raise CheckpointError(f"'{folder.name}' is not an adapter: its {CONFIG} says no method or no target_modules.")
+        raise CheckpointError(f"'{folder.name}' is not an adapter: its {CONFIG} does not say what it changes.")
     return config
 
 
@@ -63,7 +71,7 @@ def method_of(config: dict[str, Any]) -> str:
 
 def shape_of(config: dict[str, Any]) -> dict[str, Any]:
     """{"method", and the options of SHAPE that the method has}, from a config as it is in a file."""
-    found = {ours: config[theirs] for ours, theirs in SHAPE.items() if config.get(theirs) is not None}
+    found = {ours: config[theirs] for ours, theirs in SHAPE.items() if config.get(theirs) not in (None, [], set())}
     plain = {k: sorted(v) if isinstance(v, list | set) else v for k, v in found.items()}
     return {"method": method_of(config), **plain}
 

@@ -40,7 +40,8 @@ class Options(BaseModel):
 
 class Tuner:
     """One method of deciding what is trained. A subclass overrides the moments it needs; there is one level only
-    (and at most one class between, for what several share: PeftTuner, Full, WholeTensors, Entries).
+    (and at most one class between, for what several share: PeftTuner, Full, WholeTensors, Entries; SoftPrompt is a
+    PeftTuner).
 
     Order in a run: attach (once), [load (continuing from an artefact)], [prepare], begin, then per step before_step,
     penalty (added once a step), on_gradients (after the last backward, before clipping), update and after_step (not
@@ -52,6 +53,11 @@ class Tuner:
 
     def __init__(self, options: Any) -> None:
         self.options = options
+
+    @property
+    def n_virtual(self) -> int:
+        """Tokens that the tuner puts in front of every row: they take room in a micro-batch and of the context."""
+        return 0
 
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """Prepare `model` (in place) for training: add modules, set requires_grad. Returns the model to run."""
@@ -80,6 +86,11 @@ class Tuner:
 
     def on_gradients(self, step: int) -> None:
         """After the step's backward, before clipping."""
+
+    @contextmanager
+    def all_trained(self) -> Iterator[None]:
+        """Within this every parameter of trainable() gets a gradient, one that trains in other steps only, too."""
+        yield
 
     def penalty(self) -> Tensor | None:
         """A scalar added once a step to the loss, or None."""

@@ -88,6 +88,7 @@ def check(sources: Sequence[Path], how: str, weights: Sequence[float] | None, ra
         f"there are {len(sources)} adapters; it takes at least two": len(sources) < 2,
         f"there is an adapter of the method {', '.join(other)}; only lora, rslora and dylora can be combined": other,
         "one has a head of its own, and heads cannot be combined": heads,
+        "one adapts the experts of a mixture, which peft cannot combine": any("experts" in s for s in shapes),
         f"there are {len(weights or ())} weights for {len(sources)} adapters": weights and len(weights) != len(sources),
         f"their ranks are {ranks}, and {how} needs them equal; use cat or svd": how not in ("cat", "svd")
         and len(set(ranks)) > 1,

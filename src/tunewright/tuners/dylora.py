@@ -133,6 +133,8 @@ def truncate(source: Path, target: Path, rank: int) -> None:
     has not or an adapter that is not LoRA, CheckpointError if the files cannot be read.
     """
     shape, tensors = saved_shape(source), read_tensors(source / WEIGHTS)
+    if "experts" in shape:
+        raise SpecError(f"'{source.name}' adapts the experts of a mixture, whose ranks cannot be cut here.")
     if shape["method"] != "lora":
         raise SpecError(f"'{source.name}' is an adapter of the method {shape['method']}; only LoRA can be cut by rank.")
     if not 1 <= rank <= shape["r"]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import ClassVar
 
@@ -58,6 +60,12 @@ class HalfFineTuning(Full):
 
     def before_step(self, step: int) -> None:
         self.frozen = self.frozen_in(self.round(step))
+
+    @contextmanager
+    def all_trained(self) -> Iterator[None]:
+        frozen, self.frozen = self.frozen, frozenset()
+        yield
+        self.frozen = frozen
 
     def update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Frozen tensors have no gradient, so every optimizer passes over them."""

@@ -15,7 +15,7 @@ from tunewright.core.errors import SpecError
 from tunewright.ops.noise import KeyedDropout
 from tunewright.ops.runtime import quiet
 from tunewright.tuners import base
-from tunewright.tuners.adapter_files import WEIGHTS, check_same_shape, method_of, read_config, write_adapter
+from tunewright.tuners.adapter_files import VIRTUAL, WEIGHTS, check_same_shape, method_of, read_config, write_adapter
 from tunewright.tuners.files import copy_into, read_tensors
 
 # layers of an encoder-decoder that run on its source: the encoder's, and keys and values of the attention to it
@@ -88,7 +88,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
     Raises CheckpointError if the files cannot be read, SpecError if it is of a method that has no place in the weights.
     """
     config = read_config(folder)
-    if config["peft_type"] not in PeftType.__members__:
+    if config["peft_type"] not in PeftType.__members__ or VIRTUAL in config:
         raise SpecError(
             f"'{folder.name}' is an adapter of the method {method_of(config)}, which cannot be folded into the "
             "weights. Continue it with its own tuner.",

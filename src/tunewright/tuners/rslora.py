@@ -13,7 +13,7 @@ from torch import nn
 from tunewright.tuners import base
 from tunewright.tuners.base import TunerCard
 from tunewright.tuners.peft_adapter import PeftTuner
-from tunewright.tuners.targets import Dropout, Targets, lora_config
+from tunewright.tuners.targets import Dropout, Experts, Targets, lora_config
 
 
 class RankStabilisedLoRA(PeftTuner):
@@ -24,6 +24,7 @@ class RankStabilisedLoRA(PeftTuner):
         alpha: int = Field(16, ge=1, le=65536, description="the update's scale is alpha / sqrt(r)")
         dropout: Dropout = 0.0
         target_modules: Targets = "all-linear"
+        experts: Experts = False
 
     card: ClassVar[TunerCard] = TunerCard(
         title="rsLoRA",

@@ -80,10 +80,32 @@ def read_spec(path: Path | None, overrides: list[str]) -> JobSpec:
         except (yaml.YAMLError, UnicodeDecodeError) as e:
             raise SpecError(f"The job file '{path}' is not valid YAML: {' '.join(str(e).split())}.") from e
         if isinstance(raw, dict):
-            raw = {k: str(path.parent / v) if k in FILES and isinstance(v, str) else v for k, v in raw.items()}
+            raw = beside(raw, path.parent)
     for item in overrides:
         raw = override(raw, item)
     return parse_spec(raw)
+
+
+def beside(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A job file's fields with their data paths, which are relative to the file, put into its folder."""
+    found = {k: str(folder / v) if k in FILES and isinstance(v, str) else v for k, v in raw.items()}
+    if isinstance(found.get("retain"), list | dict):
+        found["retain"] = _with_paths(found["retain"], folder)
+    mix = found.get("mix")
+    if isinstance(mix, dict) and "files" in mix:
+        found["mix"] = {**mix, "files": _with_paths(mix["files"], folder, paths=True)}
+    elif isinstance(mix, list):
+        found["mix"] = _with_paths(mix, folder, paths=True)
+    return found
+
+
+def _with_paths(value: Any, folder: Path, paths: bool = False) -> Any:
+    """Every `file` in the folder, and, where plain texts are paths, these."""
+    if isinstance(value, list):
+        return [_with_paths(v, folder, paths) for v in value]
+    if isinstance(value, dict) and isinstance(value.get("file"), str):
+        return {**value, "file": str(folder / value["file"])}
+    return str(folder / value) if paths and isinstance(value, str) else value
 
 
 def override(raw: Any, item: str) -> Any:
@@ -132,7 +154,7 @@ def find_run(home: Home, job_id: str) -> Run:
 def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
     """Check the spec against what is installed and the data row by row, then write the run folder."""
     from tunewright.core.ids import new_id
-    from tunewright.core.spec import check_parts
+    from tunewright.core.spec import check_parts, extra_files
     from tunewright.jobs.describe import load_describe
     from tunewright.jobs.prepare import create_run, find_origin
 
@@ -142,19 +164,25 @@ def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
     if spec.validation_file is not None:
         check_data(Path(spec.validation_file), "validation", spec, console)
     spec = check_parts(spec, load_describe(home))
+    more = {role: Path(file) for role, file in extra_files(spec).items()}
+    for role, path in more.items():
+        check_data(path, "retained" if role.startswith("retain") else "mixed", spec, console)
     validation = Path(spec.validation_file) if spec.validation_file else None
     return create_run(
-        home, spec, job_id=new_id("ftjob-"), train_path=Path(spec.training_file), validation_path=validation
+        home, spec, job_id=new_id("ftjob-"), train_path=Path(spec.training_file), validation_path=validation, more=more
     )
 
 
 def check_data(path: Path, what: str, spec: JobSpec, console: Console) -> None:
-    """Print the report when something is wrong, then raise the one DataError. what: training or validation."""
+    """Print the report when something is wrong, then raise the one DataError.
+
+    what: training, validation, retained (in whatever format) or mixed.
+    """
     from tunewright.cli.report import print_report
     from tunewright.data.validate import check_file, raise_for
 
     minimum = spec.min_examples if what == "training" else 1
-    report = check_file(path, format=spec.format, min_examples=minimum)
+    report = check_file(path, format="auto" if what == "retained" else spec.format, min_examples=minimum)
     if report.n_problems:
         print_report(path.name, report, console)
     raise_for(report, what=what)

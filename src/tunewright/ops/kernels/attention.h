@@ -48,12 +48,16 @@ static inline void rows_along(bf16 *to, const bf16 *x, int64_t n, int64_t hd) { 
         tile_along(to + ((b * (hd / 32) + p) * 2 + t) * TILE, x + 32 * b * hd + 32 * p + 16 * t, hd);
 }
 
-// s [n, KEYS] = x (n rows x hd) * packed keys [first, end)
-static inline void scores(float *s, const bf16 *x, int64_t n, const bf16 *keys, int64_t first, int64_t end, int64_t hd) {
+// The end of the keys before `end` that any of the 32 queries from q on may see; what is behind it is not computed.
+static inline int64_t reach(int64_t q, int64_t end) { return std::min(end, q + 32); }
+
+// s [n, KEYS] = x (n rows x hd, queries q0..) * packed keys [first, end)
+static inline void scores(float *s, const bf16 *x, int64_t q0, int64_t n, const bf16 *keys, int64_t first, int64_t end,
+                          int64_t hd) {
   for (int64_t i = 0; i < n; i += 32)
-    for (int64_t j = first; j < end; j += 32) {
+    for (int64_t j = first; j < reach(q0 + i, end); j += 32) {
       zero_tiles();
-      multiply(x + i * hd, hd, keys + j / 32 * (hd / 32) * 2 * TILE, hd / 32);
+      multiply(x + i * hd, hd, 32, keys + j / 32 * (hd / 32) * 2 * TILE, 2 * TILE, hd / 32);
       store_tiles(s + i * KEYS + j - first, KEYS);
     }
 }
@@ -141,16 +145,17 @@ static bool attend(const Attention &a, int threads) {  // false: no memory
           for (int64_t i = 0; i < nb; i++) top[i] = -INFINITY, total[i] = 0;
           for (int64_t j0 = first; j0 < end; j0 += KEYS) {
             const int64_t j1 = std::min(j0 + KEYS, end);
-            scores(s, q, nb, kt, j0, j1, hd);
+            scores(s, q, q0, nb, kt, j0, j1, hd);
             for (int64_t i = 0; i < nb; i++)
-              soften(a, s + i * KEYS, p + i * KEYS, j0, j1, std::min(q0 + i, length - 1), top[i], total[i],
-                     j0 > first ? sum + i * hd : nullptr);
+              if (const int64_t upto = reach(q0 + i / 32 * 32, j1); upto > j0)
+                soften(a, s + i * KEYS, p + i * KEYS, j0, upto, std::min(q0 + i, length - 1), top[i], total[i],
+                       j0 > first ? sum + i * hd : nullptr);
             for (int64_t i = 0; i < nb; i += 32)
-              for (int64_t d = 0; d < hd; d += 32) {
+              for (int64_t d = 0; d < hd && reach(q0 + i, j1) > j0; d += 32) {
                 if (j0 == first) zero_tiles();
                 else load_tiles(sum + i * hd + d, hd);
-                multiply_along(p + i * KEYS, KEYS, vt + (j0 / 32 * (hd / 32) + d / 32) * 2 * TILE, (hd / 32) * 2 * TILE,
-                               (j1 - j0) / 32);
+                multiply(p + i * KEYS, KEYS, 32, vt + (j0 / 32 * (hd / 32) + d / 32) * 2 * TILE, (hd / 32) * 2 * TILE,
+                         (reach(q0 + i, j1) - j0) / 32);
                 store_tiles(sum + i * hd + d, hd);
               }
           }
@@ -259,25 +264,27 @@ static bool attend_backward(const Attention &a, const AttentionGrad &b, int thre
             }
           for (int64_t j0 = first; j0 < end; j0 += KEYS) {
             const int64_t j1 = std::min(j0 + KEYS, end);
-            scores(s, q, nb, kt, j0, j1, hd);
-            scores(dp, go, nb, vt, j0, j1, hd);
-            for (int64_t i = 0; i < nb; i += 2) slopes(a, s, dp, i, q0, n, nb, j0, j1, lse, delta, ds, pp, dsp);
+            scores(s, q, q0, nb, kt, j0, j1, hd);
+            scores(dp, go, q0, nb, vt, j0, j1, hd);
+            for (int64_t i = 0; i < nb; i += 2)
+              slopes(a, s, dp, i, q0, n, nb, j0, reach(q0 + i / 32 * 32, j1), lse, delta, ds, pp, dsp);
             for (int64_t i = 0; i < nb; i += 32)
-              for (int64_t d = 0; d < hd; d += 32) {
+              for (int64_t d = 0; d < hd && reach(q0 + i, j1) > j0; d += 32) {
                 if (j0 == first) zero_tiles();
                 else load_tiles(dq + i * hd + d, hd);
-                multiply_along(ds + i * KEYS, KEYS, ks + (j0 / 32 * (hd / 32) + d / 32) * 2 * TILE, (hd / 32) * 2 * TILE,
-                               (j1 - j0) / 32);
+                multiply(ds + i * KEYS, KEYS, 32, ks + (j0 / 32 * (hd / 32) + d / 32) * 2 * TILE, (hd / 32) * 2 * TILE,
+                         (reach(q0 + i, j1) - j0) / 32);
                 store_tiles(dq + i * hd + d, hd);
               }
             for (int64_t d = 0; d < hd; d += 32)
               for (int64_t j = j0; j < j1; j += 32) {
-                const int64_t panel = (j - j0) / 32 * (nb / 32) * 2 * TILE, left = d / 16 * (nb / 32) * TILE;
+                const int64_t from = std::max<int64_t>(0, j - q0) / 32, many = nb / 32 - from;  // queries that see them
+                const int64_t panel = ((j - j0) / 32 * (nb / 32) + from) * 2 * TILE, left = (d / 16 * (nb / 32) + from) * TILE;
                 load_tiles(dvt + d * padded + j, padded);
-                multiply_packed(go_turned + left, nb / 32 * TILE, pp + panel, 2 * TILE, nb / 32);
+                multiply_packed(go_turned + left, nb / 32 * TILE, pp + panel, 2 * TILE, many);
                 store_tiles(dvt + d * padded + j, padded);
                 load_tiles(dkt + d * padded + j, padded);
-                multiply_packed(q_turned + left, nb / 32 * TILE, dsp + panel, 2 * TILE, nb / 32);
+                multiply_packed(q_turned + left, nb / 32 * TILE, dsp + panel, 2 * TILE, many);
                 store_tiles(dkt + d * padded + j, padded);
               }
           }

@@ -2,8 +2,7 @@
 #include "rows.h"
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_TILES 1
-#include "linear.h"
-#include "lowrank.h"
+#include "layer.h"
 #include "vocabulary.h"
 #else
 #define HAS_TILES 0
@@ -49,20 +48,29 @@ extern "C" int pack_tiles(P to, P src, I ld, I columns, I k, I across, I threads
   pack((bf16 *)to, (bf16 *)src, ld, columns, k, across != 0, int(threads));
   return 0;
 }
-extern "C" int linear_tiles(P x, I ldx, I rows, P product, I turned, P weights, I ldw, I narrow_only, P y, I ldy, I epilogue,
-                             P other, I ldother, P h, I ldh, I threads) {
-  const Updated &u = *(Updated *)product;
-  const I k = turned ? u.n : u.k, n = narrow_only ? 0 : turned ? u.k : u.n;
-  Linear l{(bf16 *)x, ldx, rows, k, u.r, {(bf16 **)weights, ldw}, turned != 0, nullptr, nullptr, n, (bf16 *)y, ldy,
-           int(epilogue), (bf16 *)other, ldother, (bf16 *)h, ldh};
-  return !linear(l, u, int(threads));
+extern "C" int linear_tiles(P updated, P weights, P x, P u, I rows, I turned, P y, I epilogue, P other, P h, I threads) {
+  return !product({(Updated *)updated, (bf16 **)weights}, turned != 0, rows, (bf16 *)x, (bf16 *)u, (bf16 *)y, int(epilogue),
+                  (bf16 *)other, (bf16 *)h, int(threads));
 }
-extern "C" int outer_tiles(P p, I ldp, P q, I ldq, P g, I rows, I r, I n, P turned, P along, I threads) {
-  outer({(bf16 *)p, ldp, (bf16 *)q, ldq, (float *)g, rows, r, n, (bf16 *)turned, (bf16 *)along}, int(threads));
+extern "C" int weight_gradient_tiles(P updated, P x, P dy, I rows, P g, P turned, P along, I threads) {
+  const Updated &p = *(Updated *)updated;
+  outer({grid((bf16 *)dy, p.n, p.blocks_out), grid((bf16 *)x, p.k, p.blocks_in), (float *)g, rows, p.n, p.k, (bf16 *)turned,
+         (bf16 *)along}, int(threads));
   return 0;
 }
-extern "C" int update_gradients_tiles(P product, P x, I ldx, P dy, I lddy, I rows, P da, P db, I threads) {
-  return !update_gradients(*(Updated *)product, (bf16 *)x, ldx, (bf16 *)dy, lddy, rows, (float *)da, (float *)db, int(threads));
+extern "C" int update_gradients_tiles(P updated, P x, P u, P dy, P du, I rows, P to, I threads) {
+  return !gradients({(Updated *)updated, nullptr}, rows, (bf16 *)x, (bf16 *)u, (bf16 *)dy, (bf16 *)du, (float *)to, int(threads));
+}
+extern "C" int layer_forward_tiles(P pack, P weights, P x, P out, P room, P small, P own, I threads) {
+  const Pack &p = *(Pack *)pack;
+  const LayerWeights &w = *(LayerWeights *)weights;
+  return !layer_forward(p, w, (bf16 *)x, (bf16 *)out, Kept((bf16 *)room, (float *)small, p, w), (bf16 *)own, int(threads));
+}
+extern "C" int layer_backward_tiles(P pack, P weights, P x, P room, P small, P dx, P to, P own, P scratch, P found, I threads) {
+  const Pack &p = *(Pack *)pack;
+  const LayerWeights &w = *(LayerWeights *)weights;
+  return !layer_backward(p, w, (bf16 *)x, Kept((bf16 *)room, (float *)small, p, w), (bf16 *)dx, (bf16 *)to, (bf16 *)own,
+                         (bf16 *)scratch, (float *)found, int(threads));
 }
 extern "C" int attention_tiles(P q, P k, P v, I ld, P starts, I segments, I heads, I kv, I hd, double scale, I window,
                                 P out, I ldo, P lse, I rows, I threads) {

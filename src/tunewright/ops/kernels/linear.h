@@ -14,6 +14,7 @@ struct Update {  // one layer's. Ranks [r0, r0 + r) of the product are its own; 
 struct Updated {  // a product: k -> n with r ranks in all
   const Update *updates;
   int64_t count, k, n, r;
+  int64_t blocks_in, blocks_out;  // whether its inputs, its outputs (and their gradients) lie in blocks
 };
 
 // All updates of a product as rows of bf16: a [r, k], and b [n, r] with the scale in it. Called by all threads at once.
@@ -40,79 +41,82 @@ static void gather(const Updated &u, bf16 *a, bf16 *b) {
 #pragma omp barrier
 }
 
-// ---- linear layers: y = [x, u] * W, u = x * A kept in the columns after x
+// ---- linear layers: y = [x, u] * W with u = x * A
 
 enum Epilogue { STORE, ADD, SWIGLU, SWIGLU_BACKWARD };
 
 struct Linear {
-  bf16 *x;  // [rows, k + r], stride ldx; columns k.. are written
-  int64_t ldx, rows, k, r;
+  Grid x;       // [rows, k]
+  bf16 *u;      // [rows, r], written
+  int64_t rows, k, r;
   Weights weights;  // n rows of k, or with `turned` k rows of n
   bool turned;
   const bf16 *down, *low;  // the updates packed: [k -> r] and [r -> n], panel by panel
   int64_t n;
-  bf16 *y;  // [rows, n], stride ldy
-  int64_t ldy;
+  Grid y;  // [rows, n]; SWIGLU_BACKWARD: [rows, 2 n]
   int epilogue;
-  const bf16 *other;  // ADD: added to y. SWIGLU_BACKWARD: gu
-  int64_t ldother;
-  bf16 *h;  // SWIGLU and SWIGLU_BACKWARD: where silu(gate) * up goes
-  int64_t ldh;
+  Grid other;  // ADD: added to y. SWIGLU_BACKWARD: gu
+  Grid h;      // SWIGLU and SWIGLU_BACKWARD: where silu(gate) * up goes
 
-  int64_t blocks() const { return (k + r) / 32; }
-  int64_t panel() const { return 2 * blocks() * TILE; }
   // Where line i of block b of a panel's weights lies.
   const bf16 *line(int64_t p, int64_t b, int64_t i) const {
     return turned ? weights.row(32 * b + i) + 32 * p : weights.row(32 * p + i) + 32 * b;
   }
-  void pack(bf16 *to, int64_t p) const {
-    (turned ? panel_along : panel_across)(to, weights, p, k / 32);
-    if (r) memcpy(to + 2 * (k / 32) * TILE, low + p * 2 * (r / 32) * TILE, 4 * (r / 32) * TILE);
+  int64_t panel() const { return 2 * (k + r) / 32 * TILE; }
+  void pack(bf16 *to, int64_t p, int64_t many) const {
+    if (turned) panels_along(to, panel(), weights, p, many, k / 32);
+    for (int64_t q = 0; q < many; q++, to += panel()) {
+      if (!turned) panel_across(to, weights, p + q, k / 32);
+      if (r) memcpy(to + 2 * (k / 32) * TILE, low + (p + q) * 2 * (r / 32) * TILE, 4 * (r / 32) * TILE);
+    }
   }
 };
 
 // Rows [from, to) of a finished block of 32 x 32 at (t, n).
 template <int E>
 static inline void finish(const Linear &l, const float *c, int64_t t, int64_t n, int64_t from, int64_t to) {
+  const int64_t wide = E == SWIGLU_BACKWARD ? 2 * n : n, half = n / 2 % 32;
+  bf16 *y = l.y.at(t, wide), *h = E == SWIGLU ? l.h.at(t, n / 2 - half) + half : l.h.at(t, n);
+  const bf16 *o = l.other.at(t, wide);
   for (int64_t i = from; i < to; i++) {
     __m512 a = _mm512_load_ps(c + 32 * i), b = _mm512_load_ps(c + 32 * i + 16);
-    bf16 *y = l.y + (t + i) * l.ldy;
-    const bf16 *o = l.other + (t + i) * l.ldother;
     if (E == ADD) {
-      a = _mm512_add_ps(a, load16(o + n));
-      b = _mm512_add_ps(b, load16(o + n + 16));
+      a = _mm512_add_ps(a, load16(o + i * l.other.ld));
+      b = _mm512_add_ps(b, load16(o + i * l.other.ld + 16));
     }
     if (E == STORE || E == ADD) {
-      store16(y + n, a);
-      store16(y + n + 16, b);
+      store16(y + i * l.y.ld, a);
+      store16(y + i * l.y.ld + 16, b);
     }
     // past the caches: gate and up are read again only in the backward
-    if (E == SWIGLU) _mm512_stream_si512((__m512i *)(y + n), (__m512i)_mm512_cvtne2ps_pbh(b, a));
-    if (E == SWIGLU) store16(l.h + (t + i) * l.ldh + n / 2, _mm512_mul_ps(_mm512_mul_ps(a, sigmoid16(a)), b));
+    if (E == SWIGLU) _mm512_stream_si512((__m512i *)(y + i * l.y.ld), (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    if (E == SWIGLU) store16(h + i * l.h.ld, _mm512_mul_ps(_mm512_mul_ps(a, sigmoid16(a)), b));
     if (E == SWIGLU_BACKWARD)
       for (int64_t j = 0; j < 2; j++) {
-        __m512 g = load16(o + 2 * n + 32 * j), u = load16(o + 2 * n + 32 * j + 16), s = sigmoid16(g), d = j ? b : a;
+        const bf16 *gu = o + 32 * j * l.other.along + i * l.other.ld;
+        bf16 *dgu = y + 32 * j * l.y.along + i * l.y.ld;
+        __m512 g = load16(gu), u = load16(gu + 16), s = sigmoid16(g), d = j ? b : a;
         __m512 silu = _mm512_mul_ps(g, s), slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
-        store16(y + 2 * n + 32 * j, _mm512_mul_ps(_mm512_mul_ps(d, u), slope));
-        store16(y + 2 * n + 32 * j + 16, _mm512_mul_ps(d, silu));
-        store16(l.h + (t + i) * l.ldh + n + 16 * j, _mm512_mul_ps(silu, u));
+        store16(dgu, _mm512_mul_ps(_mm512_mul_ps(d, u), slope));
+        store16(dgu + 16, _mm512_mul_ps(d, silu));
+        store16(h + i * l.h.ld + 16 * j, _mm512_mul_ps(silu, u));
       }
   }
 }
 
-// Bring the lines that finish() will touch into the cache, to be written: a store that misses holds up everything else.
+// Bring the lines that finish() will touch in row i into the cache, to be written: a store that misses holds up all else.
 template <int E>
-static inline void fetch(const Linear &l, int64_t t, int64_t n) {
-  const bf16 *y = l.y + t * l.ldy + (E == SWIGLU_BACKWARD ? 2 * n : n);
+static inline void fetch(const Linear &l, int64_t t, int64_t n, int64_t i) {
+  const int64_t wide = E == SWIGLU_BACKWARD ? 2 * n : n;
+  const bf16 *y = l.y.at(t, wide) + i * l.y.ld, *o = l.other.at(t, wide) + i * l.other.ld;
   if (E != SWIGLU) __builtin_prefetch(y, 1);
-  if (E == SWIGLU_BACKWARD) __builtin_prefetch(y + 32, 1);
-  if (E == SWIGLU) __builtin_prefetch(l.h + t * l.ldh + n / 2, 1);
+  if (E == SWIGLU) __builtin_prefetch(l.h.at(t, n / 2 / 32 * 32) + i * l.h.ld, 1);
   if (E == SWIGLU_BACKWARD) {
-    __builtin_prefetch(l.h + t * l.ldh + n, 1);
-    __builtin_prefetch(l.other + t * l.ldother + 2 * n, 0);
-    __builtin_prefetch(l.other + t * l.ldother + 2 * n + 32, 0);
+    __builtin_prefetch(y + 32 * l.y.along, 1);
+    __builtin_prefetch(l.h.at(t, n) + i * l.h.ld, 1);
+    __builtin_prefetch(o + 32 * l.other.along, 0);
   }
-  if (E == ADD) __builtin_prefetch(l.other + t * l.ldother + n, 0);
+  if (E == ADD || E == SWIGLU_BACKWARD) __builtin_prefetch(o, 0);
 }
 
 // u of the rows [t, t + 32).
@@ -120,11 +124,11 @@ static inline void narrow(const Linear &l, int64_t t) {
   alignas(64) float c[1024];
   for (int64_t n = 0; n < l.r; n += 32) {
     zero_tiles();
-    multiply(l.x + t * l.ldx, l.ldx, l.down + n / 32 * (l.k / 32) * 2 * TILE, l.k / 32);
+    multiply(l.x.at(t, 0), l.x.ld, 32 * l.x.along, l.down + n / 32 * (l.k / 32) * 2 * TILE, 2 * TILE, l.k / 32);
     store_tiles(c, 32);
     for (int64_t i = 0; i < 32; i++) {
-      store16(l.x + (t + i) * l.ldx + l.k + n, _mm512_load_ps(c + 32 * i));
-      store16(l.x + (t + i) * l.ldx + l.k + n + 16, _mm512_load_ps(c + 32 * i + 16));
+      store16(l.u + (t + i) * l.r + n, _mm512_load_ps(c + 32 * i));
+      store16(l.u + (t + i) * l.r + n + 16, _mm512_load_ps(c + 32 * i + 16));
     }
   }
 }
@@ -134,32 +138,37 @@ static inline void narrow(const Linear &l, int64_t t) {
 template <int E>
 static void wide(const Linear l, int64_t m, int64_t end, int64_t from, int64_t to, bf16 *panels, int64_t across) {
   alignas(64) float room[2][1024];
-  const int64_t blocks = l.blocks(), share = (32 + blocks - 1) / blocks, panel = l.panel();
+  const int64_t deep = l.k / 32, blocks = deep + l.r / 32, share = (32 + blocks - 1) / blocks, panel = l.panel();
   int64_t before_t = -1, before_n = 0, turn = 0;
   for (int64_t n0 = from; n0 < to; n0 += across) {
     const int64_t n1 = std::min(n0 + across, to);
-    for (int64_t n = n0; n < n1; n += 32) l.pack(panels + (n - n0) / 32 * panel, n / 32);
+    l.pack(panels, n0 / 32, (n1 - n0) / 32);
     for (int64_t t = m; t < end; t += 32)
       for (int64_t n = n0; n < n1; n += 32) {
-        const bf16 *a = l.x + t * l.ldx, *a1 = a + 16 * l.ldx, *b = panels + (n - n0) / 32 * panel;
+        const bf16 *b = panels + (n - n0) / 32 * panel;
         const float *before = room[1 - turn];
-        const bool ahead = t + 32 >= end && n + across < to;  // fetch weights of the next panels
-        int64_t done = before_t < 0 ? 32 : 0;
+        // the next panels' weights, fetched while the last rows are multiplied, in the order in which they will be packed
+        const int64_t next = t + 32 >= end ? std::min(n1 + across, to) / 32 - n1 / 32 : 0;
+        const bf16 *a = l.x.at(t, 0), *a1 = a + 16 * l.x.ld;
+        int64_t done = before_t < 0 ? 32 : 0, ld = 2 * l.x.ld, step = 32 * l.x.along;
         zero_tiles();
-        for (int64_t k = 0; k < blocks; k++) {
-          _tile_loadd(4, a + 32 * k, 2 * l.ldx);
+        for (int64_t k = 0; k < blocks; k++, a += step, a1 += step) {
+          if (k == deep) a = l.u + t * l.r, a1 = a + 16 * l.r, ld = 2 * l.r, step = 32;
+          _tile_loadd(4, a, ld);
           _tile_loadd(6, b + 2 * k * TILE, 64);
           _tile_dpbf16ps(0, 4, 6);
           _tile_loadd(7, b + (2 * k + 1) * TILE, 64);
           _tile_dpbf16ps(1, 4, 7);
-          _tile_loadd(5, a1 + 32 * k, 2 * l.ldx);
+          _tile_loadd(5, a1, ld);
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
-          if (ahead && k < l.k / 32)
-            for (int64_t i = 0; i < 32; i++) _mm_prefetch((const char *)l.line((n + across) / 32, k, i), _MM_HINT_T1);
-          for (int64_t i = k * share; i < std::min<int64_t>(32, (k + 1) * share); i++) fetch<E>(l, t + i, n);
+          if (const int64_t at = (n - n0) / 32 * deep + k; next && k < deep && at < next * deep) {
+            const int64_t p = n1 / 32 + (l.turned ? at % next : at / deep), depth = l.turned ? at / next : at % deep;
+            for (int64_t i = 0; i < 32; i++) _mm_prefetch((const char *)l.line(p, depth, i), _MM_HINT_T1);
+          }
+          for (int64_t i = k * share; i < std::min<int64_t>(32, (k + 1) * share); i++) fetch<E>(l, t, n, i);
           if (done < 32) {
-            int64_t upto = std::min<int64_t>(32, done + share);
+            const int64_t upto = std::min<int64_t>(32, done + share);
             finish<E>(l, before, before_t, before_n, done, upto);
             done = upto;
           }
@@ -216,4 +225,20 @@ static bool linear(Linear l, const Updated &u, int threads) {  // false: no memo
     }
   }
   return true;
+}
+
+struct Weight {  // a product: its updates, and where each sixteen rows of its weights lie
+  const Updated *u;
+  const bf16 *const *rows;
+};
+// x [rows, k] -> y [rows, n], or with `turned` the other way; u [rows, r] is filled. y may be null: only u.
+static bool product(const Weight &w, bool turned, int64_t rows, bf16 *x, bf16 *u, bf16 *y, int epilogue, bf16 *other, bf16 *h,
+                    int threads) {
+  const Updated &p = *w.u;
+  const int64_t k = turned ? p.n : p.k, n = turned ? p.k : p.n, wide = epilogue == SWIGLU_BACKWARD ? 2 * n : n;
+  const bool swiglu = epilogue == SWIGLU || epilogue == SWIGLU_BACKWARD;
+  Linear l{grid(x, k, turned ? p.blocks_out : p.blocks_in), u, rows, k, p.r, {w.rows, p.k}, turned, nullptr, nullptr,
+           y ? n : 0, grid(y, wide, swiglu || (turned ? p.blocks_in : p.blocks_out)), epilogue, grid(other, wide, swiglu),
+           grid(h, epilogue == SWIGLU ? n / 2 : n, true)};
+  return linear(l, p, threads);
 }

@@ -5,10 +5,7 @@
 // ---- g[r, n] (float) = p[rows, r]^T * q[rows, n]
 
 struct Outer {
-  const bf16 *p;
-  int64_t ldp;
-  const bf16 *q;
-  int64_t ldq;
+  Grid p, q;
   float *g;
   int64_t rows, r, n;
   bf16 *turned;  // memory for rows * r
@@ -20,14 +17,15 @@ static constexpr int64_t HIGH = 128;  // rows of g that stay with their operand 
 // B tiles of 32 columns of q, rows [32 * from, 32 * to).
 static inline void pack_panel(bf16 *to, const Outer &o, int64_t j, int64_t from, int64_t end) {
   for (int64_t b = from; b < end; b++, to += 2 * TILE) {
-    const bf16 *x = o.q + 32 * b * o.ldq + 32 * j;
-    for (int64_t k = 0; k < 32; k++) __builtin_prefetch(x + k * o.ldq + 32);  // the next panel's
-    tile_along(to, x, o.ldq);
-    tile_along(to + TILE, x + 16, o.ldq);
+    const bf16 *x = o.q.at(32 * b, 32 * j);
+    for (int64_t k = 0; k < 32; k++) __builtin_prefetch(x + k * o.q.ld + 32 * o.q.along);  // the next panel's
+    tile_along(to, x, o.q.ld);
+    tile_along(to + TILE, x + 16, o.q.ld);
   }
 }
 static inline void turn(const Outer &o, int64_t i) {  // A tiles of 16 columns of p
-  for (int64_t b = 0; b < o.rows / 32; b++) tile_turned(o.turned + (i * (o.rows / 32) + b) * TILE, o.p + 32 * b * o.ldp + 16 * i, o.ldp);
+  for (int64_t b = 0; b < o.rows / 32; b++)
+    tile_turned(o.turned + (i * (o.rows / 32) + b) * TILE, o.p.at(32 * b, i / 2 * 32) + i % 2 * 16, o.p.ld);
 }
 // One panel of g, rows [i0, i1), over the row blocks [from, end) whose B tiles are in `along`.
 static inline void add_panel(const Outer &o, const bf16 *along, int64_t j, int64_t i0, int64_t i1, int64_t from, int64_t end) {
@@ -81,30 +79,34 @@ static inline void spread_rows(const Update &x, const Updated &u, const float *g
   }
 }
 
-// da [r, k] = du^T x, and of each layer db [n, r] = scale * dy^T u. x: [rows, k + r] with u behind, dy: [rows, n + r]
-// with du behind.
-static bool update_gradients(const Updated &u, bf16 *x, int64_t ldx, bf16 *dy, int64_t lddy, int64_t rows, float *da,
-                             float *db, int threads) {  // false: no memory
-  const Rooms rooms(4 * u.r * u.n + 4 * rows * u.r + 128, 1);
+// da [r, k] = du^T x, and of each layer db [n, r] = scale * dy^T u. u, du: [rows, r].
+static bool update_gradients(const Updated &w, Grid x, bf16 *u, Grid dy, bf16 *du, int64_t rows, float *da, float *db,
+                             int threads) {  // false: no memory
+  const Rooms rooms(4 * w.r * w.n + 4 * rows * w.r + 128, 1);
   if (!rooms.all) return false;
   Room room(rooms, 0);
-  float *g = room.take<float>(u.r * u.n);
-  bf16 *turned = room.take<bf16>(2 * rows * u.r);
-  const Outer a{dy + u.n, lddy, x, ldx, da, rows, u.r, u.k, turned, nullptr};
-  const Outer b{x + u.k, ldx, dy, lddy, g, rows, u.r, u.n, turned + rows * u.r, nullptr};
-  const int64_t ka = u.k / 32, all = ka + u.n / 32;
+  float *g = room.take<float>(w.r * w.n);
+  bf16 *turned = room.take<bf16>(2 * rows * w.r);
+  const Outer a{grid(du, w.r, false), x, da, rows, w.r, w.k, turned, nullptr};
+  const Outer b{grid(u, w.r, false), dy, g, rows, w.r, w.n, turned + rows * w.r, nullptr};
+  const int64_t ka = w.k / 32, all = ka + w.n / 32;
 #pragma omp parallel num_threads(threads)
   {
     Tiles on;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < u.r / 8; i++) turn(i % 2 ? a : b, i / 2);
+    for (int64_t i = 0; i < w.r / 8; i++) turn(i % 2 ? a : b, i / 2);
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < threads; part++) {
       const int64_t from = all * part / threads, to = all * (part + 1) / threads;
       outer_panels(a, std::min(from, ka), std::min(to, ka));
       outer_panels(b, std::max(from, ka) - ka, std::max(to, ka) - ka);
-      for (int64_t w = 0; w < u.count; w++) spread_rows(u.updates[w], u, g, db, std::max(from, ka) - ka, std::max(to, ka) - ka);
+      for (int64_t i = 0; i < w.count; i++) spread_rows(w.updates[i], w, g, db, std::max(from, ka) - ka, std::max(to, ka) - ka);
     }
   }
   return true;
+}
+// The same for a product's weights. to: da [r, k], behind it the db.
+static bool gradients(const Weight &w, int64_t rows, bf16 *x, bf16 *u, bf16 *dy, bf16 *du, float *to, int threads) {
+  const Updated &p = *w.u;
+  return !p.r || update_gradients(p, grid(x, p.k, p.blocks_in), u, grid(dy, p.n, p.blocks_out), du, rows, to, to + p.r * p.k, threads);
 }

@@ -152,45 +152,58 @@ struct Weights {
   int64_t ld;
   const bf16 *row(int64_t i) const { return rows[i / 16] + i % 16 * ld; }
 };
-// B tiles of 32 columns: rows [32 p, 32 p + 32) as columns, their elements as k.
+// B tiles of 32 columns, rows [32 p, 32 p + 32) as columns, their elements as k.
 static inline void panel_across(bf16 *to, const Weights &w, int64_t p, int64_t blocks) {
   for (int64_t b = 0; b < blocks; b++)
-    for (int64_t t = 0; t < 2; t++) {
+    for (int64_t t = 0; t < 2; t++, to += TILE) {
       const bf16 *x = w.rows[2 * p + t] + 32 * b;
       for (int64_t i = 0; i < 16; i++) __builtin_prefetch(x + i * w.ld + 96);
-      tile_across(to + (2 * b + t) * TILE, x, w.ld);
+      tile_across(to, x, w.ld);
     }
 }
-// B tiles of 32 columns: elements [32 p, 32 p + 32) of the rows as columns, the rows as k.
-static inline void panel_along(bf16 *to, const Weights &w, int64_t p, int64_t blocks) {
+// The same for `many` panels from p on: elements [32 p, 32 p + 32) of the rows as columns, the rows as k. A row's elements
+// of all panels are read together: memory is slow to jump.
+static inline void panels_along(bf16 *to, int64_t panel, const Weights &w, int64_t p, int64_t many, int64_t blocks) {
   for (int64_t b = 0; b < blocks; b++)
-    for (int64_t t = 0; t < 2; t++, to += TILE)
-      for (int64_t i = 0; i < 16; i++) {
-        const bf16 *x = w.rows[2 * b + i / 8] + i % 8 * 2 * w.ld + 32 * p + 16 * t;
-        _mm512_store_si512(to + 32 * i, in_turns(x, x + w.ld));
-        if (t == 0) __builtin_prefetch(x + 32), __builtin_prefetch(x + w.ld + 32);  // the next panel's
+    for (int64_t i = 0; i < 16; i++) {
+      const bf16 *x = w.rows[2 * b + i / 8] + i % 8 * 2 * w.ld + 32 * p;
+      for (int64_t q = 0; q < many; q++, x += 32) {
+        bf16 *at = to + q * panel + 2 * b * TILE + 32 * i;
+        _mm512_store_si512(at, in_turns(x, x + w.ld));
+        _mm512_store_si512(at + TILE, in_turns(x + 16, x + 16 + w.ld));
       }
+    }
+}
+
+// A matrix as its blocks of 32 x 32: by rows, or with each block in one piece, so that whoever takes a block reads along.
+struct Grid {
+  bf16 *p;
+  int64_t down, along, ld;  // from a row or a column to the next block's (by one of it), from a block's row to its next
+  bf16 *at(int64_t t, int64_t c) const { return p + t * down + c * along; }  // t, c: multiples of 32
+};
+static inline Grid grid(bf16 *p, int64_t width, bool blocks) {
+  return blocks ? Grid{p, width, 32, 32} : Grid{p, width, 1, width};
 }
 
 // ---- products
 
-// C (tiles 0..3: 32 x 32) += A[32 rows x 32*blocks] * B panel. a: row-major with stride lda (in elements).
-// Between k blocks B advances by b_next elements.
-static inline void multiply_along(const bf16 *a, int64_t lda, const bf16 *b, int64_t b_next, int64_t blocks) {
+// C (tiles 0..3: 32 x 32) += A[32 rows x 32*blocks] * B panel. a: rows of stride lda (in elements).
+// From one k block to the next A advances by a_next elements, B by b_next.
+static inline void multiply(const bf16 *a, int64_t lda, int64_t a_next, const bf16 *b, int64_t b_next, int64_t blocks) {
   const bf16 *a1 = a + 16 * lda;
   for (int64_t k = 0; k < blocks; k++) {
-    _tile_loadd(4, a + 32 * k, 2 * lda);
+    _tile_loadd(4, a + k * a_next, 2 * lda);
     _tile_loadd(6, b + k * b_next, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, b + k * b_next + TILE, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a1 + 32 * k, 2 * lda);
+    _tile_loadd(5, a1 + k * a_next, 2 * lda);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
 }
 static inline void multiply(const bf16 *a, int64_t lda, const bf16 *b, int64_t blocks) {
-  multiply_along(a, lda, b, 2 * TILE, blocks);
+  multiply(a, lda, 32, b, 2 * TILE, blocks);
 }
 // The same with A in packed tiles: [row tile][k block], stride between row tiles `next` elements.
 static inline void multiply_packed(const bf16 *a, int64_t next, const bf16 *b, int64_t b_stride, int64_t blocks) {

@@ -70,7 +70,7 @@ static void part_of_vocabulary(const Vocabulary &a, int64_t m, int64_t n, int64_
       enter(a, parts[i], s + i * WIDTH, p + i * WIDTH, w, real, j0 > v0 ? sum + i * d : nullptr);
     }
     if (!a.grad) continue;
-    for (int64_t k = 0; k < d; k += 32) panel_along(tiles + k / 32 * (w / 32) * 2 * TILE, head, k / 32, w / 32);
+    panels_along(tiles, w / 32 * 2 * TILE, head, 0, d / 32, w / 32);
     for (int64_t i = 0; i < n; i += 32)
       for (int64_t k = 0; k < d; k += 32) {
         if (j0 == v0) zero_tiles();
@@ -166,7 +166,7 @@ static bool vocabulary_backward(const Vocabulary &a, const VocabularyGrad &b, in
       int64_t w = std::min(wide, v - j0), real = std::min(w, a.size - j0);
       const Weights head{a.head.rows + j0 / 16, a.head.ld};
       for (int64_t j = 0; j < w; j += 32) panel_across(across + j / 32 * (d / 32) * 2 * TILE, head, j / 32, d / 32);
-      for (int64_t k = 0; k < d; k += 32) panel_along(along + k / 32 * (w / 32) * 2 * TILE, head, k / 32, w / 32);
+      panels_along(along, w / 32 * 2 * TILE, head, 0, d / 32, w / 32);
       for (int64_t m = 0; m < a.rows; m += step) {
         int64_t n = std::min(step, a.rows - m);
         for (int64_t j = 0; j < w; j += 32)
