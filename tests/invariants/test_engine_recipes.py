@@ -26,6 +26,7 @@ from tunewright.engine.scheduler import Limits
 
 EOS = 2
 TUNED, CALM_TUNED = "ft:tiny:test:tuned:AbCdEfG1", "ft:calm:test:tuned:AbCdEfG2"
+SOFT = "ft:tiny:test:soft:AbCdEfG3"
 ASK = [{"role": "user", "content": "what colour is the sea?"}]
 
 
@@ -136,6 +137,24 @@ def test_log_probabilities_are_of_the_combined_logits(home: Home, engine: Engine
         assert event["logprob"] == pytest.approx(float(logp_V[event["token_id"]]), abs=1e-4)
         best = logp_V.topk(3).values.tolist()
         assert [t["logprob"] for t in event["top_logprobs"]] == pytest.approx(best, abs=1e-4)
+
+
+def test_a_soft_prompt_as_the_tuned_model(home: Home, engine: Engine, tmp_path: Path) -> None:
+    """Its virtual tokens stand in front of one of the three sequences only."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    small = home.models / "tiny"
+    torch.manual_seed(5)
+    net = get_peft_model(kit.hf_model(small), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7))
+    net.save_pretrained(tmp_path / "soft")
+    tuned = recipe_kit.add_tuned(home, kit.write_artefact(tmp_path / "soft", "adapter", "tiny"), SOFT)
+    folder = make(home, {"name": "proxy", "tuned": tuned, "small": "tiny", "alpha": 1.5}, "large")
+    nets = [kit.hf_model(home.models / "large"), kit.hf_adapted(small, Path(_place(home, tuned))), kit.hf_model(small)]
+    prompts = [kit.random_prompt(n, n) for n in (3, 70)]
+    logs = kit.run_all(engine, [kit.ask(p, 12, artefact=str(folder)) for p in prompts])
+    wanted = [formula(nets, 1.5, p, 12)[0] for p in prompts]
+    assert [kit.tokens(log) for log in logs] == wanted
+    assert wanted != [formula(nets, 0.0, p, 12)[0] for p in prompts]
 
 
 def test_sampling_stop_and_choices_of_a_proxy(home: Home, engine: Engine) -> None:

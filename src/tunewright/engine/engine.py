@@ -340,9 +340,8 @@ def _leader(
 ) -> Sequence:
     """The sequence of a choice, with a helper for each further model whose logits it needs."""
     text = TextStream(request.target.tokenizer.decode, how.stop, MARK if request.asked.tools else "")
-    team = [
-        Sequence(request, index, tokens, len(tokens), end, how, text, t.virtual, target=t, weight=w) for t, w in parts
-    ]
+    own = (request, index, tokens, len(tokens), end, how, text)
+    team = [Sequence(*own, virtual=t.virtual, target=t, weight=weight) for t, weight in parts]
     team[0].helpers = team[1:]
     for helper in team[1:]:
         helper.leader = team[0]

@@ -32,10 +32,10 @@ class Limits:
 class Sequence:
     """One choice of a request. tokens: the prompt, then what was generated.
 
-    virtual: tokens of a soft prompt that stand in the cache before them. target, model: the weights, and where they are
-    loaded. helpers: of an answer whose tokens are chosen from the logits of several models, the others' sequences: they
-    share `tokens`, start and end with their leader, and each model's `logits` of the next token, times `weight`,
-    are added up once all are there.
+    virtual: tokens of a soft prompt that stand in the cache before them.
+    target, model: the weights, and where they are loaded. helpers: of an answer whose tokens are chosen from the logits
+    of several models, the sequences of the others: they share `tokens`, start and end with their leader, and each
+    model's `logits` of the next token, times `weight`, are added up once all are there.
     """
 
     request: Any
