@@ -60,8 +60,9 @@ def quantised_layer(name: str, out: int = 10, inner: int = 48, dtype: torch.dtyp
     return layer, Quantised(layer, name, dtype, Scratch())
 
 
-def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, held = quantised_layer("nf4", out=700)
+@pytest.mark.parametrize("name", CODINGS)
+def test_pieces_are_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, held = quantised_layer(name, out=700)
     whole = held.weight
     monkeypatch.setattr("tunewright.ops.quant.PIECE", 64 * 256)
     assert 700 * 48 > 2 * 64 * 256 and torch.equal(held.weight, whole)

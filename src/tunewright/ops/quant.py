@@ -72,7 +72,11 @@ def _encode_int8(weight: Tensor) -> dict[str, Tensor]:
 
 
 def _decode_int8(kept: Any, out: Tensor) -> None:
-    torch.mul(kept.codes, kept.scale[:, None] * (1.0 / 127.0), out=out)
+    """In pieces, too: torch multiplies numbers of two kinds by way of copies of one kind."""
+    rows = max(1, PIECE // out.shape[1])
+    scale = kept.scale[:, None] * (1.0 / 127.0)
+    for codes, factor, part in zip(kept.codes.split(rows), scale.split(rows), out.split(rows), strict=True):
+        torch.mul(codes, factor, out=part)
 
 
 CODINGS = {
