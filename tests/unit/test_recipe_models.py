@@ -25,6 +25,7 @@ from tunewright.engine.recipes.texts import check_template, fill
 from tunewright.jobs.prepare import find_origin
 from tunewright.jobs.store import Store
 
+RETRIEVAL = {"name": "retrieval", "encoder": "tiny"}
 PROMPT = {"name": "prompt", "system": "Be brief."}
 
 
@@ -130,10 +131,10 @@ def test_a_recipe_is_a_model_like_any_other(tiny_home: Home, capsys: pytest.Capt
         ("few_shot", "tiny", {"data": ["rows.jsonl", "rows.jsonl"]}, "takes one file; got 2"),
         ({"name": "few_shot", "k": 9}, "tiny", {"data": ["rows.jsonl"]}, "k is 9, but the data has 5 example(s)"),
         ("few_shot", "tiny", {"data": ["preference.jsonl"]}, "preference.jsonl line 1: an example is"),
-        ("retrieval", "tiny", {"data": ["rows.jsonl"]}, "'rows.jsonl' is no document; use files that end in .txt"),
-        ("retrieval", "tiny", {"data": ["nowhere"]}, "There is no file or folder 'nowhere'"),
-        ("retrieval", "tiny", {"data": ["empty"]}, "holds no files that end in"),
-        ("retrieval", "tiny", {"data": ["bytes.txt"]}, "'bytes.txt' is not UTF-8 (byte 1)"),
+        (RETRIEVAL, "tiny", {"data": ["rows.jsonl"]}, "'rows.jsonl' is no document; use files that end in .txt"),
+        (RETRIEVAL, "tiny", {"data": ["nowhere"]}, "There is no file or folder 'nowhere'"),
+        (RETRIEVAL, "tiny", {"data": ["empty"]}, "holds no files that end in"),
+        (RETRIEVAL, "tiny", {"data": ["bytes.txt"]}, "'bytes.txt' is not UTF-8 (byte 1)"),
         ({"name": "few_shot", "by": "similarity", "encoder": "no", "k": 2}, "tiny", {"data": ["rows.jsonl"]}, "'no'"),
         (PROMPT, "tiny", {"decoding": {"temperatur": 0}}, "Did you mean 'temperature'?"),
         (PROMPT, "tiny", {"decoding": {"temperature": 3}}, "temperature"),
