@@ -18,15 +18,10 @@ from tunewright.models.fast_weights import Layer, Linear, Norm, Room, norm_param
 from tunewright.models.layouts import causal_lm, decoder_of
 from tunewright.models.policy import head_of
 from tunewright.ops.attention import segment_attention
-from tunewright.ops.kernels import Kernels
+from tunewright.ops.kernels import Kernels, double
 from tunewright.ops.logprob import TileHead
 from tunewright.ops.lora import TileProduct, TorchProduct, padded
 from tunewright.ops.types import Batch
-
-
-def double(x: float) -> int:
-    """The bits of a float64, for a struct of C among whole numbers."""
-    return int(torch.tensor(x, dtype=torch.float64).view(torch.int64))
 
 
 @dataclass(frozen=True)

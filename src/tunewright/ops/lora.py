@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tunewright.ops.kernels import Kernels, addresses
+from tunewright.ops.kernels import Kernels, addresses, double
 
 BLOCK = 32
 Epilogue = Literal["store", "add", "swiglu", "swiglu_backward"]
@@ -70,6 +70,12 @@ class Product:
         ends = list(accumulate(ranks, initial=0))
         self.ranks = [slice(a, b) for a, b in pairwise(ends)]
         self.r = padded(ends[-1])
+        self._begin(weights)
+        self.set_updates([None] * len(ranks))
+
+    def _begin(self, weights: Sequence[Tensor]) -> None:
+        """Hold the weights."""
+        raise NotImplementedError
 
     def set_updates(self, updates: Sequence[LowRank | None]) -> None:
         """Which matrices are the updates from now on; refresh() takes over their values. None: that layer has none."""
@@ -105,22 +111,13 @@ class Product:
 class TileProduct(Product):
     """On bfloat16 weights where they lie. n, k and the numbers of tokens must be multiples of 32."""
 
-    def __init__(
-        self,
-        kernels: Kernels,
-        weights: Sequence[Tensor],
-        ranks: Sequence[int],
-        rows: Sequence[Tensor | slice],
-        inner: Inner = "",
-    ) -> None:
-        super().__init__(kernels, weights, ranks, rows, inner)
+    def _begin(self, weights: Sequence[Tensor]) -> None:
         self._weights = [w.contiguous() for w in weights]
         self._places = [_place(rows) for rows in self.rows]
         self.addresses = torch.zeros(self.n // 16, dtype=torch.int64)
         for weight, (first, spread) in zip(self._weights, self._places, strict=True):
             groups = weight.shape[0] // 16
             self.addresses[first // 16 + spread // 16 * torch.arange(groups)] = addresses(weight)
-        self.set_updates([None] * len(ranks))
 
     def set_updates(self, updates: Sequence[LowRank | None]) -> None:
         """The updates as structs of C (linear.h, Update and Updated), numbers of 8 bytes each."""
@@ -129,7 +126,7 @@ class TileProduct(Product):
         for update, (first, spread), ranks in zip(self.updates, self._places, self.ranks, strict=True):
             r = ranks.stop - ranks.start
             n = update.b.shape[0] if update else 0
-            scale = int(torch.tensor(update.scale if update else 0.0, dtype=torch.float64).view(torch.int64))
+            scale = double(update.scale if update else 0.0)
             pointers = (update.a.data_ptr(), update.b.data_ptr()) if update else (0, 0)
             table.append([*pointers, ranks.start, r, n, first, spread, at, scale])
             self._sizes.append(n * r)
@@ -200,19 +197,10 @@ def _place(rows: Tensor | slice) -> tuple[int, int]:
 class TorchProduct(Product):
     """In torch, any dtype and any processor; the weights are kept as [W, s B] and A."""
 
-    def __init__(
-        self,
-        kernels: Kernels,
-        weights: Sequence[Tensor],
-        ranks: Sequence[int],
-        rows: Sequence[Tensor | slice],
-        inner: Inner = "",
-    ) -> None:
-        super().__init__(kernels, weights, ranks, rows, inner)
+    def _begin(self, weights: Sequence[Tensor]) -> None:
         self._wide_NK = weights[0].new_zeros(self.n, self.k + self.r)
         self._a_RK = weights[0].new_zeros(self.r, self.k)
         self.set_weights(weights)
-        self.set_updates([None] * len(ranks))
 
     def set_weights(self, weights: Sequence[Tensor]) -> None:
         for rows, weight in zip(self.rows, weights, strict=True):

@@ -71,6 +71,11 @@ def addresses(weights: Tensor) -> Tensor:
     return weights.data_ptr() + step * torch.arange(weights.shape[0] // 16)
 
 
+def double(x: float) -> int:
+    """The bits of a float64, for a struct of C among whole numbers."""
+    return int(torch.tensor(x, dtype=torch.float64).view(torch.int64))
+
+
 def load_kernels(folder: Path, threads: int) -> Kernels:
     """The kernels, compiled into `folder` first if need be (some seconds, once). Raises KernelsMissing."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
