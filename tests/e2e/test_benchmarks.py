@@ -39,6 +39,7 @@ def command(rows: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "benchmarks.sft", *fixed, *more]
 
 
+@pytest.mark.nightly
 def test_ours_and_the_plain_loop_side_by_side(env: dict[str, str], rows: Path) -> None:
     done = subprocess.run(
         command(rows, "--rounds", "1", "--seconds", "4", "--min-steps", "5", "--json", "-"),

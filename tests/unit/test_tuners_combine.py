@@ -114,6 +114,7 @@ def test_adapters_that_do_not_go_together(two: list[Path], tmp_path: Path, tiny_
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_makes_a_model_like_any_other(
     tiny_home: Home, tiny_model_dir: Path, tmp_path: Path, capsys
 ) -> None:
