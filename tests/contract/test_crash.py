@@ -12,8 +12,9 @@ from random import Random
 from typing import Any
 
 import pytest
+from job_kit import attempt, weights
 from parts import OPTIONS
-from test_selected_jobs import attempt, base, new_run, story, weights  # noqa: F401 a fixture
+from test_selected_jobs import base, new_run, story  # noqa: F401 a fixture
 
 from tunewright.core.home import Home
 from tunewright.core.run import Run

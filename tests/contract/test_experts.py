@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from job_kit import greedy
 from peft import PeftModel
 from retain_kit import parts_of
 from torch import Tensor, nn
@@ -228,8 +229,6 @@ def test_everything_else_is_the_objective_s(built: Any) -> None:
 @pytest.mark.slow
 def test_a_job_on_experts_is_served(home: Home, tiny_model_dir: Path) -> None:
     """LoRA on experts with the routers' loss: in the events, in the result, merged by the engine."""
-    from tunewright.engine.engine import Engine
-    from tunewright.engine.request import parse_request
 
     folder = tiny.build_family(home.models / "moe", "qwen3_moe", tiny_model_dir)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -252,11 +251,5 @@ def test_a_job_on_experts_is_served(home: Home, tiny_model_dir: Path) -> None:
     opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), run.result).eval()
     prompt = [5, 17, 300, 41]
     wanted = opened.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 4:].tolist()
-    engine, log = Engine(home, dtype="float32", threads=1), []
-    engine.add_request(
-        parse_request({"artefact": str(run.result), "prompt": prompt, "max_tokens": 6, "temperature": 0.0}), log.append
-    )
-    while engine.step():
-        pass
-    said = [e["token_id"] for e in log if e["type"] == "token"]
+    said = greedy(home, run, prompt, 6)
     assert said and said == wanted[: len(said)]

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from job_kit import attempt, greedy, stop_after, weights
 from parts import OPTIONS, groups_for, instance
 from peft import LoraConfig, PeftModel
-from test_selected_jobs import attempt, new_run, stop_after, story, weights
+from test_selected_jobs import new_run, story
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -20,8 +21,6 @@ from tunewright.core.errors import Interrupted, OutOfMemory, SpecError, UserErro
 from tunewright.core.home import Home
 from tunewright.core.run import read_artefact
 from tunewright.core.spec import check_parts, parse_spec
-from tunewright.engine.engine import Engine
-from tunewright.engine.request import parse_request
 from tunewright.models.heads import Head
 from tunewright.models.loader import load_model
 from tunewright.models.memory import NF4_BYTES, stored_parameters
@@ -402,13 +401,7 @@ def test_the_result_is_served_over_the_unquantised_base(
     prompt = [5, 17, 300, 41]
     model = with_artefact(base.models / "tiny", run.result)
     wanted = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 4:].tolist()
-    engine, log = Engine(base, dtype="float32", threads=1), []
-    engine.add_request(
-        parse_request({"artefact": str(run.result), "prompt": prompt, "max_tokens": 8, "temperature": 0.0}), log.append
-    )
-    while engine.step():
-        pass
-    said = [e["token_id"] for e in log if e["type"] == "token"]
+    said = greedy(base, run, prompt, 8)
     assert said and said == wanted[: len(said)]
 
 

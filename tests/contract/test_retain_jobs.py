@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from job_kit import attempt, stop_after, weights
 
 import tiny
-from tunewright.core.durable import read_json, sha256_file
+from tunewright.core.durable import read_json
 from tunewright.core.errors import DataError, Interrupted, SpecError
-from tunewright.core.events import EventWriter
 from tunewright.core.home import Home
 from tunewright.core.run import Run
 from tunewright.core.spec import check_parts, extra_files, parse_spec
 from tunewright.jobs.prepare import create_run
 from tunewright.train.describe import describe
-from tunewright.train.run import run_job
 
 ALL = [
     {"name": "replay", "file": "old.jsonl", "share": 0.5},
@@ -52,26 +50,9 @@ def new_run(home: Home, **spec: Any) -> Run:
     return create_run(home, made, train_path=home.root / "train.jsonl", more=more)
 
 
-def attempt(run: Run, home: Home, number: int = 1, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    events = EventWriter(run.attempt(number) / "events.jsonl", number)
-    try:
-        return run_job(run, home, events, stop)
-    finally:
-        events.close()
-
-
 def story(run: Run) -> list[tuple[Any, ...]]:
     keys = ("step", "train_loss", "grad_norm", *(f"retain_{t}" for t in TERMS))
     return [tuple(e.data.get(k) for k in keys) for e in run.events() if e.type == "metrics"]
-
-
-def weights(run: Run) -> dict[str, str]:
-    return {p.name: sha256_file(p) for p in run.result.glob("*.safetensors")}
-
-
-def stop_after(n: int) -> Callable[[], bool]:
-    asked = iter(range(n - 1))
-    return lambda: next(asked, None) is None
 
 
 def test_every_term_is_in_the_events(base: Home) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from job_kit import attempt, stop_after, weights
 from transformers import AutoModelForCausalLM
 
 import tiny
-from tunewright.core.durable import sha256_file
 from tunewright.core.errors import Interrupted, SpecError, TunewrightError
-from tunewright.core.events import EventWriter
 from tunewright.core.home import Home
 from tunewright.core.run import Run, read_artefact
 from tunewright.core.spec import check_parts, parse_spec
@@ -21,7 +19,6 @@ from tunewright.engine.engine import Engine
 from tunewright.engine.request import parse_request
 from tunewright.jobs.prepare import create_run
 from tunewright.train.describe import describe
-from tunewright.train.run import run_job
 from tunewright.tuners.delta import merge_delta, read_delta
 
 TUNERS: dict[str, dict[str, Any]] = {
@@ -52,27 +49,9 @@ def new_run(home: Home, name: str, **spec: Any) -> Run:
     return create_run(home, check_parts(parse_spec({**fields, **spec}), describe()), train_path=train)
 
 
-def attempt(run: Run, home: Home, number: int = 1, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    events = EventWriter(run.attempt(number) / "events.jsonl", number)
-    try:
-        return run_job(run, home, events, stop)
-    finally:
-        events.close()
-
-
 def story(run: Run) -> list[tuple[Any, ...]]:
     keys = ("step", "train_loss", "grad_norm", "lr")
     return [tuple(e.data[k] for k in keys) for e in run.events() if e.type == "metrics"]
-
-
-def weights(run: Run) -> dict[str, str]:
-    return {p.name: sha256_file(p) for p in run.result.glob("*.safetensors")}
-
-
-def stop_after(n: int) -> Callable[[], bool]:
-    """True from the n-th time that it is asked."""
-    asked = iter(range(n - 1))
-    return lambda: next(asked, None) is None
 
 
 @pytest.mark.parametrize("tuner", FIRST_ONLY)

@@ -75,8 +75,8 @@ def assert_relative(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: 
         assert want[k].norm() > 0, k
 
 
-def step(policy: Policy, groups: list[Group], budget: int = 10**6) -> tuple[float, dict[str, Tensor]]:
-    """(loss, gradients by parameter name) of one optimizer step."""
+def our_step(policy: Policy, groups: list[Group], budget: int = 10**6) -> float:
+    """Loss of an optimizer step in micro-batches of `budget` tokens, its gradients left on the parameters."""
     objective = SFT(SFT.Options())
     batches = pack(groups, budget)
     weight = sum(objective.weights(b)["loss"] for b in batches)
@@ -85,6 +85,16 @@ def step(policy: Policy, groups: list[Group], budget: int = 10**6) -> tuple[floa
         part = objective(policy, batch)["loss"].total / weight
         part.backward()
         loss += part.item()
-    found = {k: p.grad.clone() for k, p in policy.model.named_parameters() if p.grad is not None}
-    policy.model.zero_grad()
-    return loss, found
+    return loss
+
+
+def take_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients by parameter name; the model has none afterwards."""
+    found = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def step(policy: Policy, groups: list[Group], budget: int = 10**6) -> tuple[float, dict[str, Tensor]]:
+    """(loss, gradients by parameter name) of one optimizer step."""
+    return our_step(policy, groups, budget), take_gradients(policy.model)

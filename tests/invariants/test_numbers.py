@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from plain import assert_relative, lora, padded, plain_loss, plain_model, rows_to_groups
-from torch import Tensor, nn
+from plain import assert_relative, lora, our_step, padded, plain_loss, plain_model, rows_to_groups, take_gradients
+from torch import Tensor
 
 import tiny
 from tunewright.core.example import Group
@@ -28,25 +28,6 @@ def groups(tiny_model_dir: Path) -> list[Group]:
     return rows_to_groups(tiny_model_dir, tiny.sft_rows(7))
 
 
-def our_step(model: nn.Module, groups: list[Group], micro_batch_tokens: int = 10**6) -> float:
-    """Loss of a step, its gradients left on the parameters."""
-    objective, policy = SFT(SFT.Options()), Policy(model)
-    batches = pack(groups, micro_batch_tokens)
-    weight = sum(objective.weights(b)["loss"] for b in batches)
-    loss = 0.0
-    for batch in batches:
-        part = objective(policy, batch)["loss"].total / weight
-        part.backward()
-        loss += part.item()
-    return loss
-
-
-def take_gradients(model: nn.Module) -> dict[str, Tensor]:
-    got = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return got
-
-
 def check_lora_step(folder: Path, groups: list[Group], where: Path) -> None:
     """Loss to 1e-5 and every LoRA gradient to 1e-4 relative, against peft over transformers with padding."""
     tuner, model = lora(folder)
@@ -54,7 +35,7 @@ def check_lora_step(folder: Path, groups: list[Group], where: Path) -> None:
     reference = PeftModel.from_pretrained(plain_model(folder), where, is_trainable=True)
     expected = plain_loss(reference, groups)
     expected.backward()
-    assert our_step(model, groups) == pytest.approx(expected.item(), abs=1e-5)
+    assert our_step(Policy(model), groups) == pytest.approx(expected.item(), abs=1e-5)
     assert_relative(take_gradients(model), take_gradients(reference), 1e-4)
 
 
@@ -68,7 +49,7 @@ def test_full_step_is_that_of_transformers(tiny_model_dir: Path, groups: list[Gr
     reference = plain_model(tiny_model_dir)
     expected = plain_loss(reference, groups)
     expected.backward()
-    assert our_step(model, groups) == pytest.approx(expected.item(), abs=1e-5)
+    assert our_step(Policy(model), groups) == pytest.approx(expected.item(), abs=1e-5)
     assert_relative(take_gradients(model), take_gradients(reference), 1e-4)
 
 
@@ -84,7 +65,7 @@ def test_ten_steps_of_training_stay_together(tiny_model_dir: Path, groups: list[
         rows = groups[i % 3 :: 2]
         expected = plain_loss(reference, rows)
         expected.backward()
-        assert our_step(model, rows, micro_batch_tokens=80) == pytest.approx(expected.item(), abs=1e-4)
+        assert our_step(Policy(model), rows, 80) == pytest.approx(expected.item(), abs=1e-4)
         for optimizer in (ours_optimizer, theirs_optimizer):
             optimizer.step()
             optimizer.zero_grad()
@@ -123,10 +104,10 @@ def test_any_cut_of_a_step_is_the_whole_step(
     tiny_model_dir: Path, groups: list[Group], micro_batch_tokens: int
 ) -> None:
     _, model = lora(tiny_model_dir)
-    whole = our_step(model, groups)
+    whole = our_step(Policy(model), groups)
     whole_grads = take_gradients(model)
     assert len(pack(groups, micro_batch_tokens)) > 1
-    assert our_step(model, groups, micro_batch_tokens) == pytest.approx(whole, abs=1e-6)
+    assert our_step(Policy(model), groups, micro_batch_tokens) == pytest.approx(whole, abs=1e-6)
     assert_relative(take_gradients(model), whole_grads, 1e-5)
 
 
@@ -143,7 +124,7 @@ def test_logprobs_are_those_of_the_full_logits(tiny_model_dir: Path, groups: lis
 def test_a_bfloat16_step_points_the_same_way(tiny_model_dir: Path, groups: list[Group]) -> None:
     """Half precision is judged by the direction of the whole gradient, not number by number."""
     tuner, model = lora(tiny_model_dir)
-    exact = our_step(model, groups)
+    exact = our_step(Policy(model), groups)
     want = torch.cat([g.flatten() for g in take_gradients(model).values()])
     half = LoRA(LoRA.Options())
     half_model = half.attach(load_model(tiny_model_dir, torch.bfloat16), 0)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from tunewright.core.errors import SpecError
-from tunewright.core.spec import Part, explain_validation
+from tunewright.core.spec import Part, parse_as
 
 
 class RecipeSpec(BaseModel):
@@ -37,10 +36,4 @@ class RecipeSpec(BaseModel):
 
 def parse_recipe_spec(raw: Any) -> RecipeSpec:
     """A RecipeSpec from plain data. Raises one SpecError that lists everything wrong, with the nearest field names."""
-    if not isinstance(raw, dict):
-        raise SpecError(f"A recipe is a mapping of fields to values, not {type(raw).__name__}.")
-    try:
-        return RecipeSpec.model_validate(raw)
-    except ValidationError as e:
-        loc = e.errors()[0]["loc"]
-        raise SpecError(explain_validation(e, RecipeSpec, "recipe"), param=str(loc[0]) if loc else None) from e
+    return parse_as(RecipeSpec, raw, "recipe")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jsonschema
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tunewright.core.errors import SpecError, did_you_mean
 
 Auto = Literal["auto"]
+Spec = TypeVar("Spec", bound=BaseModel)
 HEADS = {"lm": "sft", "classify": "classify", "regress": "regress"}  # head -> the objective that trains it
 KINDS = ("tuner", "objective", "optimizer", "schedule")  # one part each
 LISTS = ("retain",)  # any number of parts
@@ -279,15 +280,20 @@ def parse_bytes(value: str | int) -> int:
 
 def parse_spec(raw: Any) -> JobSpec:
     """A JobSpec from plain data. Raises one SpecError that lists everything wrong, with the nearest field names."""
+    return parse_as(JobSpec, raw, "job spec")
+
+
+def parse_as(model: type[Spec], raw: Any, what: str) -> Spec:
+    """The same for any such model. what: it is called in errors."""
     if not isinstance(raw, dict):
-        raise SpecError(f"A job spec is a mapping of fields to values, not {type(raw).__name__}.")
+        raise SpecError(f"A {what} is a mapping of fields to values, not {type(raw).__name__}.")
     try:
-        return JobSpec.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as e:
-        raise SpecError(explain_validation(e, JobSpec), param=_first_param(e)) from e
+        raise SpecError(explain_validation(e, model, what), param=_first_param(e)) from e
 
 
-def explain_validation(error: ValidationError, model: type[BaseModel], what: str = "job spec") -> str:
+def explain_validation(error: ValidationError, model: type[BaseModel], what: str) -> str:
     """pydantic's errors as one readable text, each with field, value, what is allowed and the nearest match.
 
     what: is not valid, as the text says it.

@@ -30,7 +30,27 @@ _PLAIN = ("ids", "weights", "source")
 _OTHERS = {f.name: f.default for f in fields(Example) if f.name not in _PLAIN}
 
 
-class StoredGroups(Sequence[Group]):
+class Groups(Sequence[Group]):
+    """Groups by number, from wherever _at() has number 0 and those after it. sizes: [groups, columns]."""
+
+    sizes: npt.NDArray[np.int64]
+
+    def _at(self, i: int) -> Group:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, i: int) -> Group: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Group]: ...
+    def __getitem__(self, i: int | slice) -> Group | list[Group]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"there are {len(self)} groups, but number {i} was asked for")
+        return self._at(i % len(self))
+
+
+class StoredGroups(Groups):
     """The groups that write_groups() left in a folder; each access reads one from the file."""
 
     def __init__(self, folder: Path) -> None:
@@ -47,16 +67,8 @@ class StoredGroups(Sequence[Group]):
         """The number of the last row in its file."""
         return self[-1].examples[0].source if len(self) else 0
 
-    @overload
-    def __getitem__(self, i: int) -> Group: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Group]: ...
-    def __getitem__(self, i: int | slice) -> Group | list[Group]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"there are {len(self)} groups, but number {i} was asked for")
-        start, end = (int(x) for x in self._starts[i % len(self) :][:2])
+    def _at(self, i: int) -> Group:
+        start, end = (int(x) for x in self._starts[i:][:2])
         return _decode(os.pread(self._fd, end - start, start))
 
     def __del__(self) -> None:
@@ -64,7 +76,7 @@ class StoredGroups(Sequence[Group]):
             os.close(self._fd)
 
 
-class JoinedGroups(Sequence[Group]):
+class JoinedGroups(Groups):
     """The groups of several files behind each other. counts: how many each has.
 
     A row's number goes on from file to file, so that no two rows have the same one.
@@ -79,16 +91,7 @@ class JoinedGroups(Sequence[Group]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    @overload
-    def __getitem__(self, i: int) -> Group: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Group]: ...
-    def __getitem__(self, i: int | slice) -> Group | list[Group]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"there are {len(self)} groups, but number {i} was asked for")
-        i %= len(self)
+    def _at(self, i: int) -> Group:
         file = bisect_right(self._ends, i)
         before = self._ends[file - 1] if file else 0
         group = self._files[file][i - before]

@@ -30,6 +30,10 @@ def combine_models(home: Home, names: Sequence[str], suffix: str = "", **options
     options: how, weights, rank, density and seed, as tuners/combine.py has them.
     Raises ModelNotFound, SpecError (with everything that is in the way), CheckpointError, DiskFull.
     """
+    base = next((name for name in names if parse_model_name(name) is None), None)
+    if base is not None:
+        text = f"'{base}' is no tuned model. Name models whose names begin with `ft:`; `tunewright models` lists them."
+        raise SpecError(text, param="model")
     folders = [find_artefact(home, name) for name in names]
     origins = [find_origin(name, home) for name in names]
     _check(names, folders, origins)

@@ -5,11 +5,9 @@ spec -> model, tokenizer, groups -> tuner, objective, optimizer -> plan -> loop 
 
 from __future__ import annotations
 
-import csv
 import math
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
@@ -18,18 +16,17 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
 from torch import nn
 
-from tunewright.core.durable import check_folder, commit_folder, disk_full_is_clear, sweep, write_json
-from tunewright.core.errors import Diverged, RollBack, SpecError
+from tunewright.core.durable import sweep
+from tunewright.core.errors import RollBack, SpecError
 from tunewright.core.events import EventWriter
 from tunewright.core.example import Group
 from tunewright.core.home import Home
-from tunewright.core.run import ARTEFACT, BASE_IS_START, Artefact, JobFile, Run, read_artefact
+from tunewright.core.run import BASE_IS_START, JobFile, Run, read_artefact
 from tunewright.core.spec import JobSpec, check_parts
 from tunewright.data.rendered import StoredGroups
-from tunewright.data.tokenizer import TOKENIZER_FILES, Tokenizer
+from tunewright.data.tokenizer import Tokenizer
 from tunewright.models.heads import Head
 from tunewright.models.layouts import PADDED, causal_lm
 from tunewright.models.loader import context_length, load_model, materialise
@@ -40,9 +37,10 @@ from tunewright.ops.quant import NONE, PACKAGE, count
 from tunewright.ops.runtime import be_deterministic, choose_dtype, device, set_threads
 from tunewright.train import meter
 from tunewright.train.balance import balanced
-from tunewright.train.checkpoint import State, list_checkpoints, load_newest
+from tunewright.train.checkpoint import State, load_newest
 from tunewright.train.describe import describe
 from tunewright.train.fast import choose_path
+from tunewright.train.finish import Start, artefact_writer, finish
 from tunewright.train.labels import job_head
 from tunewright.train.loop import Parts, announce_checkpoint, train
 from tunewright.train.optim import OPTIMIZERS, SCHEDULES
@@ -60,18 +58,6 @@ from tunewright.tuners.peft_adapter import merge_adapter
 
 LEAST_CONTEXT = 16  # tokens
 MERGE = {"adapter": merge_adapter, "delta": merge_delta}
-CSV_HEADER = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
-
-
-@dataclass(frozen=True)
-class Start:
-    """What the job starts from. weights: the model folder. over: an adapter or delta over it to continue, or None;
-    record: what it is."""
-
-    weights: Path
-    over: Path | None
-    base: str
-    record: Artefact | None = None
 
 
 def run_job(run: Run, home: Home, events: EventWriter, stop: Callable[[], bool]) -> dict[str, Any]:
@@ -338,78 +324,3 @@ def resume(parts: Parts, rolled_back: bool) -> State:
         # killed between the commit and its event
         announce_checkpoint(parts.events, state, kind)
     return state
-
-
-def artefact_writer(
-    job: JobFile, spec: JobSpec, tuner: Tuner, start: Start, head: Head | None, quantization: str
-) -> Callable[[Path, State], None]:
-    """A function that fills a folder with a servable artefact: weights, tokenizer, artefact.json."""
-
-    def write(folder: Path, state: State) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        tuner.save(folder, start.base)
-        for name in TOKENIZER_FILES:
-            if (start.weights / name).exists():
-                shutil.copyfile(start.weights / name, folder / name)
-        whole = tuner.card.artefact == "weights"
-        artefact = Artefact(
-            kind=tuner.card.artefact,
-            name=job.name,
-            base=None if whole else start.base,
-            tuner=spec.tuner.model_dump(),
-            step=state.step,
-            decoding=spec.decoding,
-            head=spec.head,
-            labels=None if head is None else list(head.labels),
-            quantization=quantization,
-            metrics={k: v for k, v in state.last.items() if v is not None},
-        )
-        write_json(folder / ARTEFACT, artefact.model_dump(mode="json"))
-
-    return write
-
-
-def finish(parts: Parts, state: State) -> None:
-    """Write result/ and step_metrics.csv, then prove that the result can be read and holds only finite numbers."""
-    wants_best = parts.spec.result == "best" or (parts.spec.result == "auto" and parts.spec.early_stopping is not None)
-    chosen = state.best["step"] if wants_best and state.best else state.step
-    if wants_best and not state.best:
-        raise SpecError(
-            f"result 'best' needs {parts.spec.early_stop_metric}, which needs a validation_file.",
-            param="validation_file",
-        )
-
-    def fill(folder: Path) -> None:
-        if chosen in list_checkpoints(parts.run):
-            shutil.copytree(parts.run.checkpoint(chosen) / "artefact", folder, dirs_exist_ok=True)
-        else:
-            parts.write_artefact(folder, state)
-
-    commit_folder(parts.run.result, fill, {"step": chosen})
-    verify(parts.run.result)
-    write_csv(parts.run)
-    parts.events.write("message", f"New fine-tuned model created: {parts.run.job().name}", {"step": chosen})
-
-
-def verify(folder: Path) -> None:
-    """Check the manifest and that every tensor can be read and is finite. Raises CheckpointError or Diverged."""
-    check_folder(folder)
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as f:
-            bad = [key for key in f.keys() if not torch.isfinite(f.get_tensor(key)).all()]  # noqa: SIM118
-        if bad:
-            raise Diverged(f"The trained weights hold values that are not finite: {', '.join(bad[:3])}.")
-
-
-def write_csv(run: Run) -> None:
-    """OpenAI's result file: one row a step, empty cells where nothing was validated."""
-    tmp = run.metrics_csv.with_name(f"{run.metrics_csv.name}.tmp-new")
-    with disk_full_is_clear(run.metrics_csv.name), open(tmp, "w", newline="") as f:
-        rows = csv.writer(f, lineterminator="\n")
-        rows.writerow(CSV_HEADER)
-        for event in run.stream():
-            if event.type == "metrics":
-                d = event.data
-                values = (d["step"], d["train_loss"], d["train_mean_token_accuracy"])
-                rows.writerow([*values, d.get("valid_loss", ""), d.get("valid_mean_token_accuracy", "")])
-    tmp.replace(run.metrics_csv)
