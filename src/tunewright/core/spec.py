@@ -294,7 +294,7 @@ def parse_as(model: type[Spec], raw: Any, what: str) -> Spec:
 
 
 def explain_validation(error: ValidationError, model: type[BaseModel], what: str) -> str:
-    """pydantic's errors as one text, each with field, value, what is allowed and the nearest match. what: is not valid."""
+    """pydantic's errors as one text: field, value, what is allowed, the nearest match. what: the thing not valid."""
     lines = []
     for item in error.errors():
         names = [str(p) for p in item["loc"] if not str(p).startswith(("literal[", "function-"))]
