@@ -108,11 +108,12 @@ class Linear:
         if not self.whole:
             return found
         weights = self.product.weight_gradient(x, dy)
+        sums = self.product.column_sums(dy) if any(_is_trained(layer.bias) for layer in self.plain) else dy
         for layer, rows in zip(self.plain, self.rows, strict=True):
             if _is_trained(layer.weight):
                 found.append(weights[rows])
             if _is_trained(layer.bias):
-                found.append(dy[:, rows].float().sum(0))
+                found.append(sums[rows])
         return found
 
 
