@@ -262,10 +262,10 @@ class Layer:
     def __init__(self, kind: Any, kernels: Kernels, module: Any, attend: Tiles | Torch, dtype: torch.dtype) -> None:
         attention, own = module.attention, module.attention.self
         self.attend, self.dtype = attend, dtype
-        self.qkv = Linear(kind, kernels, dtype, [own.query, own.key, own.value])
-        self.o = Linear(kind, kernels, dtype, [attention.output.dense])
-        self.up = Linear(kind, kernels, dtype, [module.intermediate.dense])
-        self.down = Linear(kind, kernels, dtype, [module.output.dense])
+        self.qkv: Any = Linear(kind, kernels, dtype, [own.query, own.key, own.value])
+        self.o: Any = Linear(kind, kernels, dtype, [attention.output.dense])
+        self.up: Any = Linear(kind, kernels, dtype, [module.intermediate.dense])
+        self.down: Any = Linear(kind, kernels, dtype, [module.output.dense])
         self.norm1, self.norm2 = Norm(attention.output.LayerNorm), Norm(module.output.LayerNorm)
         self.linears = (self.qkv, self.o, self.up, self.down)
         whole = [p for linear in self.linears for p in linear.whole]
