@@ -64,13 +64,13 @@ class FastBert:
         self.parameters = [*self.embeddings.parameters, *(p for layer in self.layers for p in layer.parameters)]
         self._seen: tuple[int, ...] = ()
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """[T, D] float32: the last layer's output."""
+    def __call__(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """[T, D] float32: the last layer's output, or of these rows only."""
         with torch.autocast("cpu", enabled=False):
             self._refresh()
-            if torch.is_grad_enabled():
-                return _Encoder.apply(self, batch, *self.parameters)  # type: ignore[no-any-return]
-            return self.forward(batch, keep=False)[0]
+            grown = torch.is_grad_enabled()
+            out_TD: Tensor = _Encoder.apply(self, batch, *self.parameters) if grown else self.forward(batch, False)[0]  # type: ignore[assignment]
+            return out_TD if rows is None else out_TD[rows]
 
     def _refresh(self) -> None:
         """Take over the present weights."""
@@ -84,7 +84,7 @@ class FastBert:
         """([T, D], for the backward: of the embeddings' norm, then of each layer)."""
         n, starts = batch.n_tokens, batch.cu_seqlens.to(torch.int64)
         x_TD, norm = self.embeddings.forward(batch)
-        x_TD, saved = F.pad(x_TD, (0, 0, 0, padded(n) - n)), [norm]
+        x_TD, saved = F.pad(x_TD, (0, 0, 0, padded(n) - n)), list[Any]([norm])
         for i, layer in enumerate(self.layers):
             out_TD, kept = layer.forward(x_TD, starts)
             if keep:
