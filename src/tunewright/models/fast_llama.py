@@ -71,8 +71,8 @@ class Kept:
     What the norms made of x and mid is always made again: writing it to memory and reading it there takes as long.
 
     small: [2 + heads, T] float32, 1/rms of both norms and the attention's log-sum-exp. graph: attention without tiles.
-    low: [T, r] of each product's update, narrow results, in the order of Layer.linears. room: all but x and small where
-    the layer is one call of the kernels.
+    low: [T, r] of each product's update, narrow results, in the order of Layer.linears. alone: what o and down add to
+    the residual, where they have gains. room: all but x and small where the layer is one call of the kernels.
     """
 
     x: Tensor
@@ -84,6 +84,7 @@ class Kept:
     graph: tuple[Tensor, Tensor] | None = None
     mid: Tensor | None = None
     gu: Tensor | None = None
+    alone: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 def runs_on_tiles(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> bool:
@@ -121,8 +122,8 @@ class FastLlama:
         linears = [linear for layer in self.layers for linear in layer.linears]
         norms = [n for n in (*(n for layer in self.layers for n in layer.norms), self.norm) if n.trained]
         heads = [self.head] if self.head is not None and self.head.weight.requires_grad else []
-        self._low_rank = [linear for linear in linears if linear.low_rank]
-        self._whole = [*(linear for linear in linears if linear.whole), *norms, *heads]
+        self._adapted = [linear for linear in linears if linear.adapted]
+        self._refreshed = [*(linear for linear in linears if linear.trained), *norms, *heads]
         self._trained = [p for linear in linears for p in linear.all_parameters()] + norm_parameters(norms)
         self._trained += [head.weight for head in heads]
 
@@ -137,18 +138,16 @@ class FastLlama:
 
     def _refresh(self) -> None:
         """Take over what an optimizer, a load or a switch changed since the last call."""
-        on = tuple(linear.places() for linear in self._low_rank)
+        on = tuple(linear.places() for linear in self._adapted)
         values = tuple(p._version for p in self._trained)
         if (on, values) == self._seen:
             return
         if not self._seen or on != self._seen[0]:
-            for linear in self._low_rank:
-                linear.product.set_updates(linear.updates())
+            for linear in self._adapted:
+                linear.switch()
             for layer in self.layers:
                 layer.update_record()
-        for linear in self._low_rank:
-            linear.product.refresh()
-        for part in self._whole:
+        for part in self._refreshed:
             part.refresh()
         self._seen = (on, values)
 
@@ -212,9 +211,8 @@ class FastLlama:
         if w.one_call:
             return self._layer_at_once(w, x, b, own)
         own.at = 0
-        d, gu_out = x.shape[1], w.gate_up.product.n
-        low = narrow_rooms(w, b.total, self.dtype)
-        room = Room(b.total, self.shape.v.stop + w.o.product.k + d + gu_out, self.dtype)
+        d, room = x.shape[1], Room(b.total, w.kept_columns, self.dtype)
+        low = tuple(room.take(linear.product.r) for linear in w.linears)
         small = torch.empty(2 + self.shape.heads, b.total)
         xn = self._rmsnorm(x, w.norm1.weight, own.take(d), small[0])
         qkv = room.take(self.shape.v.stop)
@@ -225,13 +223,14 @@ class FastLlama:
         attended = room.take(w.o.product.k)
         graph = self._attention(qkv, attended, small[2:], b)
         mid = room.take(d)
-        w.o.product.forward(attended, low[1], mid, "add", x)
+        o_alone, down_alone = (None if p.product.gain is None else room.take(d) for p in (w.o, w.down))
+        w.o.product.forward(attended, low[1], mid, "add", x, *_given(o_alone))
         xn2 = self._rmsnorm(mid, w.norm2.weight, own.take(d), small[1])
-        gu, h = room.take(gu_out), own.take(w.down.product.k)
+        gu, h = room.take(w.gate_up.product.n), own.take(w.down.product.k)
         w.gate_up.product.forward(xn2, low[2], gu, "swiglu", h)
         out = torch.empty(b.total, d, dtype=self.dtype)
-        w.down.product.forward(h, low[3], out, "add", mid)
-        return out, Kept(x, small, None, low, qkv, attended, graph, mid, gu)
+        w.down.product.forward(h, low[3], out, "add", mid, *_given(down_alone))
+        return out, Kept(x, small, None, low, qkv, attended, graph, mid, gu, (o_alone, down_alone))
 
     def _layer_at_once(self, w: Layer, x: Tensor, b: Packed, own: Room) -> tuple[Tensor, Kept]:
         """_layer of tiles with nothing but low-rank updates."""
@@ -310,34 +309,46 @@ class FastLlama:
             return w.split_gradients(found)
         assert k.small is not None and k.mid is not None and k.attended is not None and k.gu is not None
         rstd1, rstd2, lse = k.small[0], k.small[1], k.small[2:]
-        low = narrow_rooms(w, b.total, self.dtype)
-        dgu, h = scratch.take(w.gate_up.product.n), own.take(w.down.product.k)
-        w.down.product.backward(dx, low[3], dgu, "swiglu_backward", k.gu, h)
-        g_down = w.down.gradients(h if w.down.trained else None, k.low[3], dx, low[3])
+        low = [scratch.take(linear.product.r) for linear in w.linears]
+        dgu, h, before = scratch.take(w.gate_up.product.n), own.take(w.down.product.k), scratch.take(k.x.shape[1])
+        dout, sums = w.down.before_gain(dx, k.alone[1], before)
+        w.down.product.backward(dout, low[3], dgu, "swiglu_backward", k.gu, h)
+        g_down = w.down.gradients(h if w.down.reads else None, k.low[3], dout, low[3], sums)
         dn = scratch.take(k.x.shape[1])
+        dgu, sums = w.gate_up.before_gain(dgu, k.gu, dgu)
         w.gate_up.product.backward(dgu, low[2], dn)
         xn2 = self._normed_again(k.mid, w.norm2, rstd2, w.gate_up, own)
-        g_gate_up = w.gate_up.gradients(xn2, k.low[2], dgu, low[2])
+        g_gate_up = w.gate_up.gradients(xn2, k.low[2], dgu, low[2], sums)
         dmid = scratch.take(k.x.shape[1])
         g_norm2 = self._rmsnorm_backward(dn, k.mid, w.norm2, rstd2, dx, dmid)
-        dout = scratch.take(w.o.product.k)
-        w.o.product.backward(dmid, low[1], dout)
-        g_o = w.o.gradients(k.attended, k.low[1], dmid, low[1])
+        dattended = scratch.take(w.o.product.k)
+        dout, sums = w.o.before_gain(dmid, k.alone[0], before)
+        w.o.product.backward(dout, low[1], dattended)
+        g_o = w.o.gradients(k.attended, k.low[1], dout, low[1], sums)
         dqkv = scratch.take(w.qkv.product.n)
-        self._attention_backward(k, lse, dout, dqkv, b)
+        self._attention_backward(k, lse, dattended, dqkv, b)
         self._rope(dqkv, b, -1.0)
+        dqkv, sums = w.qkv.before_gain(dqkv, self._product_again(w, k, b), dqkv)
         g_norm1: list[Tensor] = []
         if to is None:
             w.qkv.product.backward(dqkv, low[0], None)
         else:
             w.qkv.product.backward(dqkv, low[0], dn)
             g_norm1 = self._rmsnorm_backward(dn, k.x, w.norm1, rstd1, dmid, to)
-        g_qkv = w.qkv.gradients(self._normed_again(k.x, w.norm1, rstd1, w.qkv, own), k.low[0], dqkv, low[0])
+        xn = self._normed_again(k.x, w.norm1, rstd1, w.qkv, own)
+        g_qkv = w.qkv.gradients(xn, k.low[0], dqkv, low[0], sums)
         return [*g_qkv, *g_o, *g_gate_up, *g_down, *g_norm1, *g_norm2]
+
+    def _product_again(self, w: Layer, k: Kept, b: Packed) -> Tensor | None:
+        """Queries, keys and values as the product made them, in the place of what attention read; only for gains."""
+        if w.qkv.product.gain is None or k.qkv is None:
+            return None
+        self._rope(k.qkv, b, -1.0)
+        return k.qkv if w.qkv.bias is None else k.qkv.sub_(w.qkv.bias)
 
     def _normed_again(self, x: Tensor, norm: Norm, rstd: Tensor, linear: Linear, own: Room) -> Tensor | None:
         """The input of `linear` as the forward had it, where a gradient needs it."""
-        return self._rmsnorm(x, norm.weight, own.take(x.shape[1]), rstd) if linear.trained else None
+        return self._rmsnorm(x, norm.weight, own.take(x.shape[1]), rstd) if linear.reads else None
 
     def _rmsnorm_backward(
         self, dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor | None, to: Tensor
@@ -363,13 +374,6 @@ class FastLlama:
         self.kernels("attention_backward_tiles", *sizes, dout, dout.stride(0), *to)
 
 
-def narrow_rooms(w: Layer, rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Memory for the narrow results of a layer's products, [rows, r] each."""
-    ranks = [linear.product.r for linear in w.linears]
-    parts = torch.empty(rows * sum(ranks), dtype=dtype).split([rows * r for r in ranks])
-    return tuple(part.view(rows, r) for part, r in zip(parts, ranks, strict=True))
-
-
 def _inputs(w: Layer) -> int:
     """Columns of the inputs of one layer's products that its backward makes again."""
     return w.qkv.product.k + w.gate_up.product.k + w.down.product.k
@@ -378,7 +382,11 @@ def _inputs(w: Layer) -> int:
 def _scratch(w: Layer) -> int:
     """Columns that one layer's backward takes of its scratch memory."""
     narrow = sum(linear.product.r for linear in w.linears)
-    return w.gate_up.product.n + 2 * w.gate_up.product.k + w.o.product.k + w.qkv.product.n + narrow
+    return w.gate_up.product.n + 3 * w.gate_up.product.k + w.o.product.k + w.qkv.product.n + narrow
+
+
+def _given(room: Tensor | None) -> tuple[Tensor, ...]:
+    return () if room is None else (room,)
 
 
 class _Hidden(torch.autograd.Function):

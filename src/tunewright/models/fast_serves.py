@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from tunewright.models.layouts import causal_lm, decoder_of
@@ -43,26 +45,46 @@ def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
     if reason is not None:
         return reason
     for name, module in decoder_of(model).named_modules():
-        if isinstance(module, LoraLayer):
-            reason = _unusual(module)
-            if reason:
-                return f"{name} has {reason}"
-    known = ("lora_", "_proj.weight", "_proj.bias", "norm.weight", "embed_tokens.weight", "lm_head.weight")
+        reason = next((what(name, module) for kind, what in _UNUSUAL.items() if isinstance(module, kind)), None)
+        if reason:
+            return f"{name} has {reason}"
+    known = ("lora_", "ia3_l", "_proj.weight", "_proj.bias", "norm.weight", "embed_tokens.weight", "lm_head.weight")
     odd = [n for n, p in model.named_parameters() if p.requires_grad and not any(k in n for k in known)]
     return f"{odd[0]} is trained" if odd else None
 
 
-def _unusual(layer: LoraLayer) -> str | None:
+def _unusual_lora(name: str, layer: LoraLayer) -> str | None:
+    lengths = bool(getattr(layer, "lora_magnitude_vector", None))
     found = {
         "more than one adapter": len(layer.active_adapters) > 1,
-        "three matrices (AdaLoRA)": hasattr(layer, "lora_E"),
-        "DoRA or another variant": any(bool(v) for v in (layer.lora_variant or {}).values()),
+        "a variant of LoRA other than DoRA": any(
+            v and not isinstance(v, DoraLinearVariant) for v in (layer.lora_variant or {}).values()
+        ),
         "dropout": any(not isinstance(d, nn.Identity) for d in layer.lora_dropout.values()),
         "a bias in its update": any(layer.lora_bias.values()),
         "an embedding's update": bool(layer.lora_embedding_A),
         "merged weights": layer.merged,
+        "lengths over weights that are trained, too": lengths and _base_is_trained(layer),
     }
     return next((what for what, is_so in found.items() if is_so), None)
+
+
+def _unusual_ia3(name: str, layer: IA3Layer) -> str | None:
+    found = {
+        "more than one adapter": len(layer.active_adapters) > 1,
+        "scaled inputs that are not the MLP's inner side": layer.is_feedforward and not name.endswith("down_proj"),
+        "a bias that is scaled": not layer.is_feedforward and layer.get_base_layer().bias is not None,
+        "merged weights": layer.merged,
+        "factors over weights that are trained, too": _base_is_trained(layer),
+    }
+    return next((what for what, is_so in found.items() if is_so), None)
+
+
+_UNUSUAL: dict[type, Callable[[str, Any], str | None]] = {LoraLayer: _unusual_lora, IA3Layer: _unusual_ia3}
+
+
+def _base_is_trained(layer: Any) -> bool:
+    return any(p.requires_grad for p in layer.get_base_layer().parameters())
 
 
 def head_dim(config: Any) -> int:
