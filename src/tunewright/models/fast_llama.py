@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tunewright.models.fast_serves import WINDOWS, head_dim, tiles_fit
-from tunewright.models.fast_weights import Layer, Linear, Norm, Room, norm_parameters
+from tunewright.models.fast_weights import Layer, Linear, Norm, Room, Values, norm_parameters
 from tunewright.models.layouts import causal_lm, decoder_of
 from tunewright.models.policy import head_of
 from tunewright.ops.attention import segment_attention
@@ -118,52 +118,16 @@ class FastLlama:
         plain = self.tiles and head.softcap is None and head.bias is None
         self.head = TileHead(kernels, head.weight, head.scale) if plain else None
         self.checkpointing = "none"
-        self._seen: tuple[Any, ...] = ()
-        linears = [linear for layer in self.layers for linear in layer.linears]
-        norms = [n for n in (*(n for layer in self.layers for n in layer.norms), self.norm) if n.trained]
-        heads = [self.head] if self.head is not None and self.head.weight.requires_grad else []
-        self._adapted = [linear for linear in linears if linear.adapted]
-        self._refreshed = [*(linear for linear in linears if linear.trained), *norms, *heads]
-        self._trained = [p for linear in linears for p in linear.all_parameters()] + norm_parameters(norms)
-        self._trained += [head.weight for head in heads]
+        self.values = Values(self.layers, self.norm, self.head)
 
     def __call__(self, batch: Batch) -> Tensor:
         """[T, D] after the final norm, with gradients to the trained matrices if gradients are on."""
-        self._refresh()
+        self.values.refresh()
         parameters = [p for layer in self.layers for p in layer.parameters()] + norm_parameters([self.norm])
         parameters += [self.embedding] if self.embedding.requires_grad else []
         keep = torch.is_grad_enabled() and bool(parameters)
         with torch.autocast("cpu", enabled=False):  # each product has its dtype; autocast would change torch's
             return _Hidden.apply(self, self._pack(batch), keep, *parameters)
-
-    def _refresh(self) -> None:
-        """Take over what an optimizer, a load or a switch changed since the last call."""
-        on = tuple(linear.places() for linear in self._adapted)
-        values = tuple(p._version for p in self._trained)
-        if (on, values) == self._seen:
-            return
-        if not self._seen or on != self._seen[0]:
-            for linear in self._adapted:
-                linear.switch()
-            for layer in self.layers:
-                layer.update_record()
-        for part in self._refreshed:
-            part.refresh()
-        self._seen = (on, values)
-
-    @property
-    def weights(self) -> tuple[Any, ...]:
-        """Which values of the trained weights count at present."""
-        return self._seen
-
-    def require(self, weights: tuple[Any, ...]) -> None:
-        """Have those values that a forward used, after a switch was off and on again in between.
-
-        Raises RuntimeError if the weights themselves have changed since.
-        """
-        self._refresh()
-        if self._seen != weights:
-            raise RuntimeError("the trained weights changed between the forward and its backward")
 
     def _pack(self, batch: Batch) -> Packed:
         n = batch.n_tokens
@@ -396,14 +360,14 @@ class _Hidden(torch.autograd.Function):
     def forward(ctx: Any, fast: FastLlama, b: Packed, keep: bool, *parameters: Tensor) -> Tensor:
         out, kept, last, rstd = fast.forward(b, keep)
         ctx.fast, ctx.b, ctx.kept, ctx.last, ctx.rstd, ctx.out = fast, b, kept, last, rstd, out.shape
-        ctx.weights = fast.weights
+        ctx.values = fast.values.seen
         if not keep:
             ctx.mark_non_differentiable(out)
         return out[: b.n]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.fast.require(ctx.weights)
+        ctx.fast.values.require(ctx.values)
         if ctx.kept is None:
             raise RuntimeError("the fast path keeps its forward for one backward only")
         whole = grad.new_zeros(ctx.out)

@@ -10,8 +10,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from tunewright.models.fast_adapters import adapter_of, gains_of
+from tunewright.models.fast_adapters import Gain, adapter_of, gains_of
 from tunewright.ops.kernels import Kernels
+from tunewright.ops.logprob import TileHead
 from tunewright.ops.lora import Inner, LowRank, Product, TileProduct, interleave
 
 
@@ -58,11 +59,25 @@ class Linear:
         self.gains = [gains_of(layer, last) for layer, last in zip(layers, readers, strict=True)]
         ranks = [adapter.rank if adapter else 0 for adapter in self.adapters]
         self.product = kind(kernels, [w.to(dtype) for w in self._weights()], ranks, rows, inner)
-        self.whole = [p for layer in self.plain for p in (layer.weight, layer.bias) if _is_trained(p)]
         self.adapted = any(self.adapters) or any(self.gains)
-        self.trained = self.adapted or bool(self.whole)
-        self.reads = any(self.adapters) or any(_is_trained(layer.weight) for layer in self.plain)
+        self.own = [p for layer in self.plain for p in (layer.weight, layer.bias) if p is not None]
+        self.whole: list[nn.Parameter] = []  # those of its own that are, or were, trained
+        self.notice()
         self.bias = self._bias()
+
+    def notice(self) -> None:
+        """Which of its own weights are trained may change from step to step."""
+        known = {id(p) for p in self.whole}
+        self.whole = [p for p in self.own if p.requires_grad or id(p) in known]
+
+    @property
+    def trained(self) -> bool:
+        return self.adapted or any(p.requires_grad for p in self.whole)
+
+    @property
+    def reads(self) -> bool:
+        """Whether a gradient needs what the product reads."""
+        return any(self.adapters) or any(layer.weight.requires_grad for layer in self.plain)
 
     def _weights(self) -> list[Tensor]:
         return [layer.weight.detach() for layer in self.plain]
@@ -81,8 +96,12 @@ class Linear:
         found = [u for u in self.updates() if u is not None]
         return (*(x for u in found for x in (u.a.data_ptr(), u.b.data_ptr(), u.scale)), self._gains_on())
 
+    def _gains(self) -> list[tuple[Gain, Tensor | slice]]:
+        """Each with its rows of the product."""
+        return [(gain, rows) for gains, rows in zip(self.gains, self.rows, strict=True) for gain in gains]
+
     def _gains_on(self) -> bool:
-        return any(gain.on for gains in self.gains for gain in gains)
+        return any(gain.on for gain, _ in self._gains())
 
     def switch(self) -> None:
         """Let the product have what is on at present; refresh() takes over the values."""
@@ -93,22 +112,26 @@ class Linear:
         for adapter in filter(None, self.adapters):
             adapter.refresh()
         if self.product.gain is not None:
-            for gains, rows in zip(self.gains, self.rows, strict=True):
-                for i, gain in enumerate(gains):
-                    self.product.gain[rows] = gain.value() if i == 0 else self.product.gain[rows] * gain.value()
+            self.product.gain.fill_(1)
+            for gain, rows in self._gains():
+                self.product.gain[rows] *= gain.value()
         self.product.refresh()
         if self.whole:
             self.product.set_weights(self._weights())
             self.bias = self._bias()
 
-    def all_parameters(self) -> list[nn.Parameter]:
-        """What is trained, also while it is off."""
+    def added(self) -> list[nn.Parameter]:
+        """Of adapters, on or off."""
         low = [p for adapter in self.adapters if adapter for p in adapter.parameters]
-        return low + [gain.parameter for gains in self.gains for gain in gains] + self.whole
+        return low + [gain.parameter for gain, _ in self._gains()]
+
+    def trainable(self) -> list[nn.Parameter]:
+        """All that may change, what is off or frozen at present included."""
+        return self.added() + self.whole
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained and on, in the order of gradients()."""
-        return self.all_parameters() if self._is_on() else self.whole
+        return (self.added() if self._is_on() else []) + [p for p in self.whole if p.requires_grad]
 
     def _is_on(self) -> bool:
         return self.product.gain is not None or any(u is not None for u in self.product.updates)
@@ -132,8 +155,7 @@ class Linear:
         found = [g for adapter, pair in pairs for g in adapter.gradients(*pair)]
         if sums is None:
             return found
-        gains = [(gain, rows) for gains, rows in zip(self.gains, self.rows, strict=True) for gain in gains]
-        return found + [gain.gradient(sums[rows]) for gain, rows in gains]
+        return found + [gain.gradient(sums[rows]) for gain, rows in self._gains()]
 
     def _of_whole(self, x: Tensor | None, dy: Tensor) -> list[Tensor]:
         found = []
@@ -153,9 +175,16 @@ class Norm:
     """The weight of an RMSNorm, in float32 whatever the computation has."""
 
     def __init__(self, module: Any) -> None:
-        self.parameter = module.weight
-        self.trained = self.parameter.requires_grad
+        self.parameter: nn.Parameter = module.weight
+        self.own = [self.parameter]
         self.refresh()
+
+    @property
+    def trained(self) -> bool:
+        return self.parameter.requires_grad
+
+    def trainable(self) -> list[nn.Parameter]:
+        return self.own
 
     def refresh(self) -> None:
         self.weight = self.parameter.detach().float()
@@ -172,8 +201,13 @@ class Layer:
         self.down = Linear(kind, kernels, dtype, [mlp.down_proj], "in")
         self.norm1 = Norm(layer.input_layernorm)
         self.norm2 = Norm(layer.post_attention_layernorm)
+        self._on_tiles = kind is TileProduct
+
+    @property
+    def one_call(self) -> bool:
+        """Whether it is one call of the kernels in each direction (layer.h): with nothing but adapters."""
         whole = any(linear.whole for linear in self.linears) or any(norm.trained for norm in self.norms)
-        self.one_call = kind is TileProduct and not whole
+        return self._on_tiles and not whole
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -226,3 +260,54 @@ class Layer:
 
 def norm_parameters(norms: Sequence[Norm]) -> list[nn.Parameter]:
     return [norm.parameter for norm in norms if norm.trained]
+
+
+class Values:
+    """Which values of the trained weights count at present. seen: what says so; it changes with each of them."""
+
+    def __init__(self, layers: Sequence[Layer], norm: Norm, head: TileHead | None) -> None:
+        self._layers = layers
+        self._linears = [linear for layer in layers for linear in layer.linears]
+        self._norms = [*(own for layer in layers for own in layer.norms), norm]
+        self._heads = [head] if head is not None and head.weight.requires_grad else []
+        self._own = [p for part in (*self._linears, *self._norms) for p in part.own]
+        self._parts: list[Any] = []
+        self._trained: list[nn.Parameter] = []
+        self.seen: tuple[Any, ...] = ()
+
+    def refresh(self) -> None:
+        """Take over what an optimizer, a load or a switch changed since the last call."""
+        on = self._on()
+        if not self.seen or on != self.seen[0]:
+            self._switch()
+        values = tuple(p._version for p in self._trained)
+        if (on, values) == self.seen:
+            return
+        for part in self._parts:
+            part.refresh()
+        self.seen = (on, values)
+
+    def require(self, seen: tuple[Any, ...]) -> None:
+        """Have those values that a forward used, after a switch was off and on again in between.
+
+        Raises RuntimeError if the weights themselves have changed since.
+        """
+        self.refresh()
+        if self.seen != seen:
+            raise RuntimeError("the trained weights changed between the forward and its backward")
+
+    def _on(self) -> tuple[Any, ...]:
+        """Which adapters are on, and which weights are trained: half fine-tuning changes that between steps."""
+        places = [linear.places() for linear in self._linears if linear.adapted]
+        return *places, *(p.requires_grad for p in self._own)
+
+    def _switch(self) -> None:
+        """Take over what _on() says. What was ever trained is looked after from then on."""
+        for linear in self._linears:
+            linear.notice()
+            linear.switch()
+        for layer in self._layers:
+            layer.update_record()
+        parts = [part for part in (*self._linears, *self._norms) if part.trained or part in self._parts]
+        self._trained = [p for part in parts for p in part.trainable()] + [head.weight for head in self._heads]
+        self._parts = [*parts, *self._heads]
