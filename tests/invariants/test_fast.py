@@ -104,6 +104,40 @@ def test_any_cut_of_a_step_is_the_whole_step(tiny_model_dir: Path, groups: list[
         assert_relative(grads, want_grads, 1e-5)
 
 
+@pytest.mark.parametrize("choice", ["none", "full"])
+@pytest.mark.parametrize("kind", ["low rank", "full", "tiles"])
+def test_some_rows_are_those_of_all_rows(
+    request: pytest.FixtureRequest,
+    tiny_model_dir: Path,
+    groups: list[Group],
+    kernels: Kernels,
+    kind: str,
+    choice: str,
+) -> None:
+    """The last layer computes less where few tokens are wanted: first, last and some of both halves of the pack."""
+    if kind == "tiles":
+        policy = fast(rounded(request.getfixturevalue("tiled"))[1], kernels, torch.bfloat16)
+    else:
+        policy = fast(full(tiny_model_dir) if kind == "full" else lora(tiny_model_dir)[1], kernels)
+    policy.set_checkpointing(choice)
+    batch = collate(groups)
+    rows = torch.tensor([0, *range(5, batch.n_tokens - 40, 9), batch.n_tokens - 1])
+    g_ND = torch.randn(len(rows), 1, generator=torch.Generator().manual_seed(1))
+    found = []
+    for some in (True, False):
+        policy.model.zero_grad(set_to_none=True)
+        h_ND = policy.hidden(batch, rows) if some else policy.hidden(batch)[rows]
+        (h_ND.float() * g_ND).sum().backward()
+        grads = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+        found.append((h_ND.detach().float(), grads))
+    (few, few_grads), (all_, all_grads) = found
+    loose = 0.02 if kind == "tiles" else 1e-5
+    torch.testing.assert_close(few, all_, rtol=loose, atol=loose)
+    assert few_grads.keys() == all_grads.keys()
+    for name, want in all_grads.items():
+        assert float((few_grads[name] - want).norm()) <= loose * float(want.norm()) + 1e-7, name
+
+
 def test_off_is_the_base_and_on_again_the_adapter(tiny_model_dir: Path, groups: list[Group], kernels: Kernels) -> None:
     tuner, model = lora(tiny_model_dir)
     policy, batch = fast(model, kernels), collate(groups)

@@ -184,6 +184,33 @@ def test_gains_of_a_products_outputs(
     near(sums, (dy.float() * alone.float()).sum(0), 1e-5)
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [(TileProduct, B16), (TorchProduct, B16), (TorchProduct, torch.float32)])
+def test_biases_and_gelu_come_with_the_products(
+    kernels: Kernels, random: Callable[..., Tensor], kind: type[Product], dtype: torch.dtype
+) -> None:
+    """y = x W^T + b, h = gelu(y); back: (dh V) * gelu'(y), gelu(y) once more, and the sums of columns."""
+    if kind is TileProduct:
+        need_tiles(kernels)
+    x, up, down = random(64, 96).to(dtype), random(160, 96).to(dtype), random(64, 160).to(dtype)
+    bias, d = random(160).to(dtype), random(64, 64).to(dtype)
+    none, y, h, again, dy = torch.empty(64, 0, dtype=dtype), *(torch.empty(64, 160, dtype=dtype) for _ in range(4))
+    product = kind(kernels, [up], [0], [slice(0, 160)])
+    product.forward(x, none, y, "bias", bias)
+    want = x.float() @ up.float().T + bias.float()
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    near(y, want, tolerance)
+    product.forward(x, none, y, "gelu", bias, h)
+    near(y, want, tolerance)
+    near(h, torch.nn.functional.gelu(want), tolerance)
+    other = kind(kernels, [down], [0], [slice(0, 64)])
+    other.backward(d, none, dy, "gelu_backward", y, again)
+    leaf = y.float().requires_grad_()
+    torch.nn.functional.gelu(leaf).backward(d.float() @ down.float())
+    near(dy, leaf.grad, tolerance)  # type: ignore[arg-type]
+    near(again, torch.nn.functional.gelu(y.float()), tolerance)
+    near(product.column_sums(dy), dy.float().sum(0), 1e-5)
+
+
 def test_an_update_that_is_off_leaves_the_base(kernels: Kernels, random: Callable[..., Tensor]) -> None:
     x, dy, w = random(32, 128), random(32, 160), random(160, 128)
     y, dx, grads = products(kernels, TorchProduct, x, dy, w, [None, None])
@@ -199,15 +226,17 @@ def plain_attention(qkv: Tensor, lengths: list[int], heads: int, kv: int, hd: in
             part.unflatten(1, (-1, hd)).transpose(0, 1) for part in rows.split([heads * hd, kv * hd, kv * hd], 1)
         )
         k, v = k.repeat_interleave(heads // kv, 0), v.repeat_interleave(heads // kv, 0)
-        seen = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
-        if window:
-            seen = seen.triu(1 - window)
+        seen = torch.ones(len(rows), len(rows), dtype=torch.bool)
+        if window >= 0:
+            seen = seen.tril().triu(1 - window if window else -len(rows))
         scores = (q @ k.transpose(1, 2) * hd**-0.5).masked_fill(~seen, -torch.inf)
         outs.append((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
     return torch.cat(outs)
 
 
-@pytest.mark.parametrize(("heads", "kv", "hd", "window"), [(9, 3, 64, 0), (4, 4, 32, 40), (2, 1, 128, 0)])
+@pytest.mark.parametrize(
+    ("heads", "kv", "hd", "window"), [(9, 3, 64, 0), (4, 4, 32, 40), (2, 1, 128, 0), (3, 3, 32, -1)]
+)
 def test_attention_and_its_gradient(
     kernels: Kernels, random: Callable[..., Tensor], heads: int, kv: int, hd: int, window: int
 ) -> None:

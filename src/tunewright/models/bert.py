@@ -1,15 +1,13 @@
 """BERT's layers (MiniLM, bert-base …) as one function over packed rows, when all of its weights are trained on a CPU.
 
-The same numbers as the modules under autocast, with a third of the operations: weights are brought down to the dtype of
-the products once a step, query, key and value are one product, and the gradient of the word embeddings is added to one
-matrix that stays, of which only the rows of the last step are cleared.
+The same numbers as the modules under autocast: weights are brought down to the dtype of the products once a step,
+query, key and value are one product, GELU and biases come with the products, and the gradient of the word embeddings is
+added to one matrix that stays, of which only the rows of the last step are cleared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,12 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tunewright.models.fast_weights import Linear, Room
 from tunewright.models.layouts import PACKED, causal_lm, layout_of
+from tunewright.ops.attention import segment_attention
+from tunewright.ops.kernels import Kernels
 from tunewright.ops.logprob import TileHead
-from tunewright.ops.padding import buckets, places, real
+from tunewright.ops.lora import BLOCK, TileProduct, TorchProduct, padded
 from tunewright.ops.types import Batch
 
-WASTE = 0.3  # of the attention's padded sets
+BOTH_WAYS = -1  # the kernels' window of an encoder (attention.h)
 
 
 def serves(model: nn.Module, dtype: torch.dtype) -> bool:
@@ -41,61 +42,81 @@ def serves(model: nn.Module, dtype: torch.dtype) -> bool:
     )
 
 
+def tiles_fit(config: Any) -> bool:
+    """Whether the AMX kernels take these sizes."""
+    sizes = (config.hidden_size, config.intermediate_size, config.hidden_size // config.num_attention_heads)
+    return all(n % BLOCK == 0 for n in sizes)
+
+
 class FastBert:
     """What Policy takes as `fast`. dtype: of the products; sums, norms and the residual stream are float32."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
         body: Any = getattr(model, "bert")  # noqa: B009
         self.checkpointing = "none"
         self.head: TileHead | None = None
-        self.heads: int = body.config.num_attention_heads
+        self.dtype = dtype
+        self.tiles = kernels.tiles and dtype == torch.bfloat16 and tiles_fit(body.config)
+        attend = Tiles(kernels, body.config) if self.tiles else Torch(body.config)
         self.embeddings = Embeddings(body.embeddings)
-        self.layers = [Layer(layer, self.heads, dtype) for layer in body.encoder.layer]
+        kind = TileProduct if self.tiles else TorchProduct
+        self.layers = [Layer(kind, kernels, layer, attend, dtype) for layer in body.encoder.layer]
         self.parameters = [*self.embeddings.parameters, *(p for layer in self.layers for p in layer.parameters)]
+        self._seen: tuple[int, ...] = ()
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """[T, D] float32: the last layer's output."""
+    def __call__(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """[T, D] float32: the last layer's output, or of these rows only."""
         with torch.autocast("cpu", enabled=False):
+            self._refresh()
+            grown = torch.is_grad_enabled()
+            out_TD: Tensor = _Encoder.apply(self, batch, *self.parameters) if grown else self.forward(batch, False)[0]  # type: ignore[assignment]
+            return out_TD if rows is None else out_TD[rows]
+
+    def _refresh(self) -> None:
+        """Take over the present weights."""
+        values = tuple(p._version for p in self.parameters)
+        if values != self._seen:
             for layer in self.layers:
                 layer.refresh()
-            if torch.is_grad_enabled():
-                return _Encoder.apply(self, batch, *self.parameters)  # type: ignore[no-any-return]
-            sets = sets_of(batch.cu_seqlens.diff().tolist(), self.heads)
-            x_TD = self.embeddings.forward(batch)[0]
-            for layer in self.layers:
-                x_TD = layer.forward(x_TD, sets)[0]
-            return x_TD
+            self._seen = values
 
-    def kept(self, i: int) -> bool:
-        """Whether what layer i computes is kept for the backward, or computed again."""
-        return self.checkpointing == "none" or (self.checkpointing == "selective" and i % 2 == 0)
+    def forward(self, batch: Batch, keep: bool) -> tuple[Tensor, list[Any]]:
+        """([T, D], for the backward: of the embeddings' norm, then of each layer)."""
+        n, starts = batch.n_tokens, batch.cu_seqlens.to(torch.int64)
+        x_TD, norm = self.embeddings.forward(batch)
+        x_TD, saved = F.pad(x_TD, (0, 0, 0, padded(n) - n)), list[Any]([norm])
+        for i, layer in enumerate(self.layers):
+            out_TD, kept = layer.forward(x_TD, starts)
+            if keep:
+                again = {"none": False, "selective": i % 2 == 1, "full": True}[self.checkpointing]
+                saved.append(x_TD if again else kept)
+            x_TD = out_TD
+        return x_TD[:n], saved
+
+    def backward(self, d_TD: Tensor, batch: Batch, saved: list[Any]) -> list[Tensor | None]:
+        """Gradients of `parameters`. `saved` is emptied on the way."""
+        n, starts = batch.n_tokens, batch.cu_seqlens.to(torch.int64)
+        d_TD, found = F.pad(d_TD, (0, 0, 0, padded(n) - n)), []
+        for layer in reversed(self.layers):
+            kept = saved.pop()
+            if isinstance(kept, Tensor):
+                kept = layer.forward(kept, starts)[1]
+            d_TD, gradients = layer.backward(d_TD, kept, starts)
+            found[:0] = gradients
+        return [*self.embeddings.backward(d_TD[:n], batch, saved.pop()), *found]
 
 
 class _Encoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fast: FastBert, batch: Batch, *_: Tensor) -> Tensor:
+        out_TD, ctx.saved = fast.forward(batch, keep=True)
         ctx.fast, ctx.batch = fast, batch
-        ctx.sets = sets_of(batch.cu_seqlens.diff().tolist(), fast.heads)
-        x_TD, ctx.norm = fast.embeddings.forward(batch)
-        ctx.saved = []
-        for i, layer in enumerate(fast.layers):
-            out_TD, kept = layer.forward(x_TD, ctx.sets)
-            ctx.saved.append(kept if fast.kept(i) else x_TD)
-            x_TD = out_TD
-        return x_TD
+        return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_TD: Tensor) -> Any:  # type: ignore[override]
-        fast: FastBert = ctx.fast
-        found: list[Tensor | None] = []
-        for layer in reversed(fast.layers):
-            kept = ctx.saved.pop()
-            if isinstance(kept, Tensor):
-                kept = layer.forward(kept, ctx.sets)[1]
-            d_TD, gradients = layer.backward(d_TD, kept, ctx.sets)
-            found[:0] = gradients
-        return None, None, *fast.embeddings.backward(d_TD, ctx.batch, ctx.norm), *found
+        return None, None, *ctx.fast.backward(d_TD, ctx.batch, ctx.saved)
 
 
 @dataclass(frozen=True)
@@ -168,164 +189,129 @@ class Embeddings:
         self.words.grad = self.gradient.index_add_(0, tokens_T, d_TD)
 
 
-class Product:
-    """One or more linear layers over the same input, their weights [N, K] in the dtype of the products."""
+class Tiles:
+    """Attention of every token to its whole segment on the AMX kernels, bfloat16."""
 
-    def __init__(self, modules: Sequence[Any], dtype: torch.dtype) -> None:
-        self.modules = modules
-        self.sizes = [m.weight.shape[0] for m in modules]
-        self.parameters = [p for m in modules for p in (m.weight, m.bias)]
-        self.weight = torch.empty(sum(self.sizes), modules[0].weight.shape[1], dtype=dtype)
-        self.bias = torch.empty(sum(self.sizes), dtype=dtype)
-        self.version: list[int] = []
+    def __init__(self, kernels: Kernels, config: Any) -> None:
+        self.kernels, self.heads = kernels, config.num_attention_heads
 
-    def refresh(self) -> None:
-        """Take over the present weights."""
-        version = [p._version for p in self.parameters]
-        if version != self.version:
-            with torch.no_grad():
-                for module, w, b in zip(
-                    self.modules, self.weight.split(self.sizes), self.bias.split(self.sizes), strict=True
-                ):
-                    w.copy_(module.weight)
-                    b.copy_(module.bias)
-            self.version = version
+    def forward(self, qkv_TN: Tensor, starts: Tensor, out_TD: Tensor) -> Tensor:
+        """Fill out; returns what the backward needs: log-sum-exp [heads, T]."""
+        lse_HT = torch.empty(self.heads, qkv_TN.shape[0])
+        out_TD[int(starts[-1]) :] = 0
+        self.kernels("attention_tiles", *self._sizes(qkv_TN, starts, out_TD, lse_HT))
+        return lse_HT
 
-    def forward(self, x_TK: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x_TK, self.weight.t())
+    def backward(
+        self, d_TD: Tensor, qkv_TN: Tensor, starts: Tensor, out_TD: Tensor, lse_HT: Any, to_TN: Tensor
+    ) -> None:
+        """Fill `to` with the gradient of query, key and value."""
+        to_TN[int(starts[-1]) :] = 0
+        parts = (*to_TN.split(d_TD.shape[1], 1), to_TN.stride(0))
+        sizes = self._sizes(qkv_TN, starts, out_TD, lse_HT)
+        self.kernels("attention_backward_tiles", *sizes, d_TD, d_TD.stride(0), *parts)
 
-    def backward(self, d_TN: Tensor, x_TK: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(gradient of the input, gradients of the parameters)."""
-        weights = (d_TN.t() @ x_TK).float().split(self.sizes)
-        biases = d_TN.sum(0).float().split(self.sizes)
-        whole = len(self.sizes) == 1  # parts of one tensor would keep it whole: each gets its own memory
-        own: Callable[[Tensor], Tensor] = (lambda g: g) if whole else Tensor.clone
-        return d_TN @ self.weight, [own(g) for pair in zip(weights, biases, strict=True) for g in pair]
+    def _sizes(self, qkv_TN: Tensor, starts: Tensor, out_TD: Tensor, lse_HT: Tensor) -> tuple[Any, ...]:
+        hd, h = out_TD.shape[1] // self.heads, self.heads
+        parts = (*qkv_TN.split(out_TD.shape[1], 1), qkv_TN.stride(0), starts, starts.numel() - 1)
+        return (*parts, h, h, hd, hd**-0.5, BOTH_WAYS, out_TD, out_TD.stride(0), lse_HT, out_TD.shape[0])
+
+
+class Torch:
+    """The same in torch, any dtype."""
+
+    def __init__(self, config: Any) -> None:
+        self.heads = config.num_attention_heads
+
+    def forward(self, qkv_TN: Tensor, starts: Tensor, out_TD: Tensor) -> tuple[Tensor, Tensor]:
+        n, d = int(starts[-1]), out_TD.shape[1]
+        out_TD[n:] = 0
+        with torch.enable_grad():
+            leaf = qkv_TN[:n].detach().clone().requires_grad_()
+            q, k, v = (part.view(1, n, self.heads, -1).transpose(1, 2) for part in leaf.split(d, 1))
+            o = segment_attention(q, k, v, starts.tolist(), causal=False)[0].transpose(0, 1)
+        out_TD[:n] = o.detach().reshape(n, d)
+        return leaf, o
+
+    def backward(self, d_TD: Tensor, qkv_TN: Tensor, starts: Tensor, out_TD: Tensor, graph: Any, to_TN: Tensor) -> None:
+        n, (leaf, o) = int(starts[-1]), graph
+        to_TN[n:] = 0
+        (to_TN[:n],) = torch.autograd.grad(o, leaf, d_TD[:n].view_as(o))
 
 
 @dataclass(frozen=True)
-class Set:
-    """Segments of similar length, as S rows of L in the attention.
+class Kept:
+    """What a layer's backward needs of its forward, [T, ...] in the dtype of the products.
 
-    split: [3 * S * H * L] places in qkv as [T * 3 * H, K] of query, key and value of each row, head and token.
-    join: [T' * H] places in the output as [S * H * L, K] of its T' tokens' heads. at: [T'] these tokens in the pack.
-    unsplit: [T' * 3 * H] places in the gradients of query, key and value as [3 * S * H * L, K].
-    spread: [S * H * L] places in [T * H, K]. real: [S * H * L, 1] 1 where there is a token, else 0.
-    bias: [S * H, 1, L] -inf where there is no key.
+    x, middle: what attention and MLP read. wide: the MLP's inner side before GELU. attention: of Tiles or Torch.
     """
 
-    rows: int
-    length: int
-    split: Tensor
-    join: Tensor
-    at: Tensor
-    unsplit: Tensor
-    spread: Tensor
-    real: Tensor
-    bias: Tensor
-
-
-def sets_of(lengths: Sequence[int], heads: int) -> list[Set]:
-    """The segments of a pack in sets."""
-    ends = [0, *accumulate(lengths)]
-    return [
-        _set([lengths[i] for i in rows], [ends[i] for i in rows], heads)
-        for rows in buckets([(n,) for n in lengths], WASTE)
-    ]
-
-
-def _set(own: list[int], starts: list[int], heads: int) -> Set:
-    s, n, h = len(own), max(own), torch.arange(heads)
-    row_T, column_T = places(own, torch.device("cpu"))
-    at_T = torch.tensor(starts)[row_T] + column_T
-    there_SL = real(own, torch.device("cpu"))
-    token_SL = torch.zeros_like(there_SL).index_put((row_T, column_T), at_T)
-    part = torch.arange(3)
-    split = token_SL[None, :, None, :] * (3 * heads) + part[:, None, None, None] * heads + h[None, None, :, None]
-    place_TH = (row_T[:, None] * heads + h) * n + column_T[:, None]
-    unsplit = part[None, :, None] * (s * heads * n) + place_TH[:, None]
-    there = there_SL[:, None].expand(s, heads, n)
-    return Set(
-        rows=s,
-        length=n,
-        split=split.flatten(),
-        join=place_TH.flatten(),
-        at=at_T,
-        unsplit=unsplit.flatten(),
-        spread=(token_SL[:, None] * heads + h[:, None]).flatten(),
-        real=there.reshape(-1, 1),
-        bias=torch.zeros(s * heads, 1, n).masked_fill_(there.reshape(s * heads, 1, n) == 0, -torch.inf),
-    )
-
-
-def attend(qkv_TN: Tensor, heads: int, sets: Sequence[Set]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """[T, D], and for each set (query, key and value [3, S * H, L, K], the shares [S * H, L, L]) for the backward."""
-    t, k = qkv_TN.shape[0], qkv_TN.shape[1] // (3 * heads)
-    out_TD = qkv_TN.new_empty(t, heads * k)
-    saved = []
-    for s in sets:
-        qkv = qkv_TN.view(-1, k).index_select(0, s.split).view(3, s.rows * heads, s.length, k)
-        scores = torch.baddbmm(s.bias.to(qkv.dtype), qkv[0], qkv[1].transpose(1, 2), alpha=k**-0.5)
-        shares = scores.softmax(-1, dtype=torch.float32).to(qkv.dtype)
-        out = torch.bmm(shares, qkv[2]).view(-1, k).index_select(0, s.join)
-        out_TD.index_copy_(0, s.at, out.view(-1, heads * k))
-        saved.append((qkv, shares))
-    return out_TD, saved
-
-
-def attend_backward(d_TD: Tensor, heads: int, sets: Sequence[Set], saved: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """[T, 3 * D]: the gradient of query, key and value."""
-    k = d_TD.shape[1] // heads
-    out_TN = d_TD.new_empty(d_TD.shape[0], 3 * d_TD.shape[1])
-    for s, (qkv, shares) in zip(sets, saved, strict=True):
-        d = d_TD.view(-1, k).index_select(0, s.spread).mul_(s.real).view(-1, s.length, k)
-        found = torch.empty_like(qkv)
-        d_shares = torch.bmm(d, qkv[2].transpose(1, 2))
-        d_scores = torch.ops.aten._softmax_backward_data(d_shares, shares, -1, d.dtype).mul_(k**-0.5)
-        torch.bmm(d_scores, qkv[1], out=found[0])
-        torch.bmm(d_scores.transpose(1, 2), qkv[0], out=found[1])
-        torch.bmm(shares.transpose(1, 2), d, out=found[2])
-        out_TN.index_copy_(0, s.at, found.view(-1, k).index_select(0, s.unsplit).view(len(s.at), -1))
-    return out_TN
+    x: Tensor
+    qkv: Tensor
+    attention: Any
+    attended: Tensor
+    normed1: Normed
+    middle: Tensor
+    wide: Tensor
+    normed2: Normed
 
 
 class Layer:
     """Attention and MLP of one layer, each with a residual and a norm after it."""
 
-    def __init__(self, module: Any, heads: int, dtype: torch.dtype) -> None:
-        attention = module.attention
-        self.heads, self.dtype = heads, dtype
-        own = attention.self
-        self.qkv = Product([own.query, own.key, own.value], dtype)
-        self.o = Product([attention.output.dense], dtype)
-        self.up = Product([module.intermediate.dense], dtype)
-        self.down = Product([module.output.dense], dtype)
+    def __init__(self, kind: Any, kernels: Kernels, module: Any, attend: Tiles | Torch, dtype: torch.dtype) -> None:
+        attention, own = module.attention, module.attention.self
+        self.attend, self.dtype = attend, dtype
+        self.qkv: Any = Linear(kind, kernels, dtype, [own.query, own.key, own.value])
+        self.o: Any = Linear(kind, kernels, dtype, [attention.output.dense])
+        self.up: Any = Linear(kind, kernels, dtype, [module.intermediate.dense])
+        self.down: Any = Linear(kind, kernels, dtype, [module.output.dense])
         self.norm1, self.norm2 = Norm(attention.output.LayerNorm), Norm(module.output.LayerNorm)
-        parts = (self.qkv, self.o, self.norm1, self.up, self.down, self.norm2)
-        self.parameters = [p for part in parts for p in part.parameters]
+        self.linears = (self.qkv, self.o, self.up, self.down)
+        whole = [p for linear in self.linears for p in linear.whole]
+        self.parameters = [*whole, *self.norm1.parameters, *self.norm2.parameters]
 
     def refresh(self) -> None:
-        for product in (self.qkv, self.o, self.up, self.down):
-            product.refresh()
+        for linear in self.linears:
+            linear.refresh()
 
-    def forward(self, x_TD: Tensor, sets: Sequence[Set]) -> tuple[Tensor, tuple[Any, ...]]:
+    def forward(self, x_TD: Tensor, starts: Tensor) -> tuple[Tensor, Kept]:
         """[T, D] float32, and what backward() needs."""
+        t, d = x_TD.shape
+        m, none = self.up.product.n, torch.empty(t, 0, dtype=self.dtype)
+        room = Room(t, 3 * d + d + m, self.dtype)
+        qkv_TN, attended_TD, wide_TM = room.take(3 * d), room.take(d), room.take(m)
+        scratch = Room(t, d + m, self.dtype)
+        added_TD, active_TM = scratch.take(d), scratch.take(m)
         low_TD = x_TD.to(self.dtype)
-        mixed_TD, attention = attend(self.qkv.forward(low_TD), self.heads, sets)
-        middle_TD, normed1 = self.norm1.forward(x_TD + self.o.forward(mixed_TD))
+        self.qkv.product.forward(low_TD, none, qkv_TN, "bias", self.qkv.bias)
+        attention = self.attend.forward(qkv_TN, starts, attended_TD)
+        self.o.product.forward(attended_TD, none, added_TD, "bias", self.o.bias)
+        middle_TD, normed1 = self.norm1.forward(x_TD + added_TD)
         low_middle_TD = middle_TD.to(self.dtype)
-        wide_TM = self.up.forward(low_middle_TD)
-        active_TM = F.gelu(wide_TM)
-        out_TD, normed2 = self.norm2.forward(middle_TD + self.down.forward(active_TM))
-        return out_TD, (low_TD, attention, mixed_TD, normed1, low_middle_TD, wide_TM, active_TM, normed2)
+        self.up.product.forward(low_middle_TD, none, wide_TM, "gelu", self.up.bias, active_TM)
+        self.down.product.forward(active_TM, none, added_TD, "bias", self.down.bias)
+        out_TD, normed2 = self.norm2.forward(middle_TD + added_TD)
+        return out_TD, Kept(low_TD, qkv_TN, attention, attended_TD, normed1, low_middle_TD, wide_TM, normed2)
 
-    def backward(self, d_TD: Tensor, kept: tuple[Any, ...], sets: Sequence[Set]) -> tuple[Tensor, list[Tensor]]:
+    def backward(self, d_TD: Tensor, k: Kept, starts: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(gradient of the input, gradients of the parameters)."""
-        low_TD, attention, mixed_TD, normed1, low_middle_TD, wide_TM, active_TM, normed2 = kept
-        d_TD, *norm2 = self.norm2.backward(d_TD, normed2)
-        d_TM, down = self.down.backward(d_TD.to(self.dtype), active_TM)
-        d_low_TD, up = self.up.backward(torch.ops.aten.gelu_backward(d_TM, wide_TM), low_middle_TD)
-        d_TD, *norm1 = self.norm1.backward(d_TD + d_low_TD, normed1)
-        d_low_TD, o = self.o.backward(d_TD.to(self.dtype), mixed_TD)
-        d_low_TD, qkv = self.qkv.backward(attend_backward(d_low_TD, self.heads, sets, attention), low_TD)
-        return d_TD + d_low_TD, [*qkv, *o, *norm1, *up, *down, *norm2]
+        t, d = d_TD.shape
+        none = torch.empty(t, 0, dtype=self.dtype)
+        room = Room(t, 2 * self.up.product.n + 5 * d, self.dtype)
+        d_wide_TM, active_TM = room.take(self.up.product.n), room.take(self.up.product.n)
+        back_TD, d_attended_TD, d_qkv_TN = room.take(d), room.take(d), room.take(3 * d)
+        d_TD, *norm2 = self.norm2.backward(d_TD, k.normed2)
+        low_TD = d_TD.to(self.dtype)
+        self.down.product.backward(low_TD, none, d_wide_TM, "gelu_backward", k.wide, active_TM)
+        down = self.down.gradients(active_TM, none, low_TD, none)
+        self.up.product.backward(d_wide_TM, none, back_TD)
+        up = self.up.gradients(k.middle, none, d_wide_TM, none)
+        d_TD, *norm1 = self.norm1.backward(d_TD + back_TD, k.normed1)
+        low_TD = d_TD.to(self.dtype)
+        self.o.product.backward(low_TD, none, d_attended_TD)
+        o = self.o.gradients(k.attended, none, low_TD, none)
+        self.attend.backward(d_attended_TD, k.qkv, starts, k.attended, k.attention, d_qkv_TN)
+        self.qkv.product.backward(d_qkv_TN, none, back_TD)
+        qkv = self.qkv.gradients(k.x, none, d_qkv_TN, none)
+        return d_TD + back_TD, [*qkv, *o, *up, *down, *norm1, *norm2]

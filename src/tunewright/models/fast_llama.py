@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunewright.models.fast_serves import WINDOWS, head_dim, tiles_fit
@@ -72,7 +73,9 @@ class Kept:
 
     small: [2 + heads, T] float32, 1/rms of both norms and the attention's log-sum-exp. graph: attention without tiles.
     low: [T, r] of each product's update, narrow results, in the order of Layer.linears. alone: what o and down add to
-    the residual, where they have gains. room: all but x and small where the layer is one call of the kernels.
+    the residual, where they have gains. room: all but x and small where the layer is one call of the kernels. rows:
+    where only some tokens' outputs are wanted, these; chosen: their x and what they attended to, and all behind the
+    attention is theirs alone.
     """
 
     x: Tensor
@@ -85,6 +88,8 @@ class Kept:
     mid: Tensor | None = None
     gu: Tensor | None = None
     alone: tuple[Tensor | None, Tensor | None] = (None, None)
+    rows: Tensor | None = None
+    chosen: tuple[Tensor, Tensor] | None = None
 
 
 def runs_on_tiles(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> bool:
@@ -120,14 +125,17 @@ class FastLlama:
         self.checkpointing = "none"
         self.values = Values(self.layers, self.norm, self.head)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """[T, D] after the final norm, with gradients to the trained matrices if gradients are on."""
+    def __call__(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """[T, D] after the final norm, with gradients to the trained matrices if gradients are on. rows: [N, D] of
+        these tokens only, which spares the last layer work."""
         self.values.refresh()
         parameters = [p for layer in self.layers for p in layer.parameters()] + norm_parameters([self.norm])
         parameters += [self.embedding] if self.embedding.requires_grad else []
         keep = torch.is_grad_enabled() and bool(parameters)
         with torch.autocast("cpu", enabled=False):  # each product has its dtype; autocast would change torch's
-            return _Hidden.apply(self, self._pack(batch), keep, *parameters)
+            if rows is not None and padded(rows.numel()) >= padded(batch.n_tokens):
+                return _Hidden.apply(self, self._pack(batch), None, keep, *parameters)[rows]
+            return _Hidden.apply(self, self._pack(batch), rows, keep, *parameters)
 
     def _pack(self, batch: Batch) -> Packed:
         n = batch.n_tokens
@@ -145,19 +153,20 @@ class FastLlama:
 
     # ---- forward
 
-    def forward(self, b: Packed, keep: bool) -> tuple[Tensor, list[Kept], Tensor, Tensor]:
-        """(hidden [T, D], what each layer keeps, the last layer's output, 1/rms of it)."""
+    def forward(self, b: Packed, rows: Tensor | None, keep: bool) -> tuple[Tensor, list[Kept], Tensor, Tensor]:
+        """(hidden [T, D] or of `rows`, padded; what each layer keeps, the last layer's output, 1/rms of it)."""
         x = self.embedding[b.tokens_T].to(self.dtype)
         x[b.n :] = 0
         own = self._own_room(b)
         lowest = self.lowest() if keep else len(self.layers)
         kept: list[Kept] = []
         for i, layer in enumerate(self.layers):
-            x, k = self._layer(layer, x, b, own)
+            wanted = rows if i == len(self.layers) - 1 else None
+            x, k = self._layer(layer, x, b, own, wanted)
             if i >= lowest:
                 again = {"none": False, "selective": i % 2 == 1, "full": True}[self.checkpointing]
-                kept.append(Kept(k.x) if again else k)
-        rstd = torch.empty(b.total)
+                kept.append(Kept(k.x, rows=wanted) if again else k)
+        rstd = torch.empty(x.shape[0])
         return self._rmsnorm(x, self.norm.weight, torch.empty_like(x), rstd), kept, x, rstd
 
     def lowest(self) -> int:
@@ -170,31 +179,33 @@ class FastLlama:
         """Memory for one layer's inputs of its products, used again by the next layer."""
         return Room(b.total, max(_inputs(layer) for layer in self.layers), self.dtype)
 
-    def _layer(self, w: Layer, x: Tensor, b: Packed, own: Room) -> tuple[Tensor, Kept]:
-        """(the layer's output, all that its backward needs)."""
-        if w.one_call:
+    def _layer(self, w: Layer, x: Tensor, b: Packed, own: Room, rows: Tensor | None) -> tuple[Tensor, Kept]:
+        """(the layer's output, of `rows` if these alone are wanted, and all that its backward needs)."""
+        if w.one_call and rows is None:
             return self._layer_at_once(w, x, b, own)
         own.at = 0
-        d, room = x.shape[1], Room(b.total, w.kept_columns, self.dtype)
-        low = tuple(room.take(linear.product.r) for linear in w.linears)
+        d, n = x.shape[1], b.total if rows is None else padded(rows.numel())
+        before = w.qkv.product.r + w.qkv.product.n + w.o.product.k  # columns up to the attention, of all tokens
+        room, behind = Room(b.total, before, self.dtype), Room(n, w.kept_columns - before, self.dtype)
+        low = (room.take(w.qkv.product.r), *(behind.take(p.product.r) for p in (w.o, w.gate_up, w.down)))
         small = torch.empty(2 + self.shape.heads, b.total)
         xn = self._rmsnorm(x, w.norm1.weight, own.take(d), small[0])
-        qkv = room.take(self.shape.v.stop)
+        qkv = room.take(w.qkv.product.n)
         w.qkv.product.forward(xn, low[0], qkv)
         if w.qkv.bias is not None:
             qkv += w.qkv.bias
         self._rope(qkv, b, 1.0)
         attended = room.take(w.o.product.k)
         graph = self._attention(qkv, attended, small[2:], b)
-        mid = room.take(d)
-        o_alone, down_alone = (None if p.product.gain is None else room.take(d) for p in (w.o, w.down))
-        w.o.product.forward(attended, low[1], mid, "add", x, *_given(o_alone))
-        xn2 = self._rmsnorm(mid, w.norm2.weight, own.take(d), small[1])
-        gu, h = room.take(w.gate_up.product.n), own.take(w.down.product.k)
+        chosen = (x, attended) if rows is None else (_rows(x, rows), _rows(attended, rows))
+        mid, gu, h = behind.take(d), behind.take(w.gate_up.product.n), own.take(w.down.product.k)[:n]
+        alone = [None if linear.product.gain is None else behind.take(d) for linear in (w.o, w.down)]
+        w.o.product.forward(chosen[1], low[1], mid, "add", chosen[0], *_given(alone[0]))
+        xn2 = self._rmsnorm(mid, w.norm2.weight, own.take(d)[:n], small[1, :n])
         w.gate_up.product.forward(xn2, low[2], gu, "swiglu", h)
-        out = torch.empty(b.total, d, dtype=self.dtype)
-        w.down.product.forward(h, low[3], out, "add", mid, *_given(down_alone))
-        return out, Kept(x, small, None, low, qkv, attended, graph, mid, gu, (o_alone, down_alone))
+        out = torch.empty(n, d, dtype=self.dtype)
+        w.down.product.forward(h, low[3], out, "add", mid, *_given(alone[1]))
+        return out, Kept(x, small, None, low, qkv, attended, graph, mid, gu, (alone[0], alone[1]), rows, chosen)
 
     def _layer_at_once(self, w: Layer, x: Tensor, b: Packed, own: Room) -> tuple[Tensor, Kept]:
         """_layer of tiles with nothing but low-rank updates."""
@@ -238,15 +249,15 @@ class FastLlama:
         """Gradients of what __call__ passes to autograd, in its order. `kept` is emptied on the way."""
         lowest = len(self.layers) - len(kept)
         found: list[list[Tensor]] = []
-        turns = [torch.empty_like(last) for _ in range(2)]
+        turns = [torch.empty(b.total, last.shape[1], dtype=last.dtype) for _ in range(2)]
         own = self._own_room(b)
         scratch = Room(b.total, max(_scratch(layer) for layer in self.layers), self.dtype)
-        dx = turns[0]
+        dx = turns[0][: last.shape[0]]
         g_norm = self._rmsnorm_backward(grad, last, self.norm, rstd, None, dx)
         for i in range(len(self.layers) - 1, lowest - 1, -1):
             layer, k = self.layers[i], kept.pop()
             if k.small is None:
-                _, k = self._layer(layer, k.x, b, own)
+                _, k = self._layer(layer, k.x, b, own, k.rows)
             turns.reverse()
             to = turns[0] if i > lowest or self.embedding.requires_grad or layer.norm1.trained else None
             scratch.at = own.at = 0
@@ -272,23 +283,28 @@ class FastLlama:
             self.kernels("layer_backward_tiles", b.record, w.record, *places)
             return w.split_gradients(found)
         assert k.small is not None and k.mid is not None and k.attended is not None and k.gu is not None
-        rstd1, rstd2, lse = k.small[0], k.small[1], k.small[2:]
-        low = [scratch.take(linear.product.r) for linear in w.linears]
-        dgu, h, before = scratch.take(w.gate_up.product.n), own.take(w.down.product.k), scratch.take(k.x.shape[1])
-        dout, sums = w.down.before_gain(dx, k.alone[1], before)
-        w.down.product.backward(dout, low[3], dgu, "swiglu_backward", k.gu, h)
-        g_down = w.down.gradients(h if w.down.reads else None, k.low[3], dout, low[3], sums)
-        dn = scratch.take(k.x.shape[1])
+        assert k.chosen is not None
+        n, d = k.mid.shape
+        rstd1, rstd2, lse = k.small[0], k.small[1, :n], k.small[2:]
+        low = (scratch.take(w.qkv.product.r), *(scratch.take(p.product.r)[:n] for p in (w.o, w.gate_up, w.down)))
+        dgu, h, dout = scratch.take(w.gate_up.product.n)[:n], own.take(w.down.product.k)[:n], scratch.take(d)[:n]
+        dy, sums = w.down.before_gain(dx, k.alone[1], dout)
+        w.down.product.backward(dy, low[3], dgu, "swiglu_backward", k.gu, h)
+        g_down = w.down.gradients(h if w.down.reads else None, k.low[3], dy, low[3], sums)
+        dn_all = scratch.take(d)
+        dn = dn_all[:n]
         dgu, sums = w.gate_up.before_gain(dgu, k.gu, dgu)
         w.gate_up.product.backward(dgu, low[2], dn)
         xn2 = self._normed_again(k.mid, w.norm2, rstd2, w.gate_up, own)
         g_gate_up = w.gate_up.gradients(xn2, k.low[2], dgu, low[2], sums)
-        dmid = scratch.take(k.x.shape[1])
+        dmid = scratch.take(d)[:n]
         g_norm2 = self._rmsnorm_backward(dn, k.mid, w.norm2, rstd2, dx, dmid)
-        dattended = scratch.take(w.o.product.k)
-        dout, sums = w.o.before_gain(dmid, k.alone[0], before)
-        w.o.product.backward(dout, low[1], dattended)
-        g_o = w.o.gradients(k.attended, k.low[1], dout, low[1], sums)
+        dattended = scratch.take(w.o.product.k)[:n]
+        dy, sums = w.o.before_gain(dmid, k.alone[0], dout)
+        w.o.product.backward(dy, low[1], dattended)
+        g_o = w.o.gradients(k.chosen[1], k.low[1], dy, low[1], sums)
+        if k.rows is not None:
+            dmid, dattended = _spread(dmid, k.rows, b.total), _spread(dattended, k.rows, b.total)
         dqkv = scratch.take(w.qkv.product.n)
         self._attention_backward(k, lse, dattended, dqkv, b)
         self._rope(dqkv, b, -1.0)
@@ -297,8 +313,8 @@ class FastLlama:
         if to is None:
             w.qkv.product.backward(dqkv, low[0], None)
         else:
-            w.qkv.product.backward(dqkv, low[0], dn)
-            g_norm1 = self._rmsnorm_backward(dn, k.x, w.norm1, rstd1, dmid, to)
+            w.qkv.product.backward(dqkv, low[0], dn_all)
+            g_norm1 = self._rmsnorm_backward(dn_all, k.x, w.norm1, rstd1, dmid, to)
         xn = self._normed_again(k.x, w.norm1, rstd1, w.qkv, own)
         g_qkv = w.qkv.gradients(xn, k.low[0], dqkv, low[0], sums)
         return [*g_qkv, *g_o, *g_gate_up, *g_down, *g_norm1, *g_norm2]
@@ -312,7 +328,7 @@ class FastLlama:
 
     def _normed_again(self, x: Tensor, norm: Norm, rstd: Tensor, linear: Linear, own: Room) -> Tensor | None:
         """The input of `linear` as the forward had it, where a gradient needs it."""
-        return self._rmsnorm(x, norm.weight, own.take(x.shape[1]), rstd) if linear.reads else None
+        return self._rmsnorm(x, norm.weight, own.take(x.shape[1])[: x.shape[0]], rstd) if linear.reads else None
 
     def _rmsnorm_backward(
         self, dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor | None, to: Tensor
@@ -338,6 +354,16 @@ class FastLlama:
         self.kernels("attention_backward_tiles", *sizes, dout, dout.stride(0), *to)
 
 
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], with rows of zeros up to whole blocks."""
+    return F.pad(x[rows], (0, 0, 0, padded(rows.numel()) - rows.numel()))
+
+
+def _spread(x: Tensor, rows: Tensor, n: int) -> Tensor:
+    """What _rows took, at its place in n rows of zeros."""
+    return x.new_zeros(n, x.shape[1]).index_copy_(0, rows, x[: rows.numel()])
+
+
 def _inputs(w: Layer) -> int:
     """Columns of the inputs of one layer's products that its backward makes again."""
     return w.qkv.product.k + w.gate_up.product.k + w.down.product.k
@@ -357,13 +383,13 @@ class _Hidden(torch.autograd.Function):
     """The whole stack as one node of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, fast: FastLlama, b: Packed, keep: bool, *parameters: Tensor) -> Tensor:
-        out, kept, last, rstd = fast.forward(b, keep)
+    def forward(ctx: Any, fast: FastLlama, b: Packed, rows: Tensor | None, keep: bool, *parameters: Tensor) -> Tensor:
+        out, kept, last, rstd = fast.forward(b, rows, keep)
         ctx.fast, ctx.b, ctx.kept, ctx.last, ctx.rstd, ctx.out = fast, b, kept, last, rstd, out.shape
         ctx.values = fast.values.seen
         if not keep:
             ctx.mark_non_differentiable(out)
-        return out[: b.n]
+        return out[: b.n if rows is None else rows.numel()]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -371,7 +397,7 @@ class _Hidden(torch.autograd.Function):
         if ctx.kept is None:
             raise RuntimeError("the fast path keeps its forward for one backward only")
         whole = grad.new_zeros(ctx.out)
-        whole[: ctx.b.n] = grad
+        whole[: grad.shape[0]] = grad
         grads = ctx.fast.backward(ctx.b, ctx.kept, ctx.last, ctx.rstd, whole)
         ctx.kept = None
-        return (None, None, None, *grads)
+        return (None, None, None, None, *grads)

@@ -159,11 +159,12 @@ class Linear:
 
     def _of_whole(self, x: Tensor | None, dy: Tensor) -> list[Tensor]:
         found = []
-        for i, layer in enumerate(self.plain):
+        sums = self.product.column_sums(dy) if any(_is_trained(layer.bias) for layer in self.plain) else dy
+        for i, (layer, rows) in enumerate(zip(self.plain, self.rows, strict=True)):
             if x is not None and _is_trained(layer.weight):
                 found.append(self.product.weight_gradient(i, x, dy))
             if _is_trained(layer.bias):
-                found.append(dy[:, self.rows[i]].float().sum(0))
+                found.append(sums[rows])
         return found
 
 

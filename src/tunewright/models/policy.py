@@ -18,12 +18,13 @@ from tunewright.ops.types import Batch
 
 
 class Fast(Protocol):
-    """Computes what Policy.hidden returns, sooner. head: the LM head for its kernels, if they serve it."""
+    """Computes what Policy.hidden returns, sooner, and less where only some rows are wanted. head: the LM head for its
+    kernels, if they serve it."""
 
     checkpointing: str
     head: TileHead | None
 
-    def __call__(self, batch: Batch) -> Tensor: ...
+    def __call__(self, batch: Batch, rows: Tensor | None = None) -> Tensor: ...
 
 
 class Teacher(Protocol):
@@ -77,13 +78,15 @@ class Policy:
         """Where batches must be (`batch.to(policy.device)`)."""
         return next(self.model.parameters()).device
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """[T, D]: the last layer's output after the final norm, in the dtype of the computation."""
+    def hidden(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """[T, D]: the last layer's output after the final norm, in the dtype of the computation. rows: [N, D] of these
+        tokens only."""
         noisy = torch.is_grad_enabled() and batch.noise_T is not None and self.embedding_noise is not None
         with self._cast():
             if self.fast is not None and not noisy and bool((batch.parent_S < 0).all()):
-                return self.fast(batch)
-            return LAYOUTS[self.layout](self.model, batch, self._inputs(batch, noisy))
+                return self.fast(batch, rows)
+            all_TD = LAYOUTS[self.layout](self.model, batch, self._inputs(batch, noisy))
+            return all_TD if rows is None else all_TD[rows]
 
     def _inputs(self, batch: Batch, noisy: bool) -> dict[str, Tensor]:
         """The tokens [T], or their embeddings with the noise [T, D]."""
@@ -104,7 +107,7 @@ class Policy:
         want: names from ops.logprob.STATS.
         """
         rows = batch.weights_T.nonzero()[:, 0]
-        h_ND = self.hidden(batch)[rows]
+        h_ND = self.hidden(batch, rows)
         with self._cast():
             tiles = None if self.fast is None else self.fast.head
             stats = logprob.token_stats(h_ND, head_of(self.model), batch.targets_T[rows], want, tiles=tiles)
@@ -115,7 +118,7 @@ class Policy:
         rows = batch.weights_T.nonzero()[:, 0]
         with torch.no_grad():
             teacher_h_ND = teacher.hidden(batch)[rows]
-        h_ND = self.hidden(batch)[rows]
+        h_ND = self.hidden(batch, rows)
         with self._cast():
             values = logprob.divergence(h_ND, head_of(self.model), teacher_h_ND, head_of(teacher.model), kind)
         return _spread(values, rows, batch.n_tokens)
@@ -124,7 +127,7 @@ class Policy:
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """[T] int64: where weights_T is not 0 a next token drawn from the model's own distribution, else the target."""
         rows = batch.weights_T.nonzero()[:, 0]
-        h_ND, head = self.hidden(batch)[rows], head_of(self.model)
+        h_ND, head = self.hidden(batch, rows), head_of(self.model)
         with self._cast():
             drawn = [
                 torch.multinomial(head.logits(h).softmax(-1), 1, generator=generator)[:, 0]

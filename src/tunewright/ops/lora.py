@@ -12,17 +12,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tunewright.ops.kernels import Kernels, addresses, double
 
 BLOCK = 32
-Epilogue = Literal["store", "add", "swiglu", "swiglu_backward"]
+Epilogue = Literal["store", "add", "swiglu", "swiglu_backward", "bias", "gelu", "gelu_backward"]
 Inner = Literal["", "in", "out"]
-_EPILOGUES: dict[Epilogue, int] = {"store": 0, "add": 1, "swiglu": 2, "swiglu_backward": 3}
+_EPILOGUES: dict[Epilogue, int] = {name: i for i, name in enumerate(get_args(Epilogue))}
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,14 @@ class Product:
 
     def forward(self, x: Tensor, u: Tensor, y: Tensor, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         """x [tokens, k] -> y [tokens, n], gains included; fills u [tokens, r]. add: plus extra[0], and extra[1], if it
-        is given, gets y without it. swiglu: y is gate and up, extra[0] gets h."""
+        is given, gets y without it; bias: plus the row extra[0]. swiglu: y is gate and up, extra[0] gets h. gelu: plus
+        the row extra[0], extra[1] gets gelu(y)."""
         raise NotImplementedError
 
     def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         """dy [tokens, n], before the gains -> dx [tokens, k]; fills du [tokens, r]. swiglu_backward: extra is gu and
-        where h goes, dx becomes dgu. dx None: only du is computed.
+        where h goes, dx becomes dgu. gelu_backward: extra is y before gelu and where gelu(y) goes, dx becomes the
+        gradient of that y. dx None: only du is computed.
         """
         raise NotImplementedError
 
@@ -108,6 +111,12 @@ class Product:
     def weight_gradient(self, i: int, x: Tensor, dy: Tensor) -> Tensor:
         """[n_i, k] float32 of the i-th layer's weights, from what forward() and backward() read."""
         raise NotImplementedError
+
+    def column_sums(self, dy: Tensor) -> Tensor:
+        """[n] float32: dy summed over its rows, the gradient of a bias."""
+        sums_N = torch.empty(self.n)
+        self.kernels.rows("column_sums", dy.dtype, dy, dy.stride(0), sums_N, dy.shape[0], self.n)
+        return sums_N
 
     def gradients(self, x: Tensor, u: Tensor, dy: Tensor, du: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """(dA, dB) of each layer that has an update, float32, from what forward() and backward() read and filled."""
@@ -147,7 +156,8 @@ class TileProduct(Product):
                 own.copy_(weight)
 
     def forward(self, x: Tensor, u: Tensor, y: Tensor, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        other, h = (extra[0], extra[1] if extra[1:] else None) if epilogue == "add" else (None, *(extra or (None,)))
+        other = extra[0] if epilogue in ("add", "bias", "gelu") else None
+        h = extra[0] if epilogue == "swiglu" else extra[1] if extra[1:] else None
         self._run(x, u, 0, y, epilogue, other, h)
 
     def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
@@ -228,25 +238,35 @@ class TorchProduct(Product):
                 b_NR[rows, ranks] = (update.scale * update.b.detach()).to(self.dtype)
 
     def forward(self, x: Tensor, u: Tensor, y: Tensor, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        torch.mm(x, self._a_RK.T, out=u)
+        if self.r:
+            torch.mm(x, self._a_RK.T, out=u)
         torch.mm(torch.cat([x, u], 1) if self.r else x, self._wide_NK.T, out=y)
         if self.gain is not None:
             y *= self.gain
         if epilogue == "add":
             for alone in extra[1:]:
                 alone.copy_(y)
+        if epilogue in ("add", "bias", "gelu"):
             y += extra[0]
+        if epilogue == "gelu":
+            extra[1].copy_(F.gelu(y))
         elif epilogue == "swiglu":
             h = extra[0]
             self.kernels.rows("swiglu", self.dtype, y, y.stride(0), h, h.stride(0), y.shape[0], self.n // 2)
 
     def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        torch.mm(dy, self._wide_NK[:, self.k :], out=du)
+        if self.r:
+            torch.mm(dy, self._wide_NK[:, self.k :], out=du)
         if dx is None:
             return
         to = dx if epilogue == "store" else torch.empty(dx.shape[0], self.k, dtype=self.dtype)
         torch.mm(dy, self._wide_NK[:, : self.k], out=to)
-        to += du @ self._a_RK
+        if self.r:
+            to += du @ self._a_RK
+        if epilogue == "gelu_backward":
+            y, h = extra
+            h.copy_(F.gelu(y))
+            dx.copy_(torch.ops.aten.gelu_backward(to, y))
         if epilogue == "swiglu_backward":
             gu, h = extra
             sizes = (gu, gu.stride(0), dx, dx.stride(0), h, h.stride(0), dy.shape[0], self.k)

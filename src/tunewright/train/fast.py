@@ -38,19 +38,18 @@ def choose_path(model: nn.Module, dtype: torch.dtype, threads: int, folder: Path
     """
     if wanted == PLAIN:
         return Chosen(PLAIN, None, "The plain modules run, as was asked or decided.")
-    if serves(model, dtype):
-        return Chosen(FAST, FastBert(model, dtype), "The fast path for encoders runs, on torch's products.", "torch")
-    reason = why_not(model, dtype)
+    encoder = serves(model, dtype)
+    reason = None if encoder else why_not(model, dtype)
     if reason is not None:
         return Chosen(PLAIN, None, f"The plain modules run: {reason}.")
     try:
         kernels = load_kernels(folder, threads)
     except KernelsMissing as e:
         return Chosen(PLAIN, None, f"The plain modules run, which is slower: {e}")
-    more = copied_bytes(model, dtype, runs_on_tiles(model, dtype, kernels))
+    more = copied_bytes(model, dtype, not encoder and runs_on_tiles(model, dtype, kernels))
     if more > 0.5 * room:
         text = f"its copy of the weights would take {more / 1e9:.1f} of the {max(room, 0) / 1e9:.1f} GB that are left"
         return Chosen(PLAIN, None, f"The plain modules run: {text}.")
-    forward = FastLlama(model, dtype, kernels)
+    forward = FastBert(model, dtype, kernels) if encoder else FastLlama(model, dtype, kernels)
     name, how = ("tiles", "AMX tiles") if forward.tiles else ("torch", "torch's products")
     return Chosen(FAST, forward, f"The fast path runs, on {how}.", name)

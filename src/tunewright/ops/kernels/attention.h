@@ -1,7 +1,7 @@
-// Causal attention within each segment of a packed row, on AMX tiles, forward and backward.
+// Attention within each segment of a packed row, causal or both ways, on AMX tiles, forward and backward.
 //
 // A unit of work is one segment and one key/value head with the query heads that share it. Queries go in blocks of up to
-// 64 rows against 256 keys at a time up to the diagonal, so that scores stay in the caches; the softmax runs along (Dao et
+// 64 rows against 256 keys at a time (up to the diagonal), so that scores stay in the caches; the softmax runs along (Dao et
 // al., arXiv 2205.14135).
 #pragma once
 #include "tiles.h"
@@ -12,11 +12,12 @@ struct Attention {
   const int64_t *starts;  // [segments + 1]
   int64_t segments, heads, kv, hd;
   float scale;
-  int64_t window;  // a query sees itself and window - 1 keys before it; 0: all
+  int64_t window;  // a query sees itself and window - 1 keys before it; 0: all before it; -1: the whole segment
   bf16 *out;       // [T, heads * hd], stride ldo
   int64_t ldo;
   float *lse;  // [heads, T]
   int64_t rows;  // T
+  bool causal() const { return window >= 0; }
 };
 
 struct AttentionGrad {
@@ -49,13 +50,14 @@ static inline void rows_along(bf16 *to, const bf16 *x, int64_t n, int64_t hd) { 
 }
 
 // The end of the keys before `end` that any of the 32 queries from q on may see; what is behind it is not computed.
-static inline int64_t reach(int64_t q, int64_t end) { return std::min(end, q + 32); }
+static inline int64_t reach(const Attention &a, int64_t q, int64_t end) { return a.causal() ? std::min(end, q + 32) : end; }
 
 // s [n, KEYS] = x (n rows x hd, queries q0..) * packed keys [first, end)
-static inline void scores(float *s, const bf16 *x, int64_t q0, int64_t n, const bf16 *keys, int64_t first, int64_t end,
-                          int64_t hd) {
+static inline void scores(const Attention &a, float *s, const bf16 *x, int64_t q0, int64_t n, const bf16 *keys, int64_t first,
+                          int64_t end) {
+  const int64_t hd = a.hd;
   for (int64_t i = 0; i < n; i += 32)
-    for (int64_t j = first; j < reach(q0 + i, end); j += 32) {
+    for (int64_t j = first; j < reach(a, q0 + i, end); j += 32) {
       zero_tiles();
       multiply(x + i * hd, hd, 32, keys + j / 32 * (hd / 32) * 2 * TILE, 2 * TILE, hd / 32);
       store_tiles(s + i * KEYS + j - first, KEYS);
@@ -64,12 +66,12 @@ static inline void scores(float *s, const bf16 *x, int64_t q0, int64_t n, const 
 
 // Keys [first, end) that the queries [q0, q0 + n) may see, in blocks of 32.
 static inline void span(const Attention &a, int64_t q0, int64_t n, int64_t length, int64_t &first, int64_t &end) {
-  end = (std::min(q0 + n, length) + 31) / 32 * 32;
-  first = a.window ? std::max<int64_t>(0, q0 - a.window + 1) / 32 * 32 : 0;
+  end = ((a.causal() ? std::min(q0 + n, length) : length) + 31) / 32 * 32;
+  first = a.window > 0 ? std::max<int64_t>(0, q0 - a.window + 1) / 32 * 32 : 0;
 }
-static inline void seen(const Attention &a, int64_t q, int64_t &low, int64_t &high) {  // [low, high)
-  low = a.window ? std::max<int64_t>(0, q - a.window + 1) : 0;
-  high = q + 1;
+static inline void seen(const Attention &a, int64_t q, int64_t length, int64_t &low, int64_t &high) {  // [low, high)
+  low = a.window > 0 ? std::max<int64_t>(0, q - a.window + 1) : 0;
+  high = a.causal() ? q + 1 : length;
 }
 static inline __mmask16 inside(int64_t j, int64_t low, int64_t high) {  // lanes of j..j+15 within [low, high)
   if (j >= low && j + 16 <= high) return 0xffff;
@@ -86,10 +88,10 @@ static inline void clear(bf16 *p, int64_t first, int64_t from, int64_t upto, int
 
 // One query's probabilities over the keys [j0, j1), relative to the largest score so far. top (a power of two), total: of
 // all keys so far. sum: its output so far, shrunk when a larger score comes, or null.
-static inline void soften(const Attention &a, const float *s, bf16 *p, int64_t j0, int64_t j1, int64_t query, float &top,
-                          float &total, float *sum) {
+static inline void soften(const Attention &a, const float *s, bf16 *p, int64_t j0, int64_t j1, int64_t query,
+                          int64_t length, float &top, float &total, float *sum) {
   int64_t low, high;
-  seen(a, query, low, high);
+  seen(a, query, length, low, high);
   low = std::max(low, j0) - j0, high = std::min(high, j1) - j0;
   const int64_t from = std::min(low / 16 * 16, j1 - j0), upto = std::max(from, (high + 15) / 16 * 16);
   clear(p, 0, from, upto, j1 - j0);
@@ -145,17 +147,17 @@ static bool attend(const Attention &a, int threads) {  // false: no memory
           for (int64_t i = 0; i < nb; i++) top[i] = -INFINITY, total[i] = 0;
           for (int64_t j0 = first; j0 < end; j0 += KEYS) {
             const int64_t j1 = std::min(j0 + KEYS, end);
-            scores(s, q, q0, nb, kt, j0, j1, hd);
+            scores(a, s, q, q0, nb, kt, j0, j1);
             for (int64_t i = 0; i < nb; i++)
-              if (const int64_t upto = reach(q0 + i / 32 * 32, j1); upto > j0)
-                soften(a, s + i * KEYS, p + i * KEYS, j0, upto, std::min(q0 + i, length - 1), top[i], total[i],
-                       j0 > first ? sum + i * hd : nullptr);
+              if (const int64_t upto = reach(a, q0 + i / 32 * 32, j1); upto > j0)
+                soften(a, s + i * KEYS, p + i * KEYS, j0, upto, std::min(q0 + i, length - 1), length, top[i],
+                       total[i], j0 > first ? sum + i * hd : nullptr);
             for (int64_t i = 0; i < nb; i += 32)
-              for (int64_t d = 0; d < hd && reach(q0 + i, j1) > j0; d += 32) {
+              for (int64_t d = 0; d < hd && reach(a, q0 + i, j1) > j0; d += 32) {
                 if (j0 == first) zero_tiles();
                 else load_tiles(sum + i * hd + d, hd);
                 multiply(p + i * KEYS, KEYS, 32, vt + (j0 / 32 * (hd / 32) + d / 32) * 2 * TILE, (hd / 32) * 2 * TILE,
-                         (reach(q0 + i, j1) - j0) / 32);
+                         (reach(a, q0 + i, j1) - j0) / 32);
                 store_tiles(sum + i * hd + d, hd);
               }
           }
@@ -174,13 +176,14 @@ static bool attend(const Attention &a, int threads) {  // false: no memory
 // Of the queries q0 + i and q0 + i + 1 over the keys [j0, j1): P and dS in packed tiles with k = queries, and dS by rows.
 // lse: as a power of two.
 static inline void slopes(const Attention &a, const float *s, const float *dp, int64_t i, int64_t q0, int64_t n, int64_t nb,
-                          int64_t j0, int64_t j1, const float *lse, const float *delta, bf16 *ds, bf16 *pp, bf16 *dsp) {
+                          int64_t j0, int64_t j1, int64_t length, const float *lse, const float *delta, bf16 *ds, bf16 *pp,
+                          bf16 *dsp) {
   const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
                                          20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512 scale = _mm512_set1_ps(a.scale * LOG2_E);
   int64_t low[2], high[2];
   for (int64_t r = 0; r < 2; r++) {
-    seen(a, q0 + i + r, low[r], high[r]);
+    seen(a, q0 + i + r, length, low[r], high[r]);
     if (i + r >= n) low[r] = high[r] = 0;  // a padding row sees nothing
     low[r] = std::max(low[r], j0) - j0, high[r] = std::max(std::min(high[r], j1) - j0, int64_t(0));
   }
@@ -264,21 +267,21 @@ static bool attend_backward(const Attention &a, const AttentionGrad &b, int thre
             }
           for (int64_t j0 = first; j0 < end; j0 += KEYS) {
             const int64_t j1 = std::min(j0 + KEYS, end);
-            scores(s, q, q0, nb, kt, j0, j1, hd);
-            scores(dp, go, q0, nb, vt, j0, j1, hd);
+            scores(a, s, q, q0, nb, kt, j0, j1);
+            scores(a, dp, go, q0, nb, vt, j0, j1);
             for (int64_t i = 0; i < nb; i += 2)
-              slopes(a, s, dp, i, q0, n, nb, j0, reach(q0 + i / 32 * 32, j1), lse, delta, ds, pp, dsp);
+              slopes(a, s, dp, i, q0, n, nb, j0, reach(a, q0 + i / 32 * 32, j1), length, lse, delta, ds, pp, dsp);
             for (int64_t i = 0; i < nb; i += 32)
-              for (int64_t d = 0; d < hd && reach(q0 + i, j1) > j0; d += 32) {
+              for (int64_t d = 0; d < hd && reach(a, q0 + i, j1) > j0; d += 32) {
                 if (j0 == first) zero_tiles();
                 else load_tiles(dq + i * hd + d, hd);
                 multiply(ds + i * KEYS, KEYS, 32, ks + (j0 / 32 * (hd / 32) + d / 32) * 2 * TILE, (hd / 32) * 2 * TILE,
-                         (reach(q0 + i, j1) - j0) / 32);
+                         (reach(a, q0 + i, j1) - j0) / 32);
                 store_tiles(dq + i * hd + d, hd);
               }
             for (int64_t d = 0; d < hd; d += 32)
               for (int64_t j = j0; j < j1; j += 32) {
-                const int64_t from = std::max<int64_t>(0, j - q0) / 32, many = nb / 32 - from;  // queries that see them
+                const int64_t from = a.causal() ? std::max<int64_t>(0, j - q0) / 32 : 0, many = nb / 32 - from;  // who sees them
                 const int64_t panel = ((j - j0) / 32 * (nb / 32) + from) * 2 * TILE, left = (d / 16 * (nb / 32) + from) * TILE;
                 load_tiles(dvt + d * padded + j, padded);
                 multiply_packed(go_turned + left, nb / 32 * TILE, pp + panel, 2 * TILE, many);

@@ -42,6 +42,8 @@ BOTH(swiglu, (P gu, I ldgu, P h, I ldh, I rows, I f, I threads),
      swiglu<T>((T *)gu, ldgu, (T *)h, ldh, rows, f, int(threads)))
 BOTH(swiglu_backward, (P dh, I lddh, P gu, I ldgu, P dgu, I lddgu, P h, I ldh, I rows, I f, I threads),
      swiglu_backward<T>((T *)dh, lddh, (T *)gu, ldgu, (T *)dgu, lddgu, (T *)h, ldh, rows, f, int(threads)))
+BOTH(column_sums, (P x, I ldx, P to, I rows, I n, I threads),
+     column_sums<T>((T *)x, ldx, (float *)to, rows, n, int(threads)))
 
 #if HAS_TILES
 extern "C" int pack_tiles(P to, P src, I ld, I columns, I k, I across, I threads) {

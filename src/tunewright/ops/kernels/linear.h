@@ -44,7 +44,7 @@ static void gather(const Updated &u, bf16 *a, bf16 *b) {
 
 // ---- linear layers: y = [x, u] * W with u = x * A
 
-enum Epilogue { STORE, ADD, SWIGLU, SWIGLU_BACKWARD };
+enum Epilogue { STORE, ADD, SWIGLU, SWIGLU_BACKWARD, BIAS, GELU, GELU_BACKWARD };
 
 struct Linear {
   Grid x;       // [rows, k]
@@ -56,9 +56,9 @@ struct Linear {
   int64_t n;
   Grid y;  // [rows, n]; SWIGLU_BACKWARD: [rows, 2 n]
   int epilogue;
-  Grid other;  // ADD: added to y. SWIGLU_BACKWARD: gu
-  Grid h;      // SWIGLU and SWIGLU_BACKWARD: where silu(gate) * up goes. ADD: where y goes without `other`, or null
-  const float *gain;  // [n] factors of y, or null
+  Grid other;  // ADD, BIAS, GELU: added to y. SWIGLU_BACKWARD: gu. GELU_BACKWARD: what GELU stored in y
+  Grid h;  // SWIGLU, GELU and their backwards: where silu(gate) * up, gelu(y) goes. ADD: where y goes without `other`, or null
+  const float *gain;  // [n] factors of y before anything is added, or null
 
   // Where line i of block b of a panel's weights lies.
   const bf16 *line(int64_t p, int64_t b, int64_t i) const {
@@ -74,6 +74,19 @@ struct Linear {
   }
 };
 
+// x * P(X < x) for a normal X, and the slope of it; P by Abramowitz and Stegun 7.1.26, off by less than 1e-7.
+static inline __m512 gelu16(__m512 x, __m512 &slope) {
+  const __m512 one = _mm512_set1_ps(1.0f), e = exp2_16(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.5f * LOG2_E)));
+  const __m512 below = _mm512_fmadd_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.3275911f * 0.70710678f), one);
+  const __m512 guess = _mm512_rcp14_ps(below), t = _mm512_mul_ps(guess, _mm512_fnmadd_ps(below, guess, _mm512_set1_ps(2.0f)));
+  __m512 p = _mm512_set1_ps(1.061405429f);
+  for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(c));
+  const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(p, t), _mm512_mul_ps(e, _mm512_set1_ps(0.5f)));
+  const __m512 share = _mm512_mask_sub_ps(tail, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), one, tail);
+  slope = _mm512_fmadd_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.39894228f)), e, share);
+  return _mm512_mul_ps(x, share);
+}
+
 // Rows [from, to) of a finished block of 32 x 32 at (t, n).
 template <int E>
 static inline void finish(const Linear &l, const float *c, int64_t t, int64_t n, int64_t from, int64_t to) {
@@ -84,15 +97,21 @@ static inline void finish(const Linear &l, const float *c, int64_t t, int64_t n,
   const __m512 gb = l.gain ? _mm512_loadu_ps(l.gain + n + 16) : one;
   for (int64_t i = from; i < to; i++) {
     __m512 a = _mm512_mul_ps(_mm512_load_ps(c + 32 * i), ga), b = _mm512_mul_ps(_mm512_load_ps(c + 32 * i + 16), gb);
-    if (E == ADD) {
-      if (l.h.p) {
-        store16(h + i * l.h.ld, a);
-        store16(h + i * l.h.ld + 16, b);
-      }
+    if (E == ADD && l.h.p) {
+      store16(h + i * l.h.ld, a);
+      store16(h + i * l.h.ld + 16, b);
+    }
+    if (E == ADD || E == BIAS || E == GELU) {
       a = _mm512_add_ps(a, load16(o + i * l.other.ld));
       b = _mm512_add_ps(b, load16(o + i * l.other.ld + 16));
     }
-    if (E == STORE || E == ADD) {
+    if (E == GELU || E == GELU_BACKWARD) {
+      __m512 slope_a, slope_b;
+      store16(h + i * l.h.ld, gelu16(E == GELU ? a : load16(o + i * l.other.ld), slope_a));
+      store16(h + i * l.h.ld + 16, gelu16(E == GELU ? b : load16(o + i * l.other.ld + 16), slope_b));
+      if (E == GELU_BACKWARD) a = _mm512_mul_ps(a, slope_a), b = _mm512_mul_ps(b, slope_b);
+    }
+    if (E != SWIGLU && E != SWIGLU_BACKWARD) {
       store16(y + i * l.y.ld, a);
       store16(y + i * l.y.ld + 16, b);
     }
@@ -120,12 +139,12 @@ static inline void fetch(const Linear &l, int64_t t, int64_t n, int64_t i) {
   if (E != SWIGLU) __builtin_prefetch(y, 1);
   if (E == ADD && l.h.p) __builtin_prefetch(l.h.at(t, n) + i * l.h.ld, 1);
   if (E == SWIGLU) __builtin_prefetch(l.h.at(t, n / 2 / 32 * 32) + i * l.h.ld, 1);
+  if (E == SWIGLU_BACKWARD || E == GELU || E == GELU_BACKWARD) __builtin_prefetch(l.h.at(t, n) + i * l.h.ld, 1);
   if (E == SWIGLU_BACKWARD) {
     __builtin_prefetch(y + 32 * l.y.along, 1);
-    __builtin_prefetch(l.h.at(t, n) + i * l.h.ld, 1);
     __builtin_prefetch(o + 32 * l.other.along, 0);
   }
-  if (E == ADD || E == SWIGLU_BACKWARD) __builtin_prefetch(o, 0);
+  if (E == ADD || E == SWIGLU_BACKWARD || E == GELU_BACKWARD) __builtin_prefetch(o, 0);
 }
 
 // u of the rows [t, t + 32).
@@ -203,7 +222,7 @@ static void pack_shared(bf16 *to, const bf16 *x, int64_t columns, int64_t k, boo
 
 static bool linear(Linear l, const Updated &u, int threads) {  // false: no memory
   static constexpr void (*WIDE[])(const Linear, int64_t, int64_t, int64_t, int64_t, bf16 *, int64_t) = {
-      wide<STORE>, wide<ADD>, wide<SWIGLU>, wide<SWIGLU_BACKWARD>};
+      wide<STORE>, wide<ADD>, wide<SWIGLU>, wide<SWIGLU_BACKWARD>, wide<BIAS>, wide<GELU>, wide<GELU_BACKWARD>};
   // threads share the columns, so that each packs weights of its own; many threads share the rows too
   const int64_t all = l.n / 32, blocks = l.rows / 32;
   int64_t columns = 1;
@@ -240,14 +259,16 @@ struct Weight {  // a product: its updates, and where each sixteen rows of its w
   const Updated *u;
   const bf16 *const *rows;
 };
-// x [rows, k] -> y [rows, n], or with `turned` the other way; u [rows, r] is filled. y may be null: only u.
+// x [rows, k] -> y [rows, n], or with `turned` the other way; u [rows, r] is filled. y may be null: only u. BIAS and GELU:
+// other is one row.
 static bool product(const Weight &w, bool turned, int64_t rows, bf16 *x, bf16 *u, bf16 *y, int epilogue, bf16 *other, bf16 *h,
                     int threads) {
   const Updated &p = *w.u;
   const int64_t k = turned ? p.n : p.k, n = turned ? p.k : p.n, wide = epilogue == SWIGLU_BACKWARD ? 2 * n : n;
   const bool swiglu = epilogue == SWIGLU || epilogue == SWIGLU_BACKWARD;
   Linear l{grid(x, k, turned ? p.blocks_out : p.blocks_in), u, rows, k, p.r, {w.rows, p.k}, turned, nullptr, nullptr,
-           y ? n : 0, grid(y, wide, swiglu || (turned ? p.blocks_in : p.blocks_out)), epilogue, grid(other, wide, swiglu),
-           grid(h, epilogue == SWIGLU ? n / 2 : n, epilogue != ADD), turned ? nullptr : p.gain};
+           y ? n : 0, grid(y, wide, swiglu || (turned ? p.blocks_in : p.blocks_out)), epilogue,
+           epilogue == BIAS || epilogue == GELU ? Grid{other, 0, 1, 0} : grid(other, wide, swiglu),
+           grid(h, epilogue == SWIGLU ? n / 2 : n, swiglu), turned ? nullptr : p.gain};
   return linear(l, p, threads);
 }

@@ -185,3 +185,19 @@ void swiglu_backward(const T *dh, int64_t lddh, const T *gu, int64_t ldgu, T *dg
       put(h + t * ldh + j, silu * u);
     }
 }
+
+// to[i] = sum over rows of x[t, i]
+template <class T>
+void column_sums(const T *x, int64_t ldx, float *to, int64_t rows, int64_t n, int threads) {
+  const int64_t wide = 8 * LANES, parts = (n + wide - 1) / wide;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t first = part * wide;
+    Floats s[8] = {};
+    for (int64_t t = 0; t < rows; t++)
+      for (int64_t j = 0; j < 8; j++)
+        if (const int64_t i = first + j * LANES; i < n) s[j] += get(x + t * ldx + i, n - i);
+    for (int64_t j = 0; j < 8; j++)
+      if (const int64_t i = first + j * LANES; i < n) put(to + i, s[j], n - i);
+  }
+}
