@@ -7,89 +7,30 @@ models/fast_serves.py says which models and tuners it does not serve; those run 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunewright.models.fast_kept import (
+    Kept,
+    Packed,
+    Shape,
+    if_given,
+    spread_rows,
+    take_rows,
+)
 from tunewright.models.fast_serves import WINDOWS, head_dim, tiles_fit
 from tunewright.models.fast_weights import Layer, Linear, Norm, Room, Values, norm_parameters
-from tunewright.models.layouts import causal_lm, decoder_of
+from tunewright.models.layouts import causal_lm, decoder_of, virtual_of
 from tunewright.models.policy import head_of
 from tunewright.ops.attention import segment_attention
 from tunewright.ops.kernels import Kernels, double
 from tunewright.ops.logprob import TileHead
 from tunewright.ops.lora import TileProduct, TorchProduct, padded
 from tunewright.ops.types import Batch
-
-
-@dataclass(frozen=True)
-class Shape:
-    """heads, kv: query and key/value heads. hd: width of a head. window: 0 or the sliding window. eps: of RMSNorm."""
-
-    heads: int
-    kv: int
-    hd: int
-    window: int
-    eps: float
-
-    @property
-    def q(self) -> slice:
-        return slice(0, self.heads * self.hd)
-
-    @property
-    def k(self) -> slice:
-        return slice(self.q.stop, self.q.stop + self.kv * self.hd)
-
-    @property
-    def v(self) -> slice:
-        return slice(self.k.stop, self.k.stop + self.kv * self.hd)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A batch for the kernels: tokens padded to whole blocks (n of them real), where segments start, cosine and sine
-    [T, hd/2]. record: the same as a struct of C (layer.h, Pack)."""
-
-    tokens_T: Tensor
-    starts: Tensor
-    cosine: Tensor
-    sine: Tensor
-    n: int
-    record: Tensor
-
-    @property
-    def total(self) -> int:
-        return self.tokens_T.shape[0]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What the backward of a layer needs of its forward; only x is kept when the layer is computed again.
-
-    What the norms made of x and mid is always made again: writing it to memory and reading it there takes as long.
-
-    small: [2 + heads, T] float32, 1/rms of both norms and the attention's log-sum-exp. graph: attention without tiles.
-    low: [T, r] of each product's update, narrow results, in the order of Layer.linears. alone: what o and down add to
-    the residual, where they have gains. room: all but x and small where the layer is one call of the kernels. rows:
-    where only some tokens' outputs are wanted, these; chosen: their x and what they attended to, and all behind the
-    attention is theirs alone.
-    """
-
-    x: Tensor
-    small: Tensor | None = None
-    room: Tensor | None = None
-    low: tuple[Tensor, ...] = ()
-    qkv: Tensor | None = None
-    attended: Tensor | None = None
-    graph: tuple[Tensor, Tensor] | None = None
-    mid: Tensor | None = None
-    gu: Tensor | None = None
-    alone: tuple[Tensor | None, Tensor | None] = (None, None)
-    rows: Tensor | None = None
-    chosen: tuple[Tensor, Tensor] | None = None
+from tunewright.ops.virtual import insert_rows
 
 
 def runs_on_tiles(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> bool:
@@ -106,7 +47,7 @@ class FastLlama:
     def __init__(self, model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
         decoder: Any = decoder_of(model)
         config = decoder.config
-        self.kernels, self.dtype = kernels, dtype
+        self.model, self.kernels, self.dtype = model, kernels, dtype
         self.tiles = runs_on_tiles(model, dtype, kernels)
         kind = TileProduct if self.tiles else TorchProduct
         window = WINDOWS[config.model_type](decoder)
@@ -129,15 +70,20 @@ class FastLlama:
         """[T, D] after the final norm, with gradients to the trained matrices if gradients are on. rows: [N, D] of
         these tokens only, which spares the last layer work."""
         self.values.refresh()
+        virtual, inputs = virtual_of(self.model), None
+        if virtual is not None and virtual.rows_ND is not None:
+            batch, inputs, at_T = insert_rows(batch, virtual.rows_ND, F.embedding(batch.tokens_T, self.embedding))
+            rows = at_T if rows is None else at_T[rows]
         parameters = [p for layer in self.layers for p in layer.parameters()] + norm_parameters([self.norm])
-        parameters += [self.embedding] if self.embedding.requires_grad else []
-        keep = torch.is_grad_enabled() and bool(parameters)
+        parameters += [self.embedding] if inputs is None and self.embedding.requires_grad else []
+        pack = self._pack(batch, inputs)
+        keep = torch.is_grad_enabled() and (pack.below or bool(parameters))
         with torch.autocast("cpu", enabled=False):  # each product has its dtype; autocast would change torch's
             if rows is not None and padded(rows.numel()) >= padded(batch.n_tokens):
-                return _Hidden.apply(self, self._pack(batch), None, keep, *parameters)[rows]
-            return _Hidden.apply(self, self._pack(batch), rows, keep, *parameters)
+                return _Hidden.apply(self, pack, None, keep, inputs, *parameters)[rows]
+            return _Hidden.apply(self, pack, rows, keep, inputs, *parameters)
 
-    def _pack(self, batch: Batch) -> Packed:
+    def _pack(self, batch: Batch, inputs: Tensor | None) -> Packed:
         n = batch.n_tokens
         total = padded(n)
         tokens = torch.zeros(total, dtype=torch.int64)
@@ -149,16 +95,18 @@ class FastLlama:
         starts, s = batch.cu_seqlens.to(torch.int64), self.shape
         sizes = [total, n, s.heads, s.kv, s.hd, s.window, starts.numel() - 1]
         places = [t.data_ptr() for t in (starts, cosine, sine)]
-        return Packed(tokens, starts, cosine, sine, n, torch.tensor([*sizes, *places, double(s.eps)]))
+        record = torch.tensor([*sizes, *places, double(s.eps)])
+        below = (self.embedding if inputs is None else inputs).requires_grad
+        return Packed(tokens, None if inputs is None else inputs.detach(), below, starts, cosine, sine, n, record)
 
     # ---- forward
 
     def forward(self, b: Packed, rows: Tensor | None, keep: bool) -> tuple[Tensor, list[Kept], Tensor, Tensor]:
         """(hidden [T, D] or of `rows`, padded; what each layer keeps, the last layer's output, 1/rms of it)."""
-        x = self.embedding[b.tokens_T].to(self.dtype)
-        x[b.n :] = 0
+        x = (self.embedding[b.tokens_T[: b.n]] if b.inputs is None else b.inputs).to(self.dtype)
+        x = F.pad(x, (0, 0, 0, b.total - b.n))
         own = self._own_room(b)
-        lowest = self.lowest() if keep else len(self.layers)
+        lowest = len(self.layers) if not keep else 0 if b.below else self.lowest()
         kept: list[Kept] = []
         for i, layer in enumerate(self.layers):
             wanted = rows if i == len(self.layers) - 1 else None
@@ -170,14 +118,12 @@ class FastLlama:
         return self._rmsnorm(x, self.norm.weight, torch.empty_like(x), rstd), kept, x, rstd
 
     def lowest(self) -> int:
-        """The lowest layer whose backward must run."""
-        if self.embedding.requires_grad:
-            return 0
+        """The lowest layer that has something trained."""
         return min((i for i, layer in enumerate(self.layers) if layer.trained), default=len(self.layers))
 
     def _own_room(self, b: Packed) -> Room:
         """Memory for one layer's inputs of its products, used again by the next layer."""
-        return Room(b.total, max(_inputs(layer) for layer in self.layers), self.dtype)
+        return Room(b.total, max(layer.input_columns for layer in self.layers), self.dtype)
 
     def _layer(self, w: Layer, x: Tensor, b: Packed, own: Room, rows: Tensor | None) -> tuple[Tensor, Kept]:
         """(the layer's output, of `rows` if these alone are wanted, and all that its backward needs)."""
@@ -197,14 +143,14 @@ class FastLlama:
         self._rope(qkv, b, 1.0)
         attended = room.take(w.o.product.k)
         graph = self._attention(qkv, attended, small[2:], b)
-        chosen = (x, attended) if rows is None else (_rows(x, rows), _rows(attended, rows))
+        chosen = (x, attended) if rows is None else (take_rows(x, rows), take_rows(attended, rows))
         mid, gu, h = behind.take(d), behind.take(w.gate_up.product.n), own.take(w.down.product.k)[:n]
         alone = [None if linear.product.gain is None else behind.take(d) for linear in (w.o, w.down)]
-        w.o.product.forward(chosen[1], low[1], mid, "add", chosen[0], *_given(alone[0]))
+        w.o.product.forward(chosen[1], low[1], mid, "add", chosen[0], *if_given(alone[0]))
         xn2 = self._rmsnorm(mid, w.norm2.weight, own.take(d)[:n], small[1, :n])
         w.gate_up.product.forward(xn2, low[2], gu, "swiglu", h)
         out = torch.empty(n, d, dtype=self.dtype)
-        w.down.product.forward(h, low[3], out, "add", mid, *_given(alone[1]))
+        w.down.product.forward(h, low[3], out, "add", mid, *if_given(alone[1]))
         return out, Kept(x, small, None, low, qkv, attended, graph, mid, gu, (alone[0], alone[1]), rows, chosen)
 
     def _layer_at_once(self, w: Layer, x: Tensor, b: Packed, own: Room) -> tuple[Tensor, Kept]:
@@ -245,13 +191,13 @@ class FastLlama:
 
     # ---- backward
 
-    def backward(self, b: Packed, kept: list[Kept], last: Tensor, rstd: Tensor, grad: Tensor) -> list[Tensor]:
+    def backward(self, b: Packed, kept: list[Kept], last: Tensor, rstd: Tensor, grad: Tensor) -> list[Tensor | None]:
         """Gradients of what __call__ passes to autograd, in its order. `kept` is emptied on the way."""
         lowest = len(self.layers) - len(kept)
         found: list[list[Tensor]] = []
         turns = [torch.empty(b.total, last.shape[1], dtype=last.dtype) for _ in range(2)]
         own = self._own_room(b)
-        scratch = Room(b.total, max(_scratch(layer) for layer in self.layers), self.dtype)
+        scratch = Room(b.total, max(layer.scratch_columns for layer in self.layers), self.dtype)
         dx = turns[0][: last.shape[0]]
         g_norm = self._rmsnorm_backward(grad, last, self.norm, rstd, None, dx)
         for i in range(len(self.layers) - 1, lowest - 1, -1):
@@ -259,13 +205,17 @@ class FastLlama:
             if k.small is None:
                 _, k = self._layer(layer, k.x, b, own, k.rows)
             turns.reverse()
-            to = turns[0] if i > lowest or self.embedding.requires_grad or layer.norm1.trained else None
+            to = turns[0] if i > lowest or b.below or layer.norm1.trained else None
             scratch.at = own.at = 0
             found.append(self._layer_backward(layer, k, b, dx, to, own, scratch))
             if to is not None:
                 dx = to
-        g_embedding = [self._embedding_gradient(b, dx[: b.n])] if self.embedding.requires_grad else []
-        return [*(g for grads in reversed(found) for g in grads), *g_norm, *g_embedding]
+        found.reverse()
+        if b.inputs is not None:
+            g_inputs = dx[: b.n].to(b.inputs.dtype) if b.below else None
+            return [g_inputs, *(g for grads in found for g in grads), *g_norm]
+        g_embedding = [self._embedding_gradient(b, dx[: b.n])] if b.below else []
+        return [None, *(g for grads in found for g in grads), *g_norm, *g_embedding]
 
     def _embedding_gradient(self, b: Packed, dx_TD: Tensor) -> Tensor:
         grad_VD = torch.zeros(self.embedding.shape).index_add_(0, b.tokens_T[: b.n], dx_TD.float())
@@ -304,7 +254,7 @@ class FastLlama:
         w.o.product.backward(dy, low[1], dattended)
         g_o = w.o.gradients(k.chosen[1], k.low[1], dy, low[1], sums)
         if k.rows is not None:
-            dmid, dattended = _spread(dmid, k.rows, b.total), _spread(dattended, k.rows, b.total)
+            dmid, dattended = spread_rows(dmid, k.rows, b.total), spread_rows(dattended, k.rows, b.total)
         dqkv = scratch.take(w.qkv.product.n)
         self._attention_backward(k, lse, dattended, dqkv, b)
         self._rope(dqkv, b, -1.0)
@@ -354,36 +304,12 @@ class FastLlama:
         self.kernels("attention_backward_tiles", *sizes, dout, dout.stride(0), *to)
 
 
-def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x[rows], with rows of zeros up to whole blocks."""
-    return F.pad(x[rows], (0, 0, 0, padded(rows.numel()) - rows.numel()))
-
-
-def _spread(x: Tensor, rows: Tensor, n: int) -> Tensor:
-    """What _rows took, at its place in n rows of zeros."""
-    return x.new_zeros(n, x.shape[1]).index_copy_(0, rows, x[: rows.numel()])
-
-
-def _inputs(w: Layer) -> int:
-    """Columns of the inputs of one layer's products that its backward makes again."""
-    return w.qkv.product.k + w.gate_up.product.k + w.down.product.k
-
-
-def _scratch(w: Layer) -> int:
-    """Columns that one layer's backward takes of its scratch memory."""
-    narrow = sum(linear.product.r for linear in w.linears)
-    return w.gate_up.product.n + 3 * w.gate_up.product.k + w.o.product.k + w.qkv.product.n + narrow
-
-
-def _given(room: Tensor | None) -> tuple[Tensor, ...]:
-    return () if room is None else (room,)
-
-
 class _Hidden(torch.autograd.Function):
     """The whole stack as one node of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, fast: FastLlama, b: Packed, rows: Tensor | None, keep: bool, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, fast: FastLlama, b: Packed, rows: Tensor | None, keep: bool, *given: Tensor | None) -> Tensor:
+        """given: the embeddings that b has, or None, and the parameters, for autograd to know of them."""
         out, kept, last, rstd = fast.forward(b, rows, keep)
         ctx.fast, ctx.b, ctx.kept, ctx.last, ctx.rstd, ctx.out = fast, b, kept, last, rstd, out.shape
         ctx.values = fast.values.seen

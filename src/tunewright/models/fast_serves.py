@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftType
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -22,6 +23,10 @@ WINDOWS: dict[str, Callable[[Any], int | None]] = {
     "qwen2": lambda decoder: decoder.layers[0].self_attn.sliding_window,
 }
 
+# parts of the names of what may be trained
+_TRAINED = ("lora_", "ia3_l", "prompt_encoder.", "_proj.weight", "_proj.bias", "norm.weight")
+_TRAINED += ("embed_tokens.weight", "lm_head.weight")
+
 
 def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
     """Why this model cannot take the fast path, or None if it can."""
@@ -29,7 +34,7 @@ def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
     names = {name.replace(".base_layer", "") for name, _ in decoder_of(model).named_parameters()}
     plain = ("o_proj", "gate_proj", "up_proj", "down_proj")
     found = {
-        "a soft prompt stands in front of the rows": getattr(model, "prompt_encoder", None) is not None,
+        "a prefix of keys and values stands in front of the rows": _has_prefix(model),
         "its base is quantised, and the fast path reads plain weights": is_quantised(model),
         f"models of type '{config.model_type}' have no fast path": config.model_type not in WINDOWS,
         "its MLP is not a SwiGLU": getattr(config, "hidden_act", "silu") != "silu",
@@ -48,9 +53,13 @@ def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
         reason = next((what(name, module) for kind, what in _UNUSUAL.items() if isinstance(module, kind)), None)
         if reason:
             return f"{name} has {reason}"
-    known = ("lora_", "ia3_l", "_proj.weight", "_proj.bias", "norm.weight", "embed_tokens.weight", "lm_head.weight")
-    odd = [n for n, p in model.named_parameters() if p.requires_grad and not any(k in n for k in known)]
+    odd = [n for n, p in model.named_parameters() if p.requires_grad and not any(k in n for k in _TRAINED)]
     return f"{odd[0]} is trained" if odd else None
+
+
+def _has_prefix(model: Any) -> bool:
+    encoder = getattr(model, "prompt_encoder", None)
+    return encoder is not None and model.active_peft_config.peft_type == PeftType.PREFIX_TUNING
 
 
 def _unusual_lora(name: str, layer: LoraLayer) -> str | None:

@@ -226,8 +226,6 @@ class Layer:
         """What is trained, in the order of the gradients."""
         return [p for linear in self.linears for p in linear.parameters()] + norm_parameters(self.norms)
 
-    # ---- where a layer is one call of the kernels (layer.h)
-
     def update_record(self) -> None:
         """Its weights as a struct of C (layer.h, LayerWeights)."""
         if not self.one_call:
@@ -236,6 +234,17 @@ class Layer:
         places = [t for p in products for t in (p.record, p.addresses)] + [norm.weight for norm in self.norms]
         bias = self.qkv.bias
         self.record = torch.tensor([*(t.data_ptr() for t in places), 0 if bias is None else bias.data_ptr()])
+
+    @property
+    def input_columns(self) -> int:
+        """Columns of the inputs of its products that the backward makes again."""
+        return self.qkv.product.k + self.gate_up.product.k + self.down.product.k
+
+    @property
+    def scratch_columns(self) -> int:
+        """Columns that the backward takes of its scratch memory."""
+        narrow = sum(linear.product.r for linear in self.linears)
+        return self.gate_up.product.n + 3 * self.gate_up.product.k + self.o.product.k + self.qkv.product.n + narrow
 
     @property
     def kept_columns(self) -> int:
