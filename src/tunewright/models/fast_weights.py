@@ -282,9 +282,10 @@ class Values:
         self._heads = [head] if head is not None and head.weight.requires_grad else []
         self._own = [p for part in (*self._linears, *self._norms) for p in part.own]
         self._parts: list[Any] = []
-        self._trained: list[nn.Parameter] = []
+        self._trained: list[Tensor] = []
         self.seen: tuple[Any, ...] = ()
 
+    @torch.autocast("cpu", enabled=False)  # what is derived from the weights must not depend on who asks
     def refresh(self) -> None:
         """Take over what an optimizer, a load or a switch changed since the last call."""
         on = self._on()
