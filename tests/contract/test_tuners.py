@@ -145,6 +145,7 @@ def test_gradients_through_a_policy_survive_a_look_at_the_base(name: str, tiny_m
             p.grad = None
         return out
 
+    tuner.before_step(1)
     objective(policy, batch)["loss"].total.backward()
     alone = grads()
     with tuner.off(), torch.no_grad():

@@ -144,7 +144,9 @@ class Linear:
             return dy, None
         return dz, self.product.before_gain(dy, y, dz)
 
-    def gradients(self, x: Tensor | None, u: Tensor, dy: Tensor, du: Tensor, sums: Tensor | None) -> list[Tensor]:
+    def gradients(
+        self, x: Tensor | None, u: Tensor, dy: Tensor, du: Tensor, sums: Tensor | None = None
+    ) -> list[Tensor]:
         """Of parameters(), float32. x: may be None where it is not needed (`reads`). dy, sums: of before_gain()."""
         low = self.product.gradients(x, u, dy, du) if x is not None and any(self.adapters) else []
         return self.of_parameters(low, sums) + self._of_whole(x, dy)
