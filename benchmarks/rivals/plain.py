@@ -12,23 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from shared import Row, StepLog, Task, batches, finish, read_rows, settle, synchronize, token_hash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def load(task: Task, device: torch.device) -> Any:
-    """The model to train, with fresh adapters if the tuner is lora."""
-    half = torch.bfloat16 if task.dtype == "bfloat16" and task.tuner == "lora" else torch.float32
+    """The model to train, with fresh adapters unless all of it is trained."""
+    half = torch.bfloat16 if task.dtype == "bfloat16" and task.tuner != "full" else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(task.model, dtype=half, attn_implementation="sdpa")
     model.config.use_cache = False
-    if task.tuner == "lora":
+    if task.tuner != "full":
         torch.manual_seed(task.seed)
-        config = LoraConfig(
-            r=task.r, lora_alpha=task.alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(model, config)
+        model = get_peft_model(model, adapters(task))
     return model.to(device).train()
+
+
+def adapters(task: Task) -> PeftConfig:
+    """LoRA of the task's shape; another method of peft as the file in the folder `peft` of the options says."""
+    if "peft" in task.options:
+        return PeftConfig.from_pretrained(task.options["peft"])
+    return LoraConfig(
+        r=task.r, lora_alpha=task.alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
 
 
 def padded(rows: list[Row], device: torch.device) -> dict[str, torch.Tensor]:
@@ -61,6 +67,8 @@ def main() -> None:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        if hasattr(model, "base_model") and hasattr(model.base_model, "update_and_allocate"):  # AdaLoRA
+            model.base_model.update_and_allocate(len(log.times) + 1)
         optimizer.zero_grad(set_to_none=True)
         loss, norm = float(loss.detach()), float(norm)
         synchronize()

@@ -102,3 +102,24 @@ def test_ctrl_c_keeps_what_was_measured(env: dict[str, str], rows: Path, tmp_pat
     assert process.returncode == 130
     found = json.loads(out.read_text())
     assert [r["rival"] for r in found["rows"]] == ["ours"] and not found["complete"] and found["gates"] == "skipped"
+
+
+@pytest.mark.nightly
+def test_a_tuner_beside_lora_and_peft(env: dict[str, str], rows: Path) -> None:
+    """AdaLoRA, whose loop in peft has a call of its own; DyLoRA, which peft has not."""
+    window = ["--rounds", "1", "--seconds", "2", "--min-steps", "3", "--batch", "4", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tuners", "--data", str(rows), "--model", "tiny", "--only", "adalora,dylora",
+         *window, "--json", "-"],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    sides = [f"{r['side']} {r['tuner']}" for r in found["rows"]]
+    assert found["complete"] and sides == ["ours lora", "ours adalora", "peft adalora", "ours dylora"]
+    rates = {(r["side"], r["tuner"]): r["tokens_per_second"] for r in found["rows"]}
+    assert found["rows"][1]["path"] in ("fast", "plain") and "path" not in found["rows"][2]
+    ada, dy = found["tuners"]["adalora"], found["tuners"]["dylora"]
+    assert ada["of_lora"] == pytest.approx(rates["ours", "adalora"] / rates["ours", "lora"])
+    assert ada["of_peft"] == pytest.approx(rates["ours", "adalora"] / rates["peft", "adalora"])
+    assert dy["of_peft"] is None and dy["target_of_lora"] == 0.8

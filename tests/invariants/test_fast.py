@@ -21,9 +21,11 @@ from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.objectives.sft import SFT
 from tunewright.ops.kernels import Kernels
+from tunewright.ops.lora import TorchProduct
 from tunewright.ops.packing import collate
 from tunewright.ops.prefix import share_prefixes
 from tunewright.train.fast import choose_path
+from tunewright.tuners import TUNERS
 from tunewright.tuners.full import Full
 
 
@@ -310,6 +312,38 @@ def test_only_the_upper_layers(tiny_model_dir: Path, groups: list[Group], kernel
     assert policy.fast.lowest() == 1  # type: ignore[union-attr]
     assert got == pytest.approx(want, abs=1e-5)
     assert_relative(grads, want_grads, 1e-4)
+
+
+@pytest.mark.parametrize(("name", "family"), [("half", "llama"), ("half", "qwen2"), ("bitfit", "qwen2")])
+def test_no_gradient_is_computed_that_nobody_needs(
+    tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, monkeypatch: pytest.MonkeyPatch, name: str, family: str
+) -> None:
+    """Another half trains in each round; what was frozen keeps the values that its last update left."""
+    part: Any = TUNERS.load(name)
+    tuner = part(part.Options(**({"round_steps": 1} if name == "half" else {})))
+    model = tuner.attach(load_model(tiny.build_family(tmp_path / "model", family, tiny_model_dir)), 0)
+    rows = [Group((Example(tuple(range(3, 3 + n)), (1.0,) * n, n),)) for n in (9, 30, 21)]
+    policy, made = fast(model, kernels), list[tuple[int, ...]]()
+    real = TorchProduct.weight_gradient
+
+    def seen(self: Any, i: int, x: Tensor, dy: Tensor) -> Tensor:
+        made.append(real(self, i, x, dy).shape)
+        return real(self, i, x, dy)
+
+    monkeypatch.setattr(TorchProduct, "weight_gradient", seen)
+    optimizer = torch.optim.SGD(tuner.trainable().values(), lr=0.1)
+    for number in (1, 2, 3):
+        tuner.before_step(number)
+        want, want_grads = step(Policy(model), rows)
+        made.clear()
+        got, grads = step(policy, rows)
+        assert got == pytest.approx(want, abs=1e-5)
+        assert_relative(grads, want_grads, 1e-4)
+        assert len(made) == sum("_proj.weight" in k for k in grads)
+        for k, p in tuner.trainable().items():
+            p.grad = grads.get(k)
+        tuner.update(optimizer, number)
+        optimizer.zero_grad()
 
 
 def test_full_tuning_on_tiles_follows_float32(tiled: Path, groups: list[Group], kernels: Kernels) -> None:

@@ -24,10 +24,12 @@ from tunewright.core.spec import Part as Chosen
 from tunewright.engine.engine import Engine
 from tunewright.engine.request import parse_request
 from tunewright.engine.scheduler import Limits
+from tunewright.models.fast_llama import FastLlama
 from tunewright.models.fast_serves import why_not
 from tunewright.models.heads import Head
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
+from tunewright.ops.kernels import Kernels
 from tunewright.ops.packing import collate
 from tunewright.ops.prefix import share_prefixes
 from tunewright.train.run import context_left, row
@@ -214,9 +216,49 @@ def test_it_cannot_be_merged_and_says_so(kind: str, tiny_model_dir: Path, tmp_pa
         check([tmp_path, tmp_path], "svd", None, None, 0.5)
 
 
-def test_the_fast_path_leaves_it_to_the_plain_modules(tiny_model_dir: Path) -> None:
-    reason = why_not(make("prompt").attach(load_model(tiny_model_dir), 0), torch.float32)
-    assert reason == "a soft prompt stands in front of the rows"
+def test_the_fast_path_leaves_a_prefix_to_the_plain_modules(tiny_model_dir: Path) -> None:
+    reason = why_not(make("prefix").attach(load_model(tiny_model_dir), 0), torch.float32)
+    assert reason == "a prefix of keys and values stands in front of the rows"
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning"])
+def test_the_fast_path_says_the_same(kind: str, tiny_model_dir: Path, kernels: Kernels) -> None:
+    """Loss and gradients, whole, cut and computed again; without the prompt the base."""
+    tuner, model = shaken(kind, tiny_model_dir)
+    fast, groups = Policy(model, fast=FastLlama(model, torch.float32, kernels)), make_groups()
+    want, want_grads = step(Policy(model), groups)
+    for choice, budget in (("none", 10**6), ("full", 10**6), ("none", 40)):
+        fast.set_checkpointing(choice)
+        got, grads = step(fast, groups, budget)
+        assert got == pytest.approx(want, abs=1e-5)
+        assert_relative(grads, want_grads, 1e-4)
+    batch = collate(groups)
+    with torch.no_grad():
+        torch.testing.assert_close(fast.hidden(batch), Policy(model).hidden(batch), atol=1e-5, rtol=1e-5)
+        with tuner.off():
+            base = Policy(load_model(tiny_model_dir)).hidden(batch)
+            torch.testing.assert_close(fast.hidden(batch), base, atol=1e-5, rtol=1e-5)
+
+
+def test_the_fast_path_on_tiles_is_off_by_rounding_only(tmp_path: Path, kernels: Kernels, tiny_model_dir: Path) -> None:
+    """Against float32 with the same rounded weights: no further from it than the plain bfloat16 modules."""
+    if not kernels.tiles:
+        pytest.skip("this processor has no AMX tiles")
+    folder = tiny.build_family(tmp_path / "model", "llama", tiny_model_dir, **tiny.TILED, initializer_range=0.05)
+    rows = [Group((Example(tuple(range(3, 3 + n)), (1.0,) * n, n),)) for n in (9, 30, 21)]
+    exact, half = (make("prompt").attach(load_model(folder, dtype), 0) for dtype in (torch.float32, torch.bfloat16))
+    with torch.no_grad():
+        for a, b in zip(exact.parameters(), half.parameters(), strict=True):
+            a.copy_(b)
+    fast = Policy(half, torch.bfloat16, fast=FastLlama(half, torch.bfloat16, kernels))
+    assert fast.fast.tiles  # type: ignore[union-attr]
+    (want, (wanted,)), (plain, (usual,)), (got, (grad,)) = (
+        (loss, tuple(grads.values()))
+        for loss, grads in (step(p, rows) for p in (Policy(exact), Policy(half, torch.bfloat16), fast))
+    )
+    assert got == pytest.approx(want, rel=0.005)
+    assert (grad - wanted).norm() <= 1.5 * (usual - wanted).norm() <= 0.15 * wanted.norm()
+    assert plain == pytest.approx(want, rel=0.01)
 
 
 def test_another_method_s_or_peft_s_own_file_is_not_continued(tiny_model_dir: Path, tmp_path: Path) -> None:

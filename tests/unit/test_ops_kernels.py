@@ -161,6 +161,30 @@ def test_a_product_with_two_updates(
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(TileProduct, B16), (TorchProduct, B16), (TorchProduct, torch.float32)])
+def test_gains_of_a_products_outputs(
+    kernels: Kernels, random: Callable[..., Tensor], kind: type[Product], dtype: torch.dtype
+) -> None:
+    """y = gain * (x W^T), and y without what is added; the gradient before the gains, in place, and the sums."""
+    if kind is TileProduct:
+        need_tiles(kernels)
+    x, w, residual, gain = random(96, 64).to(dtype), random(160, 64).to(dtype), random(96, 160).to(dtype), random(160)
+    product = kind(kernels, [w], [0], [slice(0, 160)])
+    product.set_updates([None], gain)
+    product.refresh()
+    y, alone = torch.empty_like(residual), torch.empty_like(residual)
+    product.forward(x, x.new_empty(96, 0), y, "add", residual, alone)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    want = gain * (x.float() @ w.float().T)
+    near(alone, want, tolerance)
+    near(y, want + residual.float(), tolerance)
+    dy = random(96, 160).to(dtype)
+    dz = dy.clone()
+    sums = product.before_gain(dz, alone, dz)
+    near(dz, gain * dy.float(), tolerance)
+    near(sums, (dy.float() * alone.float()).sum(0), 1e-5)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(TileProduct, B16), (TorchProduct, B16), (TorchProduct, torch.float32)])
 def test_biases_and_gelu_come_with_the_products(
     kernels: Kernels, random: Callable[..., Tensor], kind: type[Product], dtype: torch.dtype
 ) -> None:

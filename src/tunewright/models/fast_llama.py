@@ -7,87 +7,30 @@ models/fast_serves.py says which models and tuners it does not serve; those run 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunewright.models.fast_kept import (
+    Kept,
+    Packed,
+    Shape,
+    if_given,
+    spread_rows,
+    take_rows,
+)
 from tunewright.models.fast_serves import WINDOWS, head_dim, tiles_fit
-from tunewright.models.fast_weights import Layer, Linear, Norm, Room, norm_parameters
-from tunewright.models.layouts import causal_lm, decoder_of
+from tunewright.models.fast_weights import Layer, Linear, Norm, Room, Values, norm_parameters
+from tunewright.models.layouts import causal_lm, decoder_of, virtual_of
 from tunewright.models.policy import head_of
 from tunewright.ops.attention import segment_attention
 from tunewright.ops.kernels import Kernels, double
 from tunewright.ops.logprob import TileHead
 from tunewright.ops.lora import TileProduct, TorchProduct, padded
 from tunewright.ops.types import Batch
-
-
-@dataclass(frozen=True)
-class Shape:
-    """heads, kv: query and key/value heads. hd: width of a head. window: 0 or the sliding window. eps: of RMSNorm."""
-
-    heads: int
-    kv: int
-    hd: int
-    window: int
-    eps: float
-
-    @property
-    def q(self) -> slice:
-        return slice(0, self.heads * self.hd)
-
-    @property
-    def k(self) -> slice:
-        return slice(self.q.stop, self.q.stop + self.kv * self.hd)
-
-    @property
-    def v(self) -> slice:
-        return slice(self.k.stop, self.k.stop + self.kv * self.hd)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A batch for the kernels: tokens padded to whole blocks (n of them real), where segments start, cosine and sine
-    [T, hd/2]. record: the same as a struct of C (layer.h, Pack)."""
-
-    tokens_T: Tensor
-    starts: Tensor
-    cosine: Tensor
-    sine: Tensor
-    n: int
-    record: Tensor
-
-    @property
-    def total(self) -> int:
-        return self.tokens_T.shape[0]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What the backward of a layer needs of its forward; only x is kept when the layer is computed again.
-
-    What the norms made of x and mid is always made again: writing it to memory and reading it there takes as long.
-
-    small: [2 + heads, T] float32, 1/rms of both norms and the attention's log-sum-exp. graph: attention without tiles.
-    low: [T, r] of each product's update, narrow results, in the order of Layer.linears. room: all but x and small where
-    the layer is one call of the kernels. rows: where only some tokens' outputs are wanted, these; chosen: their x and
-    what they attended to, and all behind the attention is theirs alone.
-    """
-
-    x: Tensor
-    small: Tensor | None = None
-    room: Tensor | None = None
-    low: tuple[Tensor, ...] = ()
-    qkv: Tensor | None = None
-    attended: Tensor | None = None
-    graph: tuple[Tensor, Tensor] | None = None
-    mid: Tensor | None = None
-    gu: Tensor | None = None
-    rows: Tensor | None = None
-    chosen: tuple[Tensor, Tensor] | None = None
+from tunewright.ops.virtual import insert_rows
 
 
 def runs_on_tiles(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> bool:
@@ -104,7 +47,7 @@ class FastLlama:
     def __init__(self, model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
         decoder: Any = decoder_of(model)
         config = decoder.config
-        self.kernels, self.dtype = kernels, dtype
+        self.model, self.kernels, self.dtype = model, kernels, dtype
         self.tiles = runs_on_tiles(model, dtype, kernels)
         kind = TileProduct if self.tiles else TorchProduct
         window = WINDOWS[config.model_type](decoder)
@@ -121,59 +64,26 @@ class FastLlama:
         plain = self.tiles and head.softcap is None and head.bias is None
         self.head = TileHead(kernels, head.weight, head.scale) if plain else None
         self.checkpointing = "none"
-        self._seen: tuple[Any, ...] = ()
-        linears = [linear for layer in self.layers for linear in layer.linears]
-        norms = [n for n in (*(n for layer in self.layers for n in layer.norms), self.norm) if n.trained]
-        heads = [self.head] if self.head is not None and self.head.weight.requires_grad else []
-        self._low_rank = [linear for linear in linears if linear.low_rank]
-        self._whole = [*(linear for linear in linears if linear.whole), *norms, *heads]
-        self._trained = [p for linear in linears for p in linear.all_parameters()] + norm_parameters(norms)
-        self._trained += [head.weight for head in heads]
+        self.values = Values(self.layers, self.norm, self.head)
 
     def __call__(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """[T, D] after the final norm, with gradients to the trained matrices if gradients are on. rows: [N, D] of
         these tokens only, which spares the last layer work."""
-        self._refresh()
+        self.values.refresh()
+        virtual, inputs = virtual_of(self.model), None
+        if virtual is not None and virtual.rows_ND is not None:
+            batch, inputs, at_T = insert_rows(batch, virtual.rows_ND, F.embedding(batch.tokens_T, self.embedding))
+            rows = at_T if rows is None else at_T[rows]
         parameters = [p for layer in self.layers for p in layer.parameters()] + norm_parameters([self.norm])
-        parameters += [self.embedding] if self.embedding.requires_grad else []
-        keep = torch.is_grad_enabled() and bool(parameters)
+        parameters += [self.embedding] if inputs is None and self.embedding.requires_grad else []
+        pack = self._pack(batch, inputs)
+        keep = torch.is_grad_enabled() and (pack.below or bool(parameters))
         with torch.autocast("cpu", enabled=False):  # each product has its dtype; autocast would change torch's
             if rows is not None and padded(rows.numel()) >= padded(batch.n_tokens):
-                return _Hidden.apply(self, self._pack(batch), None, keep, *parameters)[rows]
-            return _Hidden.apply(self, self._pack(batch), rows, keep, *parameters)
+                return _Hidden.apply(self, pack, None, keep, inputs, *parameters)[rows]
+            return _Hidden.apply(self, pack, rows, keep, inputs, *parameters)
 
-    def _refresh(self) -> None:
-        """Take over what an optimizer, a load or a switch changed since the last call."""
-        on = tuple(linear.places() for linear in self._low_rank)
-        values = tuple(p._version for p in self._trained)
-        if (on, values) == self._seen:
-            return
-        if not self._seen or on != self._seen[0]:
-            for linear in self._low_rank:
-                linear.product.set_updates(linear.updates())
-            for layer in self.layers:
-                layer.update_record()
-        for linear in self._low_rank:
-            linear.product.refresh()
-        for part in self._whole:
-            part.refresh()
-        self._seen = (on, values)
-
-    @property
-    def weights(self) -> tuple[Any, ...]:
-        """Which values of the trained weights count at present."""
-        return self._seen
-
-    def require(self, weights: tuple[Any, ...]) -> None:
-        """Have those values that a forward used, after a switch was off and on again in between.
-
-        Raises RuntimeError if the weights themselves have changed since.
-        """
-        self._refresh()
-        if self._seen != weights:
-            raise RuntimeError("the trained weights changed between the forward and its backward")
-
-    def _pack(self, batch: Batch) -> Packed:
+    def _pack(self, batch: Batch, inputs: Tensor | None) -> Packed:
         n = batch.n_tokens
         total = padded(n)
         tokens = torch.zeros(total, dtype=torch.int64)
@@ -185,16 +95,18 @@ class FastLlama:
         starts, s = batch.cu_seqlens.to(torch.int64), self.shape
         sizes = [total, n, s.heads, s.kv, s.hd, s.window, starts.numel() - 1]
         places = [t.data_ptr() for t in (starts, cosine, sine)]
-        return Packed(tokens, starts, cosine, sine, n, torch.tensor([*sizes, *places, double(s.eps)]))
+        record = torch.tensor([*sizes, *places, double(s.eps)])
+        below = (self.embedding if inputs is None else inputs).requires_grad
+        return Packed(tokens, None if inputs is None else inputs.detach(), below, starts, cosine, sine, n, record)
 
     # ---- forward
 
     def forward(self, b: Packed, rows: Tensor | None, keep: bool) -> tuple[Tensor, list[Kept], Tensor, Tensor]:
         """(hidden [T, D] or of `rows`, padded; what each layer keeps, the last layer's output, 1/rms of it)."""
-        x = self.embedding[b.tokens_T].to(self.dtype)
-        x[b.n :] = 0
+        x = (self.embedding[b.tokens_T[: b.n]] if b.inputs is None else b.inputs).to(self.dtype)
+        x = F.pad(x, (0, 0, 0, b.total - b.n))
         own = self._own_room(b)
-        lowest = self.lowest() if keep else len(self.layers)
+        lowest = len(self.layers) if not keep else 0 if b.below else self.lowest()
         kept: list[Kept] = []
         for i, layer in enumerate(self.layers):
             wanted = rows if i == len(self.layers) - 1 else None
@@ -206,42 +118,40 @@ class FastLlama:
         return self._rmsnorm(x, self.norm.weight, torch.empty_like(x), rstd), kept, x, rstd
 
     def lowest(self) -> int:
-        """The lowest layer whose backward must run."""
-        if self.embedding.requires_grad:
-            return 0
+        """The lowest layer that has something trained."""
         return min((i for i, layer in enumerate(self.layers) if layer.trained), default=len(self.layers))
 
     def _own_room(self, b: Packed) -> Room:
         """Memory for one layer's inputs of its products, used again by the next layer."""
-        return Room(b.total, max(_inputs(layer) for layer in self.layers), self.dtype)
+        return Room(b.total, max(layer.input_columns for layer in self.layers), self.dtype)
 
     def _layer(self, w: Layer, x: Tensor, b: Packed, own: Room, rows: Tensor | None) -> tuple[Tensor, Kept]:
         """(the layer's output, of `rows` if these alone are wanted, and all that its backward needs)."""
         if w.one_call and rows is None:
             return self._layer_at_once(w, x, b, own)
         own.at = 0
-        d, gu_out, n = x.shape[1], w.gate_up.product.n, b.total if rows is None else padded(rows.numel())
-        low = narrow_rooms(w, b.total, self.dtype)
-        low = (low[0], *(u[:n] for u in low[1:]))
-        room = Room(b.total, self.shape.v.stop + w.o.product.k, self.dtype)
+        d, n = x.shape[1], b.total if rows is None else padded(rows.numel())
+        before = w.qkv.product.r + w.qkv.product.n + w.o.product.k  # columns up to the attention, of all tokens
+        room, behind = Room(b.total, before, self.dtype), Room(n, w.kept_columns - before, self.dtype)
+        low = (room.take(w.qkv.product.r), *(behind.take(p.product.r) for p in (w.o, w.gate_up, w.down)))
         small = torch.empty(2 + self.shape.heads, b.total)
         xn = self._rmsnorm(x, w.norm1.weight, own.take(d), small[0])
-        qkv = room.take(self.shape.v.stop)
+        qkv = room.take(w.qkv.product.n)
         w.qkv.product.forward(xn, low[0], qkv)
         if w.qkv.bias is not None:
             qkv += w.qkv.bias
         self._rope(qkv, b, 1.0)
         attended = room.take(w.o.product.k)
         graph = self._attention(qkv, attended, small[2:], b)
-        chosen = (x, attended) if rows is None else (_rows(x, rows), _rows(attended, rows))
-        behind = Room(n, d + gu_out, self.dtype)
-        mid, gu, h = behind.take(d), behind.take(gu_out), own.take(w.down.product.k)[:n]
-        w.o.product.forward(chosen[1], low[1], mid, "add", chosen[0])
+        chosen = (x, attended) if rows is None else (take_rows(x, rows), take_rows(attended, rows))
+        mid, gu, h = behind.take(d), behind.take(w.gate_up.product.n), own.take(w.down.product.k)[:n]
+        alone = [None if linear.product.gain is None else behind.take(d) for linear in (w.o, w.down)]
+        w.o.product.forward(chosen[1], low[1], mid, "add", chosen[0], *if_given(alone[0]))
         xn2 = self._rmsnorm(mid, w.norm2.weight, own.take(d)[:n], small[1, :n])
         w.gate_up.product.forward(xn2, low[2], gu, "swiglu", h)
         out = torch.empty(n, d, dtype=self.dtype)
-        w.down.product.forward(h, low[3], out, "add", mid)
-        return out, Kept(x, small, None, low, qkv, attended, graph, mid, gu, rows, chosen)
+        w.down.product.forward(h, low[3], out, "add", mid, *if_given(alone[1]))
+        return out, Kept(x, small, None, low, qkv, attended, graph, mid, gu, (alone[0], alone[1]), rows, chosen)
 
     def _layer_at_once(self, w: Layer, x: Tensor, b: Packed, own: Room) -> tuple[Tensor, Kept]:
         """_layer of tiles with nothing but low-rank updates."""
@@ -281,13 +191,13 @@ class FastLlama:
 
     # ---- backward
 
-    def backward(self, b: Packed, kept: list[Kept], last: Tensor, rstd: Tensor, grad: Tensor) -> list[Tensor]:
+    def backward(self, b: Packed, kept: list[Kept], last: Tensor, rstd: Tensor, grad: Tensor) -> list[Tensor | None]:
         """Gradients of what __call__ passes to autograd, in its order. `kept` is emptied on the way."""
         lowest = len(self.layers) - len(kept)
         found: list[list[Tensor]] = []
         turns = [torch.empty(b.total, last.shape[1], dtype=last.dtype) for _ in range(2)]
         own = self._own_room(b)
-        scratch = Room(b.total, max(_scratch(layer) for layer in self.layers), self.dtype)
+        scratch = Room(b.total, max(layer.scratch_columns for layer in self.layers), self.dtype)
         dx = turns[0][: last.shape[0]]
         g_norm = self._rmsnorm_backward(grad, last, self.norm, rstd, None, dx)
         for i in range(len(self.layers) - 1, lowest - 1, -1):
@@ -295,13 +205,17 @@ class FastLlama:
             if k.small is None:
                 _, k = self._layer(layer, k.x, b, own, k.rows)
             turns.reverse()
-            to = turns[0] if i > lowest or self.embedding.requires_grad or layer.norm1.trained else None
+            to = turns[0] if i > lowest or b.below or layer.norm1.trained else None
             scratch.at = own.at = 0
             found.append(self._layer_backward(layer, k, b, dx, to, own, scratch))
             if to is not None:
                 dx = to
-        g_embedding = [self._embedding_gradient(b, dx[: b.n])] if self.embedding.requires_grad else []
-        return [*(g for grads in reversed(found) for g in grads), *g_norm, *g_embedding]
+        found.reverse()
+        if b.inputs is not None:
+            g_inputs = dx[: b.n].to(b.inputs.dtype) if b.below else None
+            return [g_inputs, *(g for grads in found for g in grads), *g_norm]
+        g_embedding = [self._embedding_gradient(b, dx[: b.n])] if b.below else []
+        return [None, *(g for grads in found for g in grads), *g_norm, *g_embedding]
 
     def _embedding_gradient(self, b: Packed, dx_TD: Tensor) -> Tensor:
         grad_VD = torch.zeros(self.embedding.shape).index_add_(0, b.tokens_T[: b.n], dx_TD.float())
@@ -320,40 +234,51 @@ class FastLlama:
             return w.split_gradients(found)
         assert k.small is not None and k.mid is not None and k.attended is not None and k.gu is not None
         assert k.chosen is not None
-        n = k.mid.shape[0]
+        n, d = k.mid.shape
         rstd1, rstd2, lse = k.small[0], k.small[1, :n], k.small[2:]
-        low = narrow_rooms(w, b.total, self.dtype)
-        low = (low[0], *(u[:n] for u in low[1:]))
-        dgu, h = scratch.take(w.gate_up.product.n)[:n], own.take(w.down.product.k)[:n]
-        w.down.product.backward(dx, low[3], dgu, "swiglu_backward", k.gu, h)
-        g_down = w.down.gradients(h if w.down.trained else None, k.low[3], dx, low[3])
-        dn_all = scratch.take(k.x.shape[1])
+        low = (scratch.take(w.qkv.product.r), *(scratch.take(p.product.r)[:n] for p in (w.o, w.gate_up, w.down)))
+        dgu, h, dout = scratch.take(w.gate_up.product.n)[:n], own.take(w.down.product.k)[:n], scratch.take(d)[:n]
+        dy, sums = w.down.before_gain(dx, k.alone[1], dout)
+        w.down.product.backward(dy, low[3], dgu, "swiglu_backward", k.gu, h)
+        g_down = w.down.gradients(h if w.down.reads else None, k.low[3], dy, low[3], sums)
+        dn_all = scratch.take(d)
         dn = dn_all[:n]
+        dgu, sums = w.gate_up.before_gain(dgu, k.gu, dgu)
         w.gate_up.product.backward(dgu, low[2], dn)
         xn2 = self._normed_again(k.mid, w.norm2, rstd2, w.gate_up, own)
-        g_gate_up = w.gate_up.gradients(xn2, k.low[2], dgu, low[2])
-        dmid = scratch.take(k.x.shape[1])[:n]
+        g_gate_up = w.gate_up.gradients(xn2, k.low[2], dgu, low[2], sums)
+        dmid = scratch.take(d)[:n]
         g_norm2 = self._rmsnorm_backward(dn, k.mid, w.norm2, rstd2, dx, dmid)
-        dout = scratch.take(w.o.product.k)[:n]
-        w.o.product.backward(dmid, low[1], dout)
-        g_o = w.o.gradients(k.chosen[1], k.low[1], dmid, low[1])
+        dattended = scratch.take(w.o.product.k)[:n]
+        dy, sums = w.o.before_gain(dmid, k.alone[0], dout)
+        w.o.product.backward(dy, low[1], dattended)
+        g_o = w.o.gradients(k.chosen[1], k.low[1], dy, low[1], sums)
         if k.rows is not None:
-            dmid, dout = _spread(dmid, k.rows, b.total), _spread(dout, k.rows, b.total)
+            dmid, dattended = spread_rows(dmid, k.rows, b.total), spread_rows(dattended, k.rows, b.total)
         dqkv = scratch.take(w.qkv.product.n)
-        self._attention_backward(k, lse, dout, dqkv, b)
+        self._attention_backward(k, lse, dattended, dqkv, b)
         self._rope(dqkv, b, -1.0)
+        dqkv, sums = w.qkv.before_gain(dqkv, self._product_again(w, k, b), dqkv)
         g_norm1: list[Tensor] = []
         if to is None:
             w.qkv.product.backward(dqkv, low[0], None)
         else:
             w.qkv.product.backward(dqkv, low[0], dn_all)
             g_norm1 = self._rmsnorm_backward(dn_all, k.x, w.norm1, rstd1, dmid, to)
-        g_qkv = w.qkv.gradients(self._normed_again(k.x, w.norm1, rstd1, w.qkv, own), k.low[0], dqkv, low[0])
+        xn = self._normed_again(k.x, w.norm1, rstd1, w.qkv, own)
+        g_qkv = w.qkv.gradients(xn, k.low[0], dqkv, low[0], sums)
         return [*g_qkv, *g_o, *g_gate_up, *g_down, *g_norm1, *g_norm2]
+
+    def _product_again(self, w: Layer, k: Kept, b: Packed) -> Tensor | None:
+        """Queries, keys and values as the product made them, in the place of what attention read; only for gains."""
+        if w.qkv.product.gain is None or k.qkv is None:
+            return None
+        self._rope(k.qkv, b, -1.0)
+        return k.qkv if w.qkv.bias is None else k.qkv.sub_(w.qkv.bias)
 
     def _normed_again(self, x: Tensor, norm: Norm, rstd: Tensor, linear: Linear, own: Room) -> Tensor | None:
         """The input of `linear` as the forward had it, where a gradient needs it."""
-        return self._rmsnorm(x, norm.weight, own.take(x.shape[1])[: x.shape[0]], rstd) if linear.trained else None
+        return self._rmsnorm(x, norm.weight, own.take(x.shape[1])[: x.shape[0]], rstd) if linear.reads else None
 
     def _rmsnorm_backward(
         self, dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor | None, to: Tensor
@@ -379,49 +304,22 @@ class FastLlama:
         self.kernels("attention_backward_tiles", *sizes, dout, dout.stride(0), *to)
 
 
-def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x[rows], with rows of zeros up to whole blocks."""
-    return F.pad(x[rows], (0, 0, 0, padded(rows.numel()) - rows.numel()))
-
-
-def _spread(x: Tensor, rows: Tensor, n: int) -> Tensor:
-    """What _rows took, at its place in n rows of zeros."""
-    return x.new_zeros(n, x.shape[1]).index_copy_(0, rows, x[: rows.numel()])
-
-
-def narrow_rooms(w: Layer, rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Memory for the narrow results of a layer's products, [rows, r] each."""
-    ranks = [linear.product.r for linear in w.linears]
-    parts = torch.empty(rows * sum(ranks), dtype=dtype).split([rows * r for r in ranks])
-    return tuple(part.view(rows, r) for part, r in zip(parts, ranks, strict=True))
-
-
-def _inputs(w: Layer) -> int:
-    """Columns of the inputs of one layer's products that its backward makes again."""
-    return w.qkv.product.k + w.gate_up.product.k + w.down.product.k
-
-
-def _scratch(w: Layer) -> int:
-    """Columns that one layer's backward takes of its scratch memory."""
-    narrow = sum(linear.product.r for linear in w.linears)
-    return w.gate_up.product.n + 2 * w.gate_up.product.k + w.o.product.k + w.qkv.product.n + narrow
-
-
 class _Hidden(torch.autograd.Function):
     """The whole stack as one node of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, fast: FastLlama, b: Packed, rows: Tensor | None, keep: bool, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, fast: FastLlama, b: Packed, rows: Tensor | None, keep: bool, *given: Tensor | None) -> Tensor:
+        """given: the embeddings that b has, or None, and the parameters, for autograd to know of them."""
         out, kept, last, rstd = fast.forward(b, rows, keep)
         ctx.fast, ctx.b, ctx.kept, ctx.last, ctx.rstd, ctx.out = fast, b, kept, last, rstd, out.shape
-        ctx.weights = fast.weights
+        ctx.values = fast.values.seen
         if not keep:
             ctx.mark_non_differentiable(out)
         return out[: b.n if rows is None else rows.numel()]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.fast.require(ctx.weights)
+        ctx.fast.values.require(ctx.values)
         if ctx.kept is None:
             raise RuntimeError("the fast path keeps its forward for one backward only")
         whole = grad.new_zeros(ctx.out)

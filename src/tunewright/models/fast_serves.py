@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftType
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from tunewright.models.layouts import causal_lm, decoder_of
@@ -20,6 +23,10 @@ WINDOWS: dict[str, Callable[[Any], int | None]] = {
     "qwen2": lambda decoder: decoder.layers[0].self_attn.sliding_window,
 }
 
+# parts of the names of what may be trained
+_TRAINED = ("lora_", "ia3_l", "prompt_encoder.", "_proj.weight", "_proj.bias", "norm.weight")
+_TRAINED += ("embed_tokens.weight", "lm_head.weight")
+
 
 def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
     """Why this model cannot take the fast path, or None if it can."""
@@ -27,7 +34,7 @@ def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
     names = {name.replace(".base_layer", "") for name, _ in decoder_of(model).named_parameters()}
     plain = ("o_proj", "gate_proj", "up_proj", "down_proj")
     found = {
-        "a soft prompt stands in front of the rows": getattr(model, "prompt_encoder", None) is not None,
+        "a prefix of keys and values stands in front of the rows": _has_prefix(model),
         "its base is quantised, and the fast path reads plain weights": is_quantised(model),
         f"models of type '{config.model_type}' have no fast path": config.model_type not in WINDOWS,
         "its MLP is not a SwiGLU": getattr(config, "hidden_act", "silu") != "silu",
@@ -43,26 +50,50 @@ def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
     if reason is not None:
         return reason
     for name, module in decoder_of(model).named_modules():
-        if isinstance(module, LoraLayer):
-            reason = _unusual(module)
-            if reason:
-                return f"{name} has {reason}"
-    known = ("lora_", "_proj.weight", "_proj.bias", "norm.weight", "embed_tokens.weight", "lm_head.weight")
-    odd = [n for n, p in model.named_parameters() if p.requires_grad and not any(k in n for k in known)]
+        reason = next((what(name, module) for kind, what in _UNUSUAL.items() if isinstance(module, kind)), None)
+        if reason:
+            return f"{name} has {reason}"
+    odd = [n for n, p in model.named_parameters() if p.requires_grad and not any(k in n for k in _TRAINED)]
     return f"{odd[0]} is trained" if odd else None
 
 
-def _unusual(layer: LoraLayer) -> str | None:
+def _has_prefix(model: Any) -> bool:
+    encoder = getattr(model, "prompt_encoder", None)
+    return encoder is not None and model.active_peft_config.peft_type == PeftType.PREFIX_TUNING
+
+
+def _unusual_lora(name: str, layer: LoraLayer) -> str | None:
+    lengths = bool(getattr(layer, "lora_magnitude_vector", None))
     found = {
         "more than one adapter": len(layer.active_adapters) > 1,
-        "three matrices (AdaLoRA)": hasattr(layer, "lora_E"),
-        "DoRA or another variant": any(bool(v) for v in (layer.lora_variant or {}).values()),
+        "a variant of LoRA other than DoRA": any(
+            v and not isinstance(v, DoraLinearVariant) for v in (layer.lora_variant or {}).values()
+        ),
         "dropout": any(not isinstance(d, nn.Identity) for d in layer.lora_dropout.values()),
         "a bias in its update": any(layer.lora_bias.values()),
         "an embedding's update": bool(layer.lora_embedding_A),
         "merged weights": layer.merged,
+        "lengths over weights that are trained, too": lengths and _base_is_trained(layer),
     }
     return next((what for what, is_so in found.items() if is_so), None)
+
+
+def _unusual_ia3(name: str, layer: IA3Layer) -> str | None:
+    found = {
+        "more than one adapter": len(layer.active_adapters) > 1,
+        "scaled inputs that are not the MLP's inner side": layer.is_feedforward and not name.endswith("down_proj"),
+        "a bias that is scaled": not layer.is_feedforward and layer.get_base_layer().bias is not None,
+        "merged weights": layer.merged,
+        "factors over weights that are trained, too": _base_is_trained(layer),
+    }
+    return next((what for what, is_so in found.items() if is_so), None)
+
+
+_UNUSUAL: dict[type, Callable[[str, Any], str | None]] = {LoraLayer: _unusual_lora, IA3Layer: _unusual_ia3}
+
+
+def _base_is_trained(layer: Any) -> bool:
+    return any(p.requires_grad for p in layer.get_base_layer().parameters())
 
 
 def head_dim(config: Any) -> int:

@@ -2,8 +2,9 @@
 
 Layers that read the same input (q, k, v; gate and up) are one product. With the narrow result u = x A^T,
 [x, u] [W, s B]^T is one wide product; backward likewise, with du = dy (s B) and [dy, du] [[W], [A]]. So an update is
-added before anything is rounded. Rank 0 is a plain frozen layer. Two forms with the same numbers: TileProduct runs the
-AMX kernels on bfloat16 weights, TorchProduct runs torch in any dtype. LoRA: Hu et al., arXiv 2106.09685.
+added before anything is rounded. Rank 0 is a plain frozen layer. Outputs may be multiplied by numbers, called gains.
+Two forms with the same numbers: TileProduct runs the AMX kernels on bfloat16 weights, TorchProduct runs torch in any
+dtype. LoRA: Hu et al., arXiv 2106.09685.
 """
 
 from __future__ import annotations
@@ -78,31 +79,37 @@ class Product:
         """Hold the weights."""
         raise NotImplementedError
 
-    def set_updates(self, updates: Sequence[LowRank | None]) -> None:
-        """Which matrices are the updates from now on; refresh() takes over their values. None: that layer has none."""
-        self.updates = list(updates)
+    def set_updates(self, updates: Sequence[LowRank | None], gain: Tensor | None = None) -> None:
+        """Which matrices are the updates from now on; refresh() takes over their values. None: that layer has none.
+        gain: [n] float32, factors of the outputs, read where they lie."""
+        self.updates, self.gain = list(updates), gain
 
     def refresh(self) -> None:
         """Take over the present values of the updates, where a copy of them is kept."""
 
     def forward(self, x: Tensor, u: Tensor, y: Tensor, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        """x [tokens, k] -> y [tokens, n]; fills u [tokens, r]. add: plus extra[0]; bias: plus the row extra[0].
-        swiglu: y is gate and up, extra[0] gets h. gelu: plus the row extra[0], extra[1] gets gelu(y)."""
+        """x [tokens, k] -> y [tokens, n], gains included; fills u [tokens, r]. add: plus extra[0], and extra[1], if it
+        is given, gets y without it; bias: plus the row extra[0]. swiglu: y is gate and up, extra[0] gets h. gelu: plus
+        the row extra[0], extra[1] gets gelu(y)."""
         raise NotImplementedError
 
     def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        """dy [tokens, n] -> dx [tokens, k]; fills du [tokens, r]. swiglu_backward: extra is gu and where h goes, dx
-        becomes dgu. gelu_backward: extra is y before gelu and where gelu(y) goes, dx becomes the gradient of that y.
-        dx None: only du is computed.
+        """dy [tokens, n], before the gains -> dx [tokens, k]; fills du [tokens, r]. swiglu_backward: extra is gu and
+        where h goes, dx becomes dgu. gelu_backward: extra is y before gelu and where gelu(y) goes, dx becomes the
+        gradient of that y. dx None: only du is computed.
         """
+        raise NotImplementedError
+
+    def before_gain(self, dy: Tensor, y: Tensor, dz: Tensor) -> Tensor:
+        """dz = gain * dy, which may be dy; returns [n] float32, the sum of dy * y over the tokens."""
         raise NotImplementedError
 
     def set_weights(self, weights: Sequence[Tensor]) -> None:
         """Take over the present values of weights that are trained themselves."""
         raise NotImplementedError
 
-    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        """[n, k] float32, from what forward() and backward() read."""
+    def weight_gradient(self, i: int, x: Tensor, dy: Tensor) -> Tensor:
+        """[n_i, k] float32 of the i-th layer's weights, from what forward() and backward() read."""
         raise NotImplementedError
 
     def column_sums(self, dy: Tensor) -> Tensor:
@@ -127,9 +134,9 @@ class TileProduct(Product):
             groups = weight.shape[0] // 16
             self.addresses[first // 16 + spread // 16 * torch.arange(groups)] = addresses(weight)
 
-    def set_updates(self, updates: Sequence[LowRank | None]) -> None:
+    def set_updates(self, updates: Sequence[LowRank | None], gain: Tensor | None = None) -> None:
         """The updates as structs of C (linear.h, Update and Updated), numbers of 8 bytes each."""
-        super().set_updates(updates)
+        super().set_updates(updates, gain)
         table, self._sizes, at = [], [], 0
         for update, (first, spread), ranks in zip(self.updates, self._places, self.ranks, strict=True):
             r = ranks.stop - ranks.start
@@ -141,7 +148,7 @@ class TileProduct(Product):
             at += n * r
         self._table = torch.tensor(table)
         sizes = (len(table), self.k, self.n, self.r, int(self.inner == "in"), int(self.inner == "out"))
-        self.record = torch.tensor([self._table.data_ptr(), *sizes])
+        self.record = torch.tensor([self._table.data_ptr(), *sizes, 0 if gain is None else gain.data_ptr()])
 
     def set_weights(self, weights: Sequence[Tensor]) -> None:
         for own, weight in zip(self._weights, weights, strict=True):
@@ -150,7 +157,7 @@ class TileProduct(Product):
 
     def forward(self, x: Tensor, u: Tensor, y: Tensor, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         other = extra[0] if epilogue in ("add", "bias", "gelu") else None
-        h = extra[-1] if epilogue in ("swiglu", "gelu") else None
+        h = extra[0] if epilogue == "swiglu" else extra[1] if extra[1:] else None
         self._run(x, u, 0, y, epilogue, other, h)
 
     def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
@@ -170,29 +177,37 @@ class TileProduct(Product):
         given = (self.record, self.addresses, x, u, x.shape[0], turned)
         self.kernels("linear_tiles", *given, y, _EPILOGUES[epilogue], other, h)
 
+    def before_gain(self, dy: Tensor, y: Tensor, dz: Tensor) -> Tensor:
+        sums = torch.empty(self.n)
+        self.kernels("before_gain_tiles", self.record, dy, y, dz, dy.shape[0], sums)
+        return sums
+
     @property
     def gradient_sizes(self) -> list[int]:
-        """Numbers of the gradient of all A [r, k], and of each layer's B."""
-        return [self.r * self.k, *self._sizes]
+        """Numbers of the gradient of all A [r, k], of each layer's B, and the sums of before_gain()."""
+        return [self.r * self.k, *self._sizes, *([] if self.gain is None else [self.n])]
 
     def gradients(self, x: Tensor, u: Tensor, dy: Tensor, du: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-        found = torch.empty(sum(self.gradient_sizes))
+        sizes = [self.r * self.k, *self._sizes]
+        found = torch.empty(sum(sizes))
         self.kernels("update_gradients_tiles", self.record, x, u, dy, du, x.shape[0], found)
-        return self.split_gradients(found.split(self.gradient_sizes))
+        return self.split_gradients(found.split(sizes))
 
     def split_gradients(self, parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor] | None]:
-        """gradients() of what the kernels wrote, in pieces of gradient_sizes."""
+        """gradients() of what the kernels wrote, in pieces of gradient_sizes (without the last, the sums)."""
         da_RK = parts[0].view(self.r, self.k)
         return [
             None if update is None else (da_RK[ranks], db.view_as(update.b))
             for update, ranks, db in zip(self.updates, self.ranks, parts[1:], strict=True)
         ]
 
-    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        tokens = x.shape[0]
-        g_NK = torch.empty(self.n, self.k)
-        room = torch.empty(tokens * (self.n + self.k), dtype=self.dtype)
-        self.kernels("weight_gradient_tiles", self.record, x, dy, tokens, g_NK, room, room[tokens * self.n :])
+    def weight_gradient(self, i: int, x: Tensor, dy: Tensor) -> Tensor:
+        tokens, g_NK = x.shape[0], torch.empty(self._weights[i].shape)
+        n = g_NK.shape[0]
+        room = torch.empty(tokens * (n + self.k), dtype=self.dtype)
+        self.kernels(
+            "weight_gradient_tiles", self.record, *self._places[i], n, x, dy, tokens, g_NK, room, room[tokens * n :]
+        )
         return g_NK
 
 
@@ -226,6 +241,11 @@ class TorchProduct(Product):
         if self.r:
             torch.mm(x, self._a_RK.T, out=u)
         torch.mm(torch.cat([x, u], 1) if self.r else x, self._wide_NK.T, out=y)
+        if self.gain is not None:
+            y *= self.gain
+        if epilogue == "add":
+            for alone in extra[1:]:
+                alone.copy_(y)
         if epilogue in ("add", "bias", "gelu"):
             y += extra[0]
         if epilogue == "gelu":
@@ -252,8 +272,13 @@ class TorchProduct(Product):
             sizes = (gu, gu.stride(0), dx, dx.stride(0), h, h.stride(0), dy.shape[0], self.k)
             self.kernels.rows("swiglu_backward", self.dtype, to, to.stride(0), *sizes)
 
-    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        return (dy.T @ x).float()
+    def before_gain(self, dy: Tensor, y: Tensor, dz: Tensor) -> Tensor:
+        sums = (dy * y.float()).sum(0)
+        torch.mul(dy, self.gain, out=dz)  # type: ignore[arg-type]
+        return sums
+
+    def weight_gradient(self, i: int, x: Tensor, dy: Tensor) -> Tensor:
+        return (dy[:, self.rows[i]].T @ x).float()
 
     def gradients(self, x: Tensor, u: Tensor, dy: Tensor, du: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         db_RN, da_RK = (u.T @ dy).float(), (du.T @ x).float()

@@ -81,6 +81,8 @@ class AdaLoRA(PeftTuner):
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         wrapped = super().attach(model, seed)
         self.layers = {name: m for name, m in wrapped.named_modules() if hasattr(m, "lora_E")}
+        for layer in self.layers.values():  # peft lets the number of ranks be trained where the base is not float32
+            layer.ranknum["default"].requires_grad_(False)  # type: ignore[index,union-attr,operator]
         self.scores = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.triplets().items()}
         self.pruned, self.on = False, dict[str, Tensor]()
         return wrapped

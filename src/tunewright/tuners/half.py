@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from tunewright.ops.runtime import derive_seed
 from tunewright.tuners import base
@@ -48,8 +47,6 @@ class HalfFineTuning(Full):
         self._kinds = categories(model)
         self._steps = self.options.round_steps
         self.frozen = self.frozen_in(0)
-        for name, p in model.named_parameters():
-            p.register_post_accumulate_grad_hook(partial(self._drop, name))
         return model
 
     def at_once(self) -> dict[str, nn.Parameter]:
@@ -59,13 +56,14 @@ class HalfFineTuning(Full):
         self._steps = self.options.round_steps or steps_per_epoch
 
     def before_step(self, step: int) -> None:
-        self.frozen = self.frozen_in(self.round(step))
+        self._freeze(self.frozen_in(self.round(step)))
 
     @contextmanager
     def all_trained(self) -> Iterator[None]:
-        frozen, self.frozen = self.frozen, frozenset()
+        frozen = self.frozen
+        self._freeze(frozenset())
         yield
-        self.frozen = frozen
+        self._freeze(frozen)
 
     def update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Frozen tensors have no gradient, so every optimizer passes over them."""
@@ -93,9 +91,11 @@ class HalfFineTuning(Full):
         """The names, shuffled by a hash of each."""
         return sorted(names, key=lambda name: derive_seed("half", self._seed, number, kind, name))
 
-    def _drop(self, name: str, p: Tensor) -> None:
-        if name in self.frozen:
-            p.grad = None
+    def _freeze(self, names: frozenset[str]) -> None:
+        """Nobody computes a gradient of these from now on."""
+        self.frozen = names
+        for name, p in self.trainable().items():
+            p.requires_grad_(name not in names)
 
 
 Unit = list[str]  # a matrix and its bias, or a norm's vectors: names that freeze together

@@ -54,14 +54,17 @@ extern "C" int linear_tiles(P updated, P weights, P x, P u, I rows, I turned, P 
   return !product({(Updated *)updated, (bf16 **)weights}, turned != 0, rows, (bf16 *)x, (bf16 *)u, (bf16 *)y, int(epilogue),
                   (bf16 *)other, (bf16 *)h, int(threads));
 }
-extern "C" int weight_gradient_tiles(P updated, P x, P dy, I rows, P g, P turned, P along, I threads) {
+extern "C" int weight_gradient_tiles(P updated, I first, I spread, I n, P x, P dy, I rows, P g, P turned, P along, I threads) {
   const Updated &p = *(Updated *)updated;
-  outer({grid((bf16 *)dy, p.n, p.blocks_out), grid((bf16 *)x, p.k, p.blocks_in), (float *)g, rows, p.n, p.k, (bf16 *)turned,
-         (bf16 *)along}, int(threads));
+  outer({grid((bf16 *)dy, p.n, p.blocks_out), grid((bf16 *)x, p.k, p.blocks_in), (float *)g, rows, n, p.k, (bf16 *)turned,
+         (bf16 *)along, first, spread}, int(threads));
   return 0;
 }
 extern "C" int update_gradients_tiles(P updated, P x, P u, P dy, P du, I rows, P to, I threads) {
   return !gradients({(Updated *)updated, nullptr}, rows, (bf16 *)x, (bf16 *)u, (bf16 *)dy, (bf16 *)du, (float *)to, int(threads));
+}
+extern "C" int before_gain_tiles(P updated, P dy, P y, P dz, I rows, P sums, I threads) {
+  return !before_gain({(Updated *)updated, nullptr}, rows, (bf16 *)dy, (bf16 *)y, (bf16 *)dz, (float *)sums, int(threads));
 }
 extern "C" int layer_forward_tiles(P pack, P weights, P x, P out, P room, P small, P own, I threads) {
   const Pack &p = *(Pack *)pack;

@@ -15,6 +15,7 @@ struct Updated {  // a product: k -> n with r ranks in all
   const Update *updates;
   int64_t count, k, n, r;
   int64_t blocks_in, blocks_out;  // whether its inputs, its outputs (and their gradients) lie in blocks
+  const float *gain;  // [n] factors of the outputs, or null
 };
 
 // All updates of a product as rows of bf16: a [r, k], and b [n, r] with the scale in it. Called by all threads at once.
@@ -56,7 +57,8 @@ struct Linear {
   Grid y;  // [rows, n]; SWIGLU_BACKWARD: [rows, 2 n]
   int epilogue;
   Grid other;  // ADD, BIAS, GELU: added to y. SWIGLU_BACKWARD: gu. GELU_BACKWARD: what GELU stored in y
-  Grid h;      // SWIGLU, GELU and their backwards: where silu(gate) * up, gelu(y) goes
+  Grid h;  // SWIGLU, GELU and their backwards: where silu(gate) * up, gelu(y) goes. ADD: where y goes without `other`, or null
+  const float *gain;  // [n] factors of y before anything is added, or null
 
   // Where line i of block b of a panel's weights lies.
   const bf16 *line(int64_t p, int64_t b, int64_t i) const {
@@ -91,8 +93,14 @@ static inline void finish(const Linear &l, const float *c, int64_t t, int64_t n,
   const int64_t wide = E == SWIGLU_BACKWARD ? 2 * n : n, half = n / 2 % 32;
   bf16 *y = l.y.at(t, wide), *h = E == SWIGLU ? l.h.at(t, n / 2 - half) + half : l.h.at(t, n);
   const bf16 *o = l.other.at(t, wide);
+  const __m512 one = _mm512_set1_ps(1.0f), ga = l.gain ? _mm512_loadu_ps(l.gain + n) : one;
+  const __m512 gb = l.gain ? _mm512_loadu_ps(l.gain + n + 16) : one;
   for (int64_t i = from; i < to; i++) {
-    __m512 a = _mm512_load_ps(c + 32 * i), b = _mm512_load_ps(c + 32 * i + 16);
+    __m512 a = _mm512_mul_ps(_mm512_load_ps(c + 32 * i), ga), b = _mm512_mul_ps(_mm512_load_ps(c + 32 * i + 16), gb);
+    if (E == ADD && l.h.p) {
+      store16(h + i * l.h.ld, a);
+      store16(h + i * l.h.ld + 16, b);
+    }
     if (E == ADD || E == BIAS || E == GELU) {
       a = _mm512_add_ps(a, load16(o + i * l.other.ld));
       b = _mm512_add_ps(b, load16(o + i * l.other.ld + 16));
@@ -129,6 +137,7 @@ static inline void fetch(const Linear &l, int64_t t, int64_t n, int64_t i) {
   const int64_t wide = E == SWIGLU_BACKWARD ? 2 * n : n;
   const bf16 *y = l.y.at(t, wide) + i * l.y.ld, *o = l.other.at(t, wide) + i * l.other.ld;
   if (E != SWIGLU) __builtin_prefetch(y, 1);
+  if (E == ADD && l.h.p) __builtin_prefetch(l.h.at(t, n) + i * l.h.ld, 1);
   if (E == SWIGLU) __builtin_prefetch(l.h.at(t, n / 2 / 32 * 32) + i * l.h.ld, 1);
   if (E == SWIGLU_BACKWARD || E == GELU || E == GELU_BACKWARD) __builtin_prefetch(l.h.at(t, n) + i * l.h.ld, 1);
   if (E == SWIGLU_BACKWARD) {
@@ -260,6 +269,6 @@ static bool product(const Weight &w, bool turned, int64_t rows, bf16 *x, bf16 *u
   Linear l{grid(x, k, turned ? p.blocks_out : p.blocks_in), u, rows, k, p.r, {w.rows, p.k}, turned, nullptr, nullptr,
            y ? n : 0, grid(y, wide, swiglu || (turned ? p.blocks_in : p.blocks_out)), epilogue,
            epilogue == BIAS || epilogue == GELU ? Grid{other, 0, 1, 0} : grid(other, wide, swiglu),
-           grid(h, epilogue == SWIGLU ? n / 2 : n, swiglu)};
+           grid(h, epilogue == SWIGLU ? n / 2 : n, swiglu), turned ? nullptr : p.gain};
   return linear(l, p, threads);
 }

@@ -10,6 +10,7 @@ struct Outer {
   int64_t rows, r, n;
   bf16 *turned;  // memory for rows * r
   bf16 *along;   // memory for rows * n; outer_panels() does without
+  int64_t first = 0, spread = 16;  // p's first column, and from one sixteen of them to the next: r are taken
 };
 static constexpr int64_t DEEP = 4;    // row blocks of q that a narrow g takes at a time
 static constexpr int64_t HIGH = 128;  // rows of g that stay with their operand in the L2 cache
@@ -24,8 +25,9 @@ static inline void pack_panel(bf16 *to, const Outer &o, int64_t j, int64_t from,
   }
 }
 static inline void turn(const Outer &o, int64_t i) {  // A tiles of 16 columns of p
+  const int64_t c = o.first + i * o.spread;
   for (int64_t b = 0; b < o.rows / 32; b++)
-    tile_turned(o.turned + (i * (o.rows / 32) + b) * TILE, o.p.at(32 * b, i / 2 * 32) + i % 2 * 16, o.p.ld);
+    tile_turned(o.turned + (i * (o.rows / 32) + b) * TILE, o.p.at(32 * b, c / 32 * 32) + c % 32, o.p.ld);
 }
 // One panel of g, rows [i0, i1), over the row blocks [from, end) whose B tiles are in `along`.
 static inline void add_panel(const Outer &o, const bf16 *along, int64_t j, int64_t i0, int64_t i1, int64_t from, int64_t end) {
@@ -109,4 +111,45 @@ static bool update_gradients(const Updated &w, Grid x, bf16 *u, Grid dy, bf16 *d
 static bool gradients(const Weight &w, int64_t rows, bf16 *x, bf16 *u, bf16 *dy, bf16 *du, float *to, int threads) {
   const Updated &p = *w.u;
   return !p.r || update_gradients(p, grid(x, p.k, p.blocks_in), u, grid(dy, p.n, p.blocks_out), du, rows, to, to + p.r * p.k, threads);
+}
+
+// Through the gains of y = gain * z: dz = gain * dy, which may be dy itself, and sums [n] = sum over the rows of dy * y.
+static bool before_gain(const Updated &w, Grid dy, Grid y, Grid dz, int64_t rows, float *sums, int threads) {  // false: no memory
+  const Rooms rooms(4 * w.n, threads);
+  if (!rooms.all) return false;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static, 1)
+    for (int part = 0; part < threads; part++) {
+      float *own = Room(rooms, part).take<float>(w.n);
+      memset(own, 0, 4 * w.n);
+      for (int64_t t = rows / 32 * part / threads * 32; t < rows / 32 * (part + 1) / threads * 32; t += 32)
+        for (int64_t n = 0; n < w.n; n += 32)
+          for (int64_t c = 0; c < 32; c += 16) {
+            const bf16 *a = dy.at(t, n) + c, *b = y.at(t, n) + c;
+            bf16 *to = dz.at(t, n) + c;
+            const __m512 gain = _mm512_loadu_ps(w.gain + n + c);
+            __m512 sum = _mm512_load_ps(own + n + c);
+            for (int64_t i = 0; i < 32; i++, a += dy.ld, b += y.ld, to += dz.ld) {
+              const __m512 d = load16(a);
+              sum = _mm512_fmadd_ps(d, load16(b), sum);
+              store16(to, _mm512_mul_ps(d, gain));
+            }
+            _mm512_store_ps(own + n + c, sum);
+          }
+    }
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < w.n; n += 16) {
+      __m512 sum = _mm512_setzero_ps();
+      for (int part = 0; part < threads; part++) sum = _mm512_add_ps(sum, _mm512_load_ps(Room(rooms, part).take<float>(w.n) + n));
+      _mm512_storeu_ps(sums + n, sum);
+    }
+  }
+  return true;
+}
+// The same for a product's outputs.
+static bool before_gain(const Weight &w, int64_t rows, bf16 *dy, bf16 *y, bf16 *dz, float *sums, int threads) {
+  const Updated &p = *w.u;
+  auto laid = [&](bf16 *x) { return grid(x, p.n, p.blocks_out); };
+  return before_gain(p, laid(dy), laid(y), laid(dz), rows, sums, threads);
 }

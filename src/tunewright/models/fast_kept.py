@@ -1,0 +1,94 @@
+"""What the fast path of Llama-shaped models passes from the forward to the backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunewright.ops.lora import padded
+
+
+@dataclass(frozen=True)
+class Shape:
+    """heads, kv: query and key/value heads. hd: width of a head. window: 0 or the sliding window. eps: of RMSNorm."""
+
+    heads: int
+    kv: int
+    hd: int
+    window: int
+    eps: float
+
+    @property
+    def q(self) -> slice:
+        return slice(0, self.heads * self.hd)
+
+    @property
+    def k(self) -> slice:
+        return slice(self.q.stop, self.q.stop + self.kv * self.hd)
+
+    @property
+    def v(self) -> slice:
+        return slice(self.k.stop, self.k.stop + self.kv * self.hd)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch for the kernels: tokens padded to whole blocks (n of them real), where segments start, cosine and sine
+    [T, hd/2]. inputs: [n, D] embeddings of the tokens where a soft prompt is among them, else None.
+    below: whether something below the layers is trained. record: the same as a struct of C (layer.h, Pack)."""
+
+    tokens_T: Tensor
+    inputs: Tensor | None
+    below: bool
+    starts: Tensor
+    cosine: Tensor
+    sine: Tensor
+    n: int
+    record: Tensor
+
+    @property
+    def total(self) -> int:
+        return self.tokens_T.shape[0]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the backward of a layer needs of its forward; only x is kept when the layer is computed again.
+
+    What the norms made of x and mid is always made again: writing it to memory and reading it there takes as long.
+
+    small: [2 + heads, T] float32, 1/rms of both norms and the attention's log-sum-exp. graph: attention without tiles.
+    low: [T, r] of each product's update, narrow results, in the order of Layer.linears. alone: what o and down add to
+    the residual, where they have gains. room: all but x and small where the layer is one call of the kernels. rows:
+    where only some tokens' outputs are wanted, these; chosen: their x and what they attended to, and all behind the
+    attention is theirs alone.
+    """
+
+    x: Tensor
+    small: Tensor | None = None
+    room: Tensor | None = None
+    low: tuple[Tensor, ...] = ()
+    qkv: Tensor | None = None
+    attended: Tensor | None = None
+    graph: tuple[Tensor, Tensor] | None = None
+    mid: Tensor | None = None
+    gu: Tensor | None = None
+    alone: tuple[Tensor | None, Tensor | None] = (None, None)
+    rows: Tensor | None = None
+    chosen: tuple[Tensor, Tensor] | None = None
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], with rows of zeros up to whole blocks."""
+    return F.pad(x[rows], (0, 0, 0, padded(rows.numel()) - rows.numel()))
+
+
+def spread_rows(x: Tensor, rows: Tensor, n: int) -> Tensor:
+    """What take_rows took, at its place in n rows of zeros."""
+    return x.new_zeros(n, x.shape[1]).index_copy_(0, rows, x[: rows.numel()])
+
+
+def if_given(room: Tensor | None) -> tuple[Tensor, ...]:
+    return () if room is None else (room,)
