@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tunewright.models import heads
-from tunewright.models.layouts import LAYOUTS, causal_lm, layout_of
+from tunewright.models.layouts import LAYOUTS, PACKED, causal_lm, layout_of
 from tunewright.models.recompute import set_checkpointing
 from tunewright.ops import logprob
 from tunewright.ops.logprob import Head, TileHead
@@ -71,6 +71,11 @@ class Policy:
         if self.fast is not None:
             self.fast.checkpointing = choice
         set_checkpointing(self.model, choice)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a batch may hold segments that continue others (Batch.parent_S) without a slower way to run it."""
+        return self.layout == PACKED and self.fast is None
 
     @property
     def device(self) -> torch.device:

@@ -18,7 +18,10 @@ from tunewright.tuners.base import Tuner
 
 
 class Reference:
-    """Takes the place of the teacher in Policy.divergence. at_start: within it `policy` computes what step 0 did."""
+    """The policy at step 0, as objectives and Policy.divergence ask for it.
+
+    at_start: within it `policy` computes what step 0 did.
+    """
 
     def __init__(self, policy: Policy, at_start: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self._policy = policy
@@ -30,6 +33,12 @@ class Reference:
         """[T, D], as Policy.hidden."""
         with self._at_start():
             return self._policy.hidden(batch)
+
+    @torch.no_grad()
+    def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]:
+        """{name: [T]}, as Policy.token_stats."""
+        with self._at_start():
+            return self._policy.token_stats(batch, want)
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
