@@ -80,22 +80,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [c if c == "an adapter" else pytest.param(c, marks=pytest.mark.slow) for c in SETTINGS]
-)
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in SETTINGS]
+
+
+@pytest.mark.parametrize("case", ["an adapter", *SLOW[1:]])
 def test_dpo_begins_at_ln_2_and_margin_0_exactly(tiny_home: Home, case: str) -> None:
-    """From the base and, with the same tuner, from what that left; also cut anyhow, where the numbers may round."""
+    """From the base and, with the same tuner, from what that left; there dropout moves what the reference has not."""
     from_base = new_run(tiny_home, "dpo", tiny.pair_rows(ROWS), n_epochs=1, **SETTINGS[case])
     attempt(from_base, tiny_home)
     name = read_artefact(from_base.result).name
     again = new_run(tiny_home, "dpo", tiny.pair_rows(ROWS), n_epochs=1, **SETTINGS[case], model=name)
     attempt(again, tiny_home)
-    for run in (from_base, again):
+    for run in (from_base, *([again] if case != "dropout" else [])):
         first, second, *_ = steps(run)
         assert first["train_loss"] == pytest.approx(LN_2, abs=1e-12)
         assert first["train_reward_margin"] == first["train_chosen_reward"] == first["train_rejected_reward"] == 0.0
         assert second["train_reward_margin"] != 0.0
-    assert (run.plan() or {})["base"]["loss"] == pytest.approx(LN_2, abs=1e-12)
+    assert (again.plan() or {})["base"]["loss"] == pytest.approx(LN_2, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -162,26 +163,27 @@ def test_what_a_dpo_job_leaves(tiny_home: Home) -> None:
     assert plan["peak_memory_bytes"] > 0 and plan["n_tokens"] > 0
 
 
+def changed(rows: list[dict[str, Any]], i: int, **fields: Any) -> list[dict[str, Any]]:
+    return [{**row, **fields} if k == i else row for k, row in enumerate(rows)]
+
+
 REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "chat rows": ("dpo", tiny.sft_rows(12), r"fine-tune-chat format.*provided method=dpo.*such rows: sft\."),
     "pairs for sft": ("sft", tiny.pair_rows(12), r"fine-tune-preference.*method=supervised.*rows: .*dpo.*orpo.*simpo"),
     "marks for dpo": ("dpo", tiny.marked_rows(12), r"marked good or bad.*such rows: kto\."),
     "equal answers": (
         "dpo",
-        [
-            {**r, "non_preferred_output": r["preferred_output"]} if i == 4 else r
-            for i, r in enumerate(tiny.pair_rows(12))
-        ],
+        changed(tiny.pair_rows(12), 4, non_preferred_output=tiny.pair_rows(5)[4]["preferred_output"]),
         "Example 5 has the same text as preferred and as rejected",
     ),
     "an empty completion": (
         "kto",
-        [{**r, "completion": " "} if i == 2 else r for i, r in enumerate(tiny.marked_rows(12))],
+        changed(tiny.marked_rows(12), 2, completion=" "),
         "Example 3 has an empty completion",
     ),
     "no mark": (
         "kto",
-        [{**r, "label": "maybe"} if i == 2 else r for i, r in enumerate(tiny.marked_rows(12))],
+        changed(tiny.marked_rows(12), 2, label="maybe"),
         "Example 3 has a label of type text that is neither true nor false",
     ),
 }
