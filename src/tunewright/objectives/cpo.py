@@ -13,9 +13,10 @@ from tunewright.objectives.pairs import Answers, Compared, Pairwise
 
 
 class CPO(Pairwise):
-    """Contrastive preference optimisation. loss = -log s(beta log p(y_w | x) - beta log p(y_l | x)) - alpha m(y_w), m
-    the mean log-probability of the answer's tokens (Xu et al. 2024, arXiv 2401.08417, equations 4 to 6; its second part
-    averaged over tokens, as its authors ran it). An answer's reward is beta log p(y | x).
+    """loss = -log s(beta log p(y_w | x) - beta log p(y_l | x)) - alpha m(y_w), m(y) the mean log-probability.
+
+    Xu et al. 2024, arXiv 2401.08417, equations 4 to 6; its second part averaged over the answer's tokens, as its
+    authors ran it. An answer's reward is beta log p(y | x).
     """
 
     class Options(base.Options):

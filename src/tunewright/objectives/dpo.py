@@ -14,7 +14,7 @@ from tunewright.objectives.pairs import Answers, Compared, Pairwise
 
 
 class DPO(Pairwise):
-    """Direct preference optimisation, against a reference. With r(y) = log p(y | x) - log p_reference(y | x):
+    """loss = -log s(beta (r(y_w) - r(y_l))), r(y) = log p(y | x) - log p_reference(y | x); or IPO's square of it.
 
     sigmoid: -(1 - e) log s(beta d) - e log s(-beta d), d = r(y_w) - r(y_l), e = label_smoothing (Rafailov et al. 2023,
     arXiv 2305.18290, equation 7; with e above 0 the conservative form of Mitchell, 2023: labels are wrong with

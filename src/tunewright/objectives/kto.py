@@ -21,10 +21,10 @@ LOGPS = ("chosen_logp", "rejected_logp")
 
 
 class KTO:
-    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306, equations 7 and 8).
+    """loss = 1 - s(beta (r(y) - z)) of a good answer y, 1 - s(beta (z - r(y))) of a bad one.
 
-    With r(y) = log p(y | x) - log p_reference(y | x) and z = max(0, mean of r over mismatched answers), a good answer's
-    loss is desirable_weight (1 - s(beta (r - z))), a bad one's undesirable_weight (1 - s(beta (z - r))); the step's is
+    r(y) = log p(y | x) - log p_reference(y | x); z = max(0, mean of r over mismatched answers) (Ethayarajh et al. 2024,
+    arXiv 2402.01306, equations 7 and 8). With the options' weights a good answer's loss is desirable_weight (1 - s(beta (r - z))), a bad one's undesirable_weight (1 - s(beta (z - r))); the step's is
     the mean over its answers. z has no gradient: `stats` takes it over the whole step, each prompt followed by the
     answer to the next row's. A step of one row has no such answer; its z is 0.
     Rows are single answers with a label, or pairs: two answers, the first of which is good.

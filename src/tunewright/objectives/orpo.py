@@ -15,11 +15,10 @@ from tunewright.objectives.pairs import Answers, Compared, Pairwise
 
 
 class ORPO(Pairwise):
-    """Odds-ratio preference optimisation. With m(y) the mean log-probability of the answer's tokens (Hong et al. 2024,
-    arXiv 2403.07691, equations 2 to 7):
+    """loss = -m(y_w) - beta log s(log odds(y_w) - log odds(y_l)), m(y) the mean log-probability of y's tokens.
 
-    loss = -m(y_w) - beta log s(log odds(y_w) - log odds(y_l)), odds(y) = p / (1 - p), p = exp m(y). The first part is
-    over the answer, not the prompt. An answer's reward is beta m(y).
+    odds(y) = p / (1 - p), p = exp m(y) (Hong et al. 2024, arXiv 2403.07691, equations 2 to 7). The first part is over
+    the answer, not the prompt. An answer's reward is beta m(y).
     """
 
     class Options(base.Options):

@@ -13,8 +13,9 @@ from tunewright.objectives.pairs import Answers, Compared, Pairwise
 
 
 class SimPO(Pairwise):
-    """Simple preference optimisation. loss = -log s(beta m(y_w) - beta m(y_l) - gamma), m(y) the mean log-probability
-    of the answer's tokens (Meng et al. 2024, arXiv 2405.14734, equation 6). An answer's reward is beta m(y).
+    """loss = -log s(beta m(y_w) - beta m(y_l) - gamma), m(y) the mean log-probability of y's tokens.
+
+    Meng et al. 2024, arXiv 2405.14734, equation 6. An answer's reward is beta m(y).
     """
 
     class Options(base.Options):
