@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from job_kit import attempt, greedy, stop_after, weights
+from test_crash import Crash, points
 
 import tiny
 from tunewright.core.errors import DataError, Interrupted
@@ -17,6 +18,7 @@ from tunewright.core.spec import check_parts, parse_spec
 from tunewright.jobs.prepare import create_run
 from tunewright.objectives import OBJECTIVES
 from tunewright.train.describe import describe
+from tunewright.tuners import TUNERS
 
 NAMES = [n for n in OBJECTIVES if set(OBJECTIVES.load(n).card.shapes) & {"preference", "unpaired"}]
 ROWS = 18
@@ -135,6 +137,34 @@ def test_continued_from_an_adapter_resume_is_exact_and_the_reference_is_the_star
     attempt(stopped, tiny_home, 2)
     assert story(stopped) == story(golden)
     assert weights(stopped) == weights(golden)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("kto", "lora"),
+        pytest.param(("dpo", "full"), marks=pytest.mark.nightly),
+        pytest.param(("dpo", "fishmask"), marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
+def test_crashed_everywhere_and_continued_is_uninterrupted(
+    tiny_home: Home, case: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, tuner = case
+    spec: dict[str, Any] = {"micro_batch_tokens": 64, "save_every_steps": 3, "path": "plain", "tuner": tuner}
+    golden, crashed = (new_run(tiny_home, name, tiny.pair_rows(ROWS), **spec) for _ in range(2))
+    attempt(golden, tiny_home)
+    number = 0
+    for number, point in enumerate(points(tuner), 1):
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            point.arm(patch, TUNERS.load(tuner))
+            attempt(crashed, tiny_home, number)
+    attempt(crashed, tiny_home, number + 1)
+    assert len(story(golden)) == 8
+    assert story(crashed) == story(golden)
+    assert weights(crashed) == weights(golden)
 
 
 @pytest.mark.slow

@@ -44,6 +44,8 @@ def serves(model: nn.Module, dtype: torch.dtype) -> bool:
 class FastBert:
     """What Policy takes as `fast`. dtype: of the products; sums, norms and the residual stream are float32."""
 
+    shares_prefixes = False
+
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         body: Any = getattr(model, "bert")  # noqa: B009
         self.checkpointing = "none"

@@ -17,7 +17,8 @@ from tunewright.models.fast_serves import WINDOWS, head_dim, tiles_fit
 from tunewright.models.fast_weights import Layer, Linear, Norm, Room, norm_parameters
 from tunewright.models.layouts import causal_lm, decoder_of
 from tunewright.models.policy import head_of
-from tunewright.ops.attention import segment_attention
+from tunewright.ops.attention import prefixes_of, segment_attention
+from tunewright.ops.families import families
 from tunewright.ops.kernels import Kernels, double
 from tunewright.ops.logprob import TileHead
 from tunewright.ops.lora import TileProduct, TorchProduct, padded
@@ -50,14 +51,21 @@ class Shape:
 @dataclass(frozen=True)
 class Packed:
     """A batch for the kernels: tokens padded to whole blocks (n of them real), where segments start, cosine and sine
-    [T, hd/2]. record: the same as a struct of C (layer.h, Pack)."""
+    [T, hd/2]. record: the same as a struct of C (layer.h, Pack).
+
+    A segment that others continue is one with them here (ops/families.py); holes: [T, 2] which of its earlier tokens a
+    token does not see, or None.
+    """
 
     tokens_T: Tensor
     starts: Tensor
+    holes: Tensor | None
     cosine: Tensor
     sine: Tensor
     n: int
     record: Tensor
+    segments: list[int]
+    prefixes: list[tuple[int, int]] | None
 
     @property
     def total(self) -> int:
@@ -126,6 +134,11 @@ class FastLlama:
         self._trained = [p for linear in linears for p in linear.all_parameters()] + norm_parameters(norms)
         self._trained += [head.weight for head in heads]
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a batch may hold segments that continue others. Not on tiles with a window: it counts rows there."""
+        return not (self.tiles and self.shape.window)
+
     def __call__(self, batch: Batch) -> Tensor:
         """[T, D] after the final norm, with gradients to the trained matrices if gradients are on."""
         self._refresh()
@@ -175,10 +188,11 @@ class FastLlama:
         positions[0, :n] = batch.position_T
         half = self.shape.hd // 2
         cosine, sine = (t[0, :, :half].float().contiguous() for t in self.rotary(torch.empty(0), positions))
-        starts, s = batch.cu_seqlens.to(torch.int64), self.shape
+        (starts, holes), s = families(batch), self.shape
         sizes = [total, n, s.heads, s.kv, s.hd, s.window, starts.numel() - 1]
         places = [t.data_ptr() for t in (starts, cosine, sine)]
-        return Packed(tokens, starts, cosine, sine, n, torch.tensor([*sizes, *places, double(s.eps)]))
+        record = torch.tensor([*sizes, *places, double(s.eps), 0 if holes is None else holes.data_ptr()])
+        return Packed(tokens, starts, holes, cosine, sine, n, record, batch.cu_seqlens.tolist(), prefixes_of(batch))
 
     # ---- forward
 
@@ -258,7 +272,8 @@ class FastLlama:
             with torch.enable_grad():
                 leaf = qkv[: b.n].detach().clone().requires_grad_()
                 q, k, v = (leaf[:, c].view(1, b.n, -1, s.hd).transpose(1, 2) for c in (s.q, s.k, s.v))
-                o = segment_attention(q, k, v, b.starts.tolist(), window=s.window or None)[0].transpose(0, 1)
+                seen = {"window": s.window or None, "prefixes": b.prefixes}
+                o = segment_attention(q, k, v, b.segments, **seen)[0].transpose(0, 1)
             out[: b.n] = o.detach().reshape(b.n, width)
             return leaf, o
         self.kernels("attention_tiles", *self._attention_sizes(qkv, out, lse, b))
@@ -267,7 +282,7 @@ class FastLlama:
     def _attention_sizes(self, qkv: Tensor, out: Tensor, lse: Tensor, b: Packed) -> tuple[Any, ...]:
         s = self.shape
         parts = (qkv, qkv[:, s.k], qkv[:, s.v], qkv.stride(0), b.starts, b.starts.numel() - 1)
-        return (*parts, s.heads, s.kv, s.hd, s.hd**-0.5, s.window, out, out.stride(0), lse, b.total)
+        return (*parts, s.heads, s.kv, s.hd, s.hd**-0.5, s.window, out, out.stride(0), lse, b.total, b.holes)
 
     # ---- backward
 

@@ -23,6 +23,9 @@ class Fast(Protocol):
     checkpointing: str
     head: TileHead | None
 
+    @property
+    def shares_prefixes(self) -> bool: ...
+
     def __call__(self, batch: Batch) -> Tensor: ...
 
 
@@ -75,7 +78,7 @@ class Policy:
     @property
     def shares_prefixes(self) -> bool:
         """Whether a batch may hold segments that continue others (Batch.parent_S) without a slower way to run it."""
-        return self.layout == PACKED and self.fast is None
+        return self.layout == PACKED and (self.fast is None or self.fast.shares_prefixes)
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +89,7 @@ class Policy:
         """[T, D]: the last layer's output after the final norm, in the dtype of the computation."""
         noisy = torch.is_grad_enabled() and batch.noise_T is not None and self.embedding_noise is not None
         with self._cast():
-            if self.fast is not None and not noisy and bool((batch.parent_S < 0).all()):
+            if self.fast is not None and not noisy and (self.fast.shares_prefixes or bool((batch.parent_S < 0).all())):
                 return self.fast(batch)
             return LAYOUTS[self.layout](self.model, batch, self._inputs(batch, noisy))
 

@@ -24,9 +24,9 @@ class KTO:
     """loss = 1 - s(beta (r(y) - z)) of a good answer y, 1 - s(beta (z - r(y))) of a bad one.
 
     r(y) = log p(y | x) - log p_reference(y | x); z = max(0, mean of r over mismatched answers) (Ethayarajh et al. 2024,
-    arXiv 2402.01306, equations 7 and 8). With the options' weights a good answer's loss is desirable_weight (1 - s(beta (r - z))), a bad one's undesirable_weight (1 - s(beta (z - r))); the step's is
-    the mean over its answers. z has no gradient: `stats` takes it over the whole step, each prompt followed by the
-    answer to the next row's. A step of one row has no such answer; its z is 0.
+    arXiv 2402.01306, equations 7 and 8). A good answer's loss is multiplied by desirable_weight, a bad one's by
+    undesirable_weight; the step's is the mean over its answers. z has no gradient: `stats` takes it over the whole
+    step, each prompt followed by the answer to the next row's. A step of one row has no such answer; its z is 0.
     Rows are single answers with a label, or pairs: two answers, the first of which is good.
     Terms: `loss`; with coef 0 `accuracy`, the weighted share of the good answers' tokens that are most likely; `kl`,
     which is z; rewards (beta r) and log-probabilities of good (chosen) and bad (rejected) answers.
