@@ -77,9 +77,10 @@ def known() -> dict[str, Any]:
 @pytest.mark.parametrize("case", ["dpo", "ipo", "kto"])
 def test_loss_and_gradient_are_those_of_trl(case: str, folders: tuple[Path, Path], known: dict[str, Any]) -> None:
     name, options = OBJECTIVE.get(case, (case, {}))
-    model: nn.Module = load_model(folders[0])
+    policy, reference = folders[::-1] if case == "kto" else folders
+    model: nn.Module = load_model(policy)
     objective = instance(OBJECTIVES, name, **options)
-    objective.reference = Reference(Policy(load_model(folders[1])))
+    objective.reference = Reference(Policy(load_model(reference)))
     loss, means = step(objective, model, marked() if case == "kto" else pairs(6), 60)
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()

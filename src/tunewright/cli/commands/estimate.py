@@ -30,9 +30,7 @@ def estimate(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA.")] = 16,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, adafactor, lion, muon or sgd.")] = "adamw",
-    objective: Annotated[
-        str, typer.Option(help="Such as dpo: a pair is two rows, with a reference.")
-    ] = "sft",
+    objective: Annotated[str, typer.Option(help="Such as dpo: a pair is two rows, with a reference.")] = "sft",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
 ) -> None:

@@ -47,7 +47,7 @@ def decide(sample: Sequence[Collection[str]]) -> Decision:
     hits = {f.name: sum(f.fits(row) for row in sample) for f in formats}
     most = max(hits.values())
     best = [f for f in formats if most and hits[f.name] == most]
-    best = [f for f in best if not any(_needs_more(other, f) for other in best)]
+    best = [f for f in best if not any(other is not f and _needs_more(other, f) for other in best)]
     if len(best) > 1:
         best = [f for f in best if not f.weak]
     if len(best) == 1:
