@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 from job_kit import attempt, greedy, stop_after, weights
-from test_crash import Crash, points
+from test_crash import Crash
+from test_crash import points as crashes
 
 import tiny
 from tunewright.core.errors import DataError, Interrupted
 from tunewright.core.home import Home
 from tunewright.core.run import Run, read_artefact
 from tunewright.core.spec import check_parts, parse_spec
+from tunewright.jobs.loggers.base import points
 from tunewright.jobs.prepare import create_run
 from tunewright.objectives import OBJECTIVES
 from tunewright.train.describe import describe
@@ -53,6 +55,8 @@ def test_every_objective_raises_the_margin_on_other_rows(tiny_home: Home, name: 
     run = new_run(tiny_home, name, n_epochs=4)
     attempt(run, tiny_home)
     first, *_, last = steps(run)
+    if name == "dpo":
+        assert first["train_loss"] == pytest.approx(LN_2, abs=1e-12) and first["train_reward_margin"] == 0.0
     assert last["full_valid_reward_margin"] > first["train_reward_margin"]
     losses = [s["train_loss"] for s in steps(run)]
     assert sum(losses[-4:]) < sum(losses[:4])
@@ -82,10 +86,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in SETTINGS]
-
-
-@pytest.mark.parametrize("case", ["an adapter", *SLOW[1:]])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SETTINGS)
 def test_dpo_begins_at_ln_2_and_margin_0_exactly(tiny_home: Home, case: str) -> None:
     """From the base and, with the same tuner, from what that left; there dropout moves what the reference has not."""
     from_base = new_run(tiny_home, "dpo", tiny.pair_rows(ROWS), n_epochs=1, **SETTINGS[case])
@@ -157,7 +159,7 @@ def test_crashed_everywhere_and_continued_is_uninterrupted(
     golden, crashed = (new_run(tiny_home, name, tiny.pair_rows(ROWS), **spec) for _ in range(2))
     attempt(golden, tiny_home)
     number = 0
-    for number, point in enumerate(points(tuner), 1):
+    for number, point in enumerate(crashes(tuner), 1):
         with monkeypatch.context() as patch, pytest.raises(Crash):
             point.arm(patch, TUNERS.load(tuner))
             attempt(crashed, tiny_home, number)
@@ -179,6 +181,7 @@ def test_any_cut_and_any_path_of_a_step_is_the_step(tiny_home: Home, name: str, 
         assert b["train_reward_margin"] == pytest.approx(a["train_reward_margin"], abs=2e-4)
 
 
+@pytest.mark.slow
 def test_what_a_dpo_job_leaves(tiny_home: Home) -> None:
     """The result answers otherwise than the base, and its table has OpenAI's five columns and those of pairs."""
     run = new_run(tiny_home, {"name": "dpo", "beta": 0.05}, n_epochs=3, learning_rate=3e-3)
@@ -189,6 +192,7 @@ def test_what_a_dpo_job_leaves(tiny_home: Home) -> None:
     assert list(table[0])[:5] == ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
     assert {"train_reward_margin", "train_reward_accuracy", "valid_reward_margin"} <= set(table[0])
     assert float(table[-1]["train_reward_margin"]) == steps(run)[-1]["train_reward_margin"]
+    assert points(run)[-1].values["train_reward_margin"] == steps(run)[-1]["train_reward_margin"]
     plan = run.plan() or {}
     assert plan["peak_memory_bytes"] > 0 and plan["n_tokens"] > 0
 
