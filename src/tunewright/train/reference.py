@@ -20,10 +20,16 @@ from tunewright.tuners.base import Tuner
 class Reference:
     """The policy at step 0, as objectives and Policy.divergence ask for it.
 
-    at_start: within it `policy` computes what step 0 did.
+    at_start: within it `policy` computes what step 0 did. how: what it is, for the job's events.
     """
 
-    def __init__(self, policy: Policy, at_start: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        at_start: Callable[[], AbstractContextManager[None]] = nullcontext,
+        how: str = "a second copy of the model",
+    ) -> None:
+        self.how = how
         self._policy = policy
         self._at_start = at_start
         self.model: nn.Module = policy.model
@@ -50,5 +56,5 @@ class Reference:
 def find_reference(tuner: Tuner, policy: Policy, continues: bool, copy: Callable[[], Policy]) -> Reference:
     """The reference of a job. continues: it starts from an adapter or delta. copy: loads the policy at step 0 again."""
     if tuner.card.artefact == "adapter" and not continues:
-        return Reference(policy, tuner.off)
+        return Reference(policy, tuner.off, "the same model with its fresh adapter off")
     return Reference(copy())

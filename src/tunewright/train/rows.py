@@ -98,7 +98,7 @@ def render(
         path,
         format=format,
         purpose_shapes=shapes,
-        method=objective.card.openai_method or spec.objective.name,
+        method="" if retained else objective.card.openai_method or spec.objective.name,
         objectives=users_of_shapes(),
         min_examples=minimum,
         name=name,

@@ -119,15 +119,15 @@ def run_once(
     policy = Policy(model, autocast, fast=path.forward, embedding_noise=neftune(model, spec.neftune_alpha))
 
     def second() -> Policy:
-        """The policy at step 0, loaded again."""
+        """The policy at step 0, loaded again. On the same path, or it would round otherwise."""
         frozen = attach(start, part(TUNERS, spec.tuner), spec, dtype, head, quantization).requires_grad_(False).eval()
-        room = room_left(spec.max_memory)
-        other = choose_path(frozen, dtype, threads, home.cache / "kernels", path.name, math.inf if earlier else room)
+        other = choose_path(frozen, dtype, threads, home.cache / "kernels", path.name, math.inf)
         return Policy(frozen, autocast, fast=other.forward)
 
     reference = cache(partial(find_reference, tuner, policy, start.over is not None, second))
     if objective.card.needs_reference:
         objective.reference = reference()
+        events.write("message", f"The reference, the model at step 0, is {objective.reference.how}")
     prepare(run, tuner, policy, objective, groups, spec.seed or 0, events, stop)
     plan = earlier or resolve(
         spec,
