@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from job_kit import attempt, greedy, stop_after, weights
+from parts import OPTIONS
 from test_crash import Crash
 from test_crash import points as crashes
 
@@ -124,6 +125,20 @@ def test_resume_is_exact(tiny_home: Home, case: tuple[str, dict[str, Any]]) -> N
     attempt(stopped, tiny_home, 2)
     assert story(stopped) == story(golden) and len(story(golden)) == 8
     assert weights(stopped) == weights(golden)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("tuner", list(TUNERS))
+def test_every_tuner_raises_the_margin(tiny_home: Home, tuner: str) -> None:
+    """A tuner that is the base at first begins at ln 2."""
+    options = OPTIONS.get(tuner, {})
+    run = new_run(tiny_home, "dpo", tuner={"name": tuner, **options}, n_epochs=4, learning_rate_multiplier=5.0)
+    attempt(run, tiny_home)
+    first, *_, last = steps(run)
+    if TUNERS.load(tuner).card.identity_at_start:
+        assert first["train_loss"] == pytest.approx(LN_2, abs=1e-6)
+    assert last["full_valid_reward_margin"] > first["train_reward_margin"]
 
 
 @pytest.mark.slow
