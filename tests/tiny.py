@@ -38,6 +38,28 @@ def sft_rows(n: int) -> list[dict[str, Any]]:
     return rows
 
 
+def pair_rows(n: int) -> list[dict[str, Any]]:
+    """n different preference pairs in OpenAI's format: the preferred answer names a colour, the other one does not."""
+    rows = []
+    for i in range(n):
+        thing, colour = THINGS[i % len(THINGS)], COLOURS[(i * 5) % len(COLOURS)]
+        prompt = [{"role": "user", "content": f"Question {i}: what colour is {thing}?" + " Think well." * (i % 4)}]
+        answers = f"It is {colour}.", "I do not know." + " Ask another." * (i % 3)
+        preferred, rejected = ([{"role": "assistant", "content": text}] for text in answers)
+        rows.append({"input": {"messages": prompt}, "preferred_output": preferred, "non_preferred_output": rejected})
+    return rows
+
+
+def marked_rows(n: int) -> list[dict[str, Any]]:
+    """n different answers of such pairs, every second one marked as bad."""
+    rows = []
+    for i, row in enumerate(pair_rows(n)):
+        answer = row["non_preferred_output" if i % 2 else "preferred_output"]
+        prompt = row["input"]["messages"][0]["content"]
+        rows.append({"prompt": prompt, "completion": answer[0]["content"], "label": i % 2 == 0})
+    return rows
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     return path

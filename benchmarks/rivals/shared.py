@@ -86,18 +86,26 @@ def enough(times: list[float], task: Task) -> bool:
 
 def read_rows(path: str, tokenizer: Any) -> list[Row]:
     """The rows as tokens: what follows the generation prompt is trained, up to the end-of-turn token."""
-    special = set(tokenizer.all_special_ids)
-    rows = []
     with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            data = json.loads(line)
-            asked = _ids(tokenizer, data["prompt"], add_generation_prompt=True)
-            ids = _ids(tokenizer, data["prompt"] + data["completion"])
-            if ids[: len(asked)] != asked:
-                raise SystemExit(f"{path}: the chat template writes a prompt differently when an answer follows")
-            end = max(i for i, token in enumerate(ids) if token in special) + 1
-            rows.append(Row(ids, [0] * len(asked) + [1] * (end - len(asked)) + [0] * (len(ids) - end)))
-    return rows
+        found = [json.loads(line) for line in lines]
+    return [row_of(tokenizer, data["prompt"], data["completion"]) for data in found]
+
+
+def read_pairs(path: str, tokenizer: Any) -> list[tuple[Row, Row]]:
+    """The preferred and the rejected answer of each row as tokens, the prompt before each."""
+    with open(path, encoding="utf-8") as lines:
+        found = [json.loads(line) for line in lines]
+    return [(row_of(tokenizer, d["prompt"], d["chosen"]), row_of(tokenizer, d["prompt"], d["rejected"])) for d in found]
+
+
+def row_of(tokenizer: Any, prompt: list[dict[str, str]], completion: list[dict[str, str]]) -> Row:
+    asked = _ids(tokenizer, prompt, add_generation_prompt=True)
+    ids = _ids(tokenizer, prompt + completion)
+    if ids[: len(asked)] != asked:
+        raise SystemExit("the chat template writes a prompt differently when an answer follows")
+    special = set(tokenizer.all_special_ids)
+    end = max(i for i, token in enumerate(ids) if token in special) + 1
+    return Row(ids, [0] * len(asked) + [1] * (end - len(asked)) + [0] * (len(ids) - end))
 
 
 def _ids(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:

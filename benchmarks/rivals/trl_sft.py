@@ -61,7 +61,8 @@ def dataset(task: Task, rows: list[Row]) -> Dataset:
     return Dataset.from_dict({"input_ids": [r.ids for r in ordered], "labels": labels})
 
 
-def config(task: Task) -> SFTConfig:
+def config(task: Task, kind: Any = SFTConfig) -> Any:
+    """kind: the trainer's class of options."""
     chosen: dict[str, Any] = {
         "output_dir": str(Path(task.out) / "trl"),
         "per_device_train_batch_size": task.batch,
@@ -80,7 +81,7 @@ def config(task: Task) -> SFTConfig:
         **({"logging_steps": 1} if task.curve else {}),
         **task.options,
     }
-    return SFTConfig(**chosen)
+    return kind(**chosen)
 
 
 def main() -> None:

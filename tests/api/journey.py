@@ -37,6 +37,13 @@ def chat_row(i: int) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i} is it"}]}
 
 
+def pair(i: int) -> dict[str, Any]:
+    answers = f"a{i} is it", "no idea"
+    preferred, rejected = ([{"role": "assistant", "content": text}] for text in answers)
+    prompt = {"messages": [{"role": "user", "content": f"q{i}"}]}
+    return {"input": prompt, "preferred_output": preferred, "non_preferred_output": rejected}
+
+
 SFT = jsonl([chat_row(i) for i in range(12)])
 VALID = jsonl([chat_row(i) for i in range(100, 104)])
 # what a check can fail with: an assertion, the SDK's errors, or an answer of another form than expected
@@ -399,6 +406,45 @@ def check_models(j: Journey) -> None:
     assert j.client.models.retrieve(BASE).owned_by == "system"
     e = fails(lambda: j.client.models.delete("ft:123"), openai.NotFoundError)
     assert e.body["message"] == "The model 'ft:123' does not exist" and e.param == "model"
+
+
+def check_dpo(j: Journey) -> None:
+    """From the tuned model, with OpenAI's method; other preferences through the tunewright object; the wrong file."""
+    pairs = j.upload(jsonl([pair(i) for i in range(12)]), "pairs.jsonl")
+    marks = [{"prompt": f"q{i}", "completion": f"a{i} is it", "label": i % 2 == 0} for i in range(12)]
+    short = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 3.0}
+    dpo = {"type": "dpo", "dpo": {"hyperparameters": {**short, "beta": "auto"}}}
+    made = j.strict.fine_tuning.jobs.create(model=j.main_job.fine_tuned_model, training_file=pairs.id, method=dpo)
+    assert made.method.type == "dpo" and made.method.dpo.hyperparameters.batch_size == 4
+    others = {
+        "wrong": j.jobs.create(model=BASE, training_file=j.train_file.id, method={"type": "dpo"}),
+        "kto": j.jobs.create(
+            model=BASE,
+            training_file=j.upload(jsonl(marks), "marks.jsonl").id,
+            hyperparameters=short,
+            extra_body={"tunewright": {"objective": {"name": "kto", "beta": 0.2}}},
+        ),
+    }
+    done = j.wait(made.id)
+    assert done.status == "succeeded", done.error
+    numbers = done.method.dpo.hyperparameters
+    assert (numbers.beta, numbers.n_epochs, numbers.batch_size, numbers.learning_rate_multiplier) == (0.1, 2, 4, 3.0)
+    steps = [e.data for e in reversed(j.events(done.id)) if e.type == "metrics"]
+    assert abs(steps[0]["train_loss"] - 0.6931471805599453) < 1e-9 and steps[0]["train_reward_margin"] == 0.0
+    assert steps[-1]["train_reward_margin"] > 0 and 0 <= steps[-1]["train_reward_accuracy"] <= 1
+    assert len(steps) == 6
+    assert j.ask(done.fine_tuned_model).usage.completion_tokens > 0
+    rows = list(csv.DictReader(io.StringIO(j.client.files.content(done.result_files[0]).read().decode())))
+    assert list(rows[0])[:5] == CSV_HEADER and float(rows[-1]["train_reward_margin"]) > 0
+    wrong = j.wait(others["wrong"].id)
+    text = (
+        "Input file train.jsonl is in the fine-tune-chat format, but the specified fine-tuning job is not using "
+        "'supervised' as the training method (provided method=dpo)."
+    )
+    assert wrong.status == "failed" and text in wrong.error.message, wrong.error
+    kto = j.wait(others["kto"].id)
+    assert kto.status == "succeeded" and kto.method is None, kto.error
+    assert kto.tunewright["objective"]["name"] == "kto" and kto.tunewright["objective"]["beta"] == 0.2
 
 
 def check_continue_from_a_checkpoint(j: Journey) -> None:

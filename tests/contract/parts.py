@@ -22,10 +22,10 @@ from tunewright.ops.packing import collate
 OPTIONS: dict[str, dict[str, Any]] = {"bitfit": {"add_biases": True}}
 
 
-def instance(table: Any, name: str) -> Any:
-    """The row's part with its default options."""
+def instance(table: Any, name: str, **options: Any) -> Any:
+    """The row's part with its default options, but for those given."""
     part = table.load(name)
-    return part(part.Options(**OPTIONS.get(name, {})))
+    return part(part.Options(**{**OPTIONS.get(name, {}), **options}))
 
 
 def prepared(tuner: Any, model: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,9 @@ def make(
         again = instance(TUNERS, tuner)
         return Policy(again.attach(load_model(folder, head=head), seed=3).requires_grad_(False).eval())
 
+    reference = cache(partial(find_reference, part, policy, False, copy))
+    if found.card.needs_reference:
+        found.reference = reference()
     wanted = dict.fromkeys(RETAIN, None) if methods is None else methods
     begun: list[Retain] = []
     for name, options in wanted.items():
@@ -73,7 +77,7 @@ def make(
                 policy=policy,
                 objective=plain,
                 rows=old if needs else (),
-                reference=find_reference(part, policy, False, copy) if entry.card.needs_reference else None,
+                reference=reference() if entry.card.needs_reference else None,
                 folder=tmp / name,
                 events=SimpleNamespace(write=lambda *a: None),  # type: ignore[arg-type]
                 stop=lambda: False,

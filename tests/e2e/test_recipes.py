@@ -36,6 +36,18 @@ def test_our_objective_in_a_lightning_module(
     assert mean_loss(tiny_model_dir, tmp_path / "adapter") < mean_loss(tiny_model_dir) - 0.1
 
 
+@pytest.mark.slow
+def test_dpo_by_hand(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """It begins at ln 2 and margin 0, and the adapter that it leaves prefers the preferred answers more."""
+    data = tiny.write_rows(tmp_path / "pairs.jsonl", tiny.pair_rows(16))
+    out = tmp_path / "adapter"
+    said = run("dpo.py", tmp_path, tiny_model_dir, data, "--epochs", "3", "--rate", "1e-3", "--out", out)
+    steps = re.findall(r"^step \d+: loss ([\d.]+), margin (-?[\d.]+)$", said, re.MULTILINE)
+    assert len(steps) == 6 and steps[0] == ("0.6931", "0.0000")
+    assert float(steps[-1][0]) < 0.6 and float(steps[-1][1]) > 0.2
+    assert (out / "adapter_model.safetensors").exists()
+
+
 def mean_loss(folder: Path, adapter: Path | None = None) -> float:
     """transformers' own loss of the rows' texts, with peft's adapter or without."""
     from peft import PeftModel

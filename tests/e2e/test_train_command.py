@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import tiny
 from tunewright.core.home import Home
 from tunewright.core.run import list_runs
 
@@ -98,3 +99,28 @@ def test_a_wrong_option_of_a_part_is_one_error(env: dict[str, str], job: Path, t
     assert done.returncode == 64 and done.stderr.count("\n") == 1
     assert "has no option 'rank'" in done.stderr and "'linaer'" in done.stderr and "'linear'" in done.stderr
     assert not list_runs(tiny_home)
+
+
+def test_preferences_from_a_job_file(env: dict[str, str], tmp_path: Path, tiny_home: Home) -> None:
+    """Pairs, then marked answers from what that left; the progress says the margin."""
+
+    def train(name: str, text: str) -> str:
+        (tmp_path / name).write_text(f"{text}\nbatch_size: 4\nn_epochs: 2\ndtype: float32\nthreads: 1\n")
+        command = [*COMMAND, "train", str(tmp_path / name)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        found = re.search(r"Done. The model is (\S+)\n", done.stdout)
+        assert found and re.search(r"step 1/\d+ +loss [\d.]+ .*margin 0\.000", done.stdout), done.stdout
+        return found[1]
+
+    tiny.write_rows(tmp_path / "pairs.jsonl", tiny.pair_rows(16))
+    tiny.write_rows(tmp_path / "held-out.jsonl", tiny.pair_rows(20)[16:])
+    tiny.write_rows(tmp_path / "marks.jsonl", tiny.marked_rows(16))
+    files = "training_file: pairs.jsonl\nvalidation_file: held-out.jsonl"
+    dpo = train("dpo.yaml", f"model: tiny\n{files}\nobjective: {{name: dpo, beta: 0.2, label_smoothing: 0.05}}")
+    kto = train("kto.yaml", f"model: {dpo}\ntraining_file: marks.jsonl\nobjective: kto")
+    assert dpo != kto
+    runs = {r.job().name: r for r in list_runs(tiny_home)}
+    for name in (dpo, kto):
+        last = [e.data for e in runs[name].events() if e.type == "metrics"][-1]
+        assert last["train_reward_margin"] > 0

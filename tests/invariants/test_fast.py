@@ -23,7 +23,6 @@ from tunewright.objectives.sft import SFT
 from tunewright.ops.kernels import Kernels
 from tunewright.ops.lora import TorchProduct
 from tunewright.ops.packing import collate
-from tunewright.ops.prefix import share_prefixes
 from tunewright.train.fast import choose_path
 from tunewright.tuners import TUNERS
 from tunewright.tuners.full import Full
@@ -176,15 +175,6 @@ def test_what_cannot_be_right_is_refused(tiny_model_dir: Path, groups: list[Grou
         next(iter(tuner.trainable().values())).add_(1)
     with pytest.raises(RuntimeError, match="changed between"):
         loss.backward()
-
-
-def test_shared_prompts_run_the_plain_modules(tiny_model_dir: Path, groups: list[Group], kernels: Kernels) -> None:
-    """The kernels know no parents."""
-    _, model = lora(tiny_model_dir)
-    pair = share_prefixes([Group((groups[0].examples[0],) * 2, prefix=5)])
-    assert (pair.parent_S >= 0).any()
-    with torch.no_grad():
-        assert torch.equal(fast(model, kernels).hidden(pair), Policy(model).hidden(pair))
 
 
 def test_weights_that_an_optimizer_moved_are_read_again(

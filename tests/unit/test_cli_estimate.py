@@ -50,6 +50,25 @@ def test_json_has_bytes(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     assert row["bytes"]["weights"] == 2 * SHAPE["parameters"] and row["bytes"]["device"] > row["bytes"]["weights"]
 
 
+def test_pairs_are_two_rows_and_full_training_holds_a_reference(
+    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = {"dpo": (2, True), "orpo": (2, False), "sft": (1, False)}
+    rows = {name: {"card": {"group_size": n, "needs_reference": r}} for name, (n, r) in cards.items()}
+    monkeypatch.setattr("tunewright.jobs.describe.load_describe", lambda home: {"objective": rows})
+    found = {}
+    for name in cards:
+        assert run(home, "--device", "cpu 500GB", "--length", "512", "--objective", name, "--json") == 0
+        found[name] = json.loads(capsys.readouterr().out)["rows"]
+    plain, pairs, compared = (found[name][0]["bytes"] for name in ("sft", "orpo", "dpo"))
+    assert pairs["activations"] == compared["activations"] == 2 * plain["activations"]
+    assert compared["weights"] == 2 * pairs["weights"] == 2 * plain["weights"]
+    lora = {name: next(r["bytes"] for r in found[name] if r["tuner"] == "lora") for name in cards}
+    assert lora["dpo"] == lora["orpo"] and lora["dpo"]["weights"] == lora["sft"]["weights"]
+    assert run(home, "--objective", "dop") != 0
+    assert "Did you mean 'dpo'" in capsys.readouterr().err
+
+
 def test_nothing_fits_is_said_with_the_smallest(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(home, "--device", "1GB") == 0
     assert "Nothing fits: the smallest setting (" in capsys.readouterr().out

@@ -219,9 +219,11 @@ def test_an_update_that_is_off_leaves_the_base(kernels: Kernels, random: Callabl
     near(dx, dy @ w, 1e-6)
 
 
-def plain_attention(qkv: Tensor, lengths: list[int], heads: int, kv: int, hd: int, window: int) -> Tensor:
-    outs = []
-    for rows in qkv.split(lengths):
+def plain_attention(
+    qkv: Tensor, lengths: list[int], heads: int, kv: int, hd: int, window: int, holes: Tensor | None = None
+) -> Tensor:
+    outs, each = [], [None] * len(lengths) if holes is None else holes.split(lengths)
+    for rows, hole in zip(qkv.split(lengths), each, strict=True):
         q, k, v = (
             part.unflatten(1, (-1, hd)).transpose(0, 1) for part in rows.split([heads * hd, kv * hd, kv * hd], 1)
         )
@@ -229,19 +231,27 @@ def plain_attention(qkv: Tensor, lengths: list[int], heads: int, kv: int, hd: in
         seen = torch.ones(len(rows), len(rows), dtype=torch.bool)
         if window >= 0:
             seen = seen.tril().triu(1 - window if window else -len(rows))
+        if hole is not None:
+            key = torch.arange(len(rows))
+            seen &= (key < hole[:, :1]) | (key >= hole[:, 1:])
         scores = (q @ k.transpose(1, 2) * hd**-0.5).masked_fill(~seen, -torch.inf)
         outs.append((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
     return torch.cat(outs)
 
 
+@pytest.mark.parametrize("holed", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv", "hd", "window"), [(9, 3, 64, 0), (4, 4, 32, 40), (2, 1, 128, 0), (3, 3, 32, -1)]
 )
 def test_attention_and_its_gradient(
-    kernels: Kernels, random: Callable[..., Tensor], heads: int, kv: int, hd: int, window: int
+    kernels: Kernels, random: Callable[..., Tensor], heads: int, kv: int, hd: int, window: int, holed: bool
 ) -> None:
+    """Also where the last tokens of a segment do not see some in its middle, more than a block of keys among them."""
     need_tiles(kernels)
-    lengths = [1, 33, 64, 129, 300]
+    lengths = [1, 33, 64, 129, 700 if holed else 300]
+    holes = torch.zeros(sum(lengths), 2, dtype=torch.int64)
+    for end, length, seen, own in ((98, 64, 1, 9), (227, 129, 40, 50), (927, 700, 7, 90)) if holed else ():
+        holes[end - own : end] = torch.tensor([seen, length - own])
     total, width = sum(lengths), (heads + 2 * kv) * hd
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
     qkv, dout = random(total + 32, width).to(B16), random(total + 32, heads * hd).to(B16)
@@ -251,10 +261,11 @@ def test_attention_and_its_gradient(
         return t, t[:, heads * hd :], t[:, (heads + kv) * hd :], width
 
     sizes = (starts, len(lengths), heads, kv, hd, hd**-0.5, window, out, heads * hd, lse, total + 32)
+    sizes = (*sizes, holes if holed else None)
     kernels("attention_tiles", *parts(qkv), *sizes)
     kernels("attention_backward_tiles", *parts(qkv), *sizes, dout, heads * hd, *parts(grad))
     leaf = qkv[:total].float().requires_grad_()
-    want = plain_attention(leaf, lengths, heads, kv, hd, window)
+    want = plain_attention(leaf, lengths, heads, kv, hd, window, holes)
     want.backward(dout[:total].float())
     near(out[:total], want.detach())
     assert not out[total:].any() and not grad[total:].any()

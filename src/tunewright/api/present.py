@@ -62,7 +62,7 @@ def job(row: JobRow) -> Job:
         hyperparameters=Hyperparameters(**_numbers(row.hyperparameters, resolved)),
         integrations=row.integrations or [],
         metadata=row.metadata,
-        method=_method(row.method, resolved),
+        method=_method(row.method, {**row.spec["objective"], **resolved} if resolved else {}),
         model=row.model,
         organization_id=ORGANIZATION_ID,
         result_files=row.result_files,

@@ -168,6 +168,7 @@ class _BarView:
 def _figures(data: dict[str, Any]) -> str:
     parts = [f"loss {data['train_loss']:.4f}"] if data.get("train_loss") is not None else ["loss is not a number"]
     parts += [f"valid {data['valid_loss']:.4f}"] if data.get("valid_loss") is not None else []
+    parts += [f"margin {data['train_reward_margin']:.3f}"] if data.get("train_reward_margin") is not None else []
     parts += [f"{data['tokens_per_second']:,.0f} tokens/s"] if data.get("tokens_per_second") else []
     parts += [f"{seconds_text(data['eta_s'])} left"] if data.get("eta_s") is not None else []
     return "  ".join(parts)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant", "tool")
-Shape = Literal["chat", "preference", "text", "labelled"]
+Shape = Literal["chat", "preference", "unpaired", "text", "labelled"]
 
 
 class FunctionCall(BaseModel):
@@ -46,7 +46,8 @@ class Conversation(BaseModel):
     contexts: retrieved passages, for question answering over documents.
     preferred, rejected: the two answers of a preference row; `messages` is then their shared input.
     text: the row of a plain-text corpus, or what a label belongs to. text_pair: a second text that it is about, too.
-    label, reward: what a classifier or a grader says of the row.
+    label, reward: what a classifier or a grader says of the row; without a text, label says whether the answer at the
+        end of `messages` is a good one.
     source: where the row came from (1-based line or row number).
     """
 
@@ -65,7 +66,9 @@ class Conversation(BaseModel):
 
     @property
     def shape(self) -> Shape:
-        """Which objectives can use the row: `text`, `labelled`, `preference` or `chat`."""
+        """Which objectives can use the row: `text`, `labelled`, `preference`, `unpaired` or `chat`."""
         if self.text is not None:
             return "text" if self.label is None else "labelled"
-        return "preference" if self.preferred is not None else "chat"
+        if self.preferred is not None:
+            return "preference"
+        return "chat" if self.label is None else "unpaired"

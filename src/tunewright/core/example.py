@@ -15,6 +15,7 @@ class Example:
     source_ids: what an encoder-decoder reads; empty for every other model.
     types: [T] which text of a pair each token belongs to (0 or 1), or empty: all 0.
     label: the class number or the value that a head learns for the whole row, or None.
+    wanted: whether somebody marked the answer as good, or None where nobody did (pairs, supervised rows).
     """
 
     ids: tuple[int, ...]
@@ -23,6 +24,7 @@ class Example:
     source_ids: tuple[int, ...] = ()
     types: tuple[int, ...] = ()
     label: float | None = None
+    wanted: bool | None = None
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.weights):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tunewright.core.conversation import Conversation, Message
@@ -30,7 +30,7 @@ class RenderReport:
 
     rows, examples: rows read, examples made (a rewriting template makes several of one row).
     overlong: examples longer than max_length; truncated and dropped say what became of them. longest: tokens.
-    empty: examples dropped because cutting them left nothing to learn from.
+    empty: examples dropped because cutting them left nothing to learn from. equal: pairs whose answers became the same.
     tokens, supervised_tokens: of the examples that were kept.
     split_rows: rows that became one example per trained turn. straddling: spans that begin inside a token.
     end_of_turn: the token with which trained turns end, '' if the template has none. unended: spans without one.
@@ -43,6 +43,7 @@ class RenderReport:
     truncated: int = 0
     dropped: int = 0
     empty: int = 0
+    equal: int = 0
     longest: int = 0
     longest_line: int = 0
     tokens: int = 0
@@ -78,7 +79,7 @@ def render_rows(
 ) -> Iterator[Group]:
     """Groups of examples, in the order of the rows: one example each, or two (preferred, rejected) for `preference`.
 
-    shape: `chat`, `preference`, `text` or `labelled`; every row must have it.
+    shape: `chat`, `preference`, `unpaired`, `text` or `labelled`; every row must have it.
     train_on: `assistant` trains every assistant turn whose weight is not 0, `last` only the last of them.
     max_length: tokens that an example may have. overlong: `error` refuses the file, `truncate` cuts the end off,
     `drop` leaves the example (or pair) out.
@@ -122,6 +123,8 @@ def _render(
         return [_text(row.text, row.source, tokenizer, report)]
     if shape == "preference":
         return [_pair(row, tokenizer, report)]
+    if shape == "unpaired":
+        return [_marked(row, tokenizer, report)]
     turns = _turns(
         row, row.messages, _trained(row.messages, train_on), [f"messages[{i}]" for i in range(len(row.messages))]
     )
@@ -226,6 +229,15 @@ def _pair(row: Conversation, tokenizer: Tokenizer, report: RenderReport) -> Grou
     return Group(tuple(examples), _shared(examples))
 
 
+def _marked(row: Conversation, tokenizer: Tokenizer, report: RenderReport) -> Group:
+    """One answer that somebody marked as good or bad."""
+    names = [f"messages[{i}]" for i in range(len(row.messages))]
+    turns = _turns(row, row.messages, {len(row.messages) - 1: 1.0}, names)
+    _refuse_control_tokens(turns, tokenizer)
+    example = _example(write(turns, tokenizer)[-1], row.source, tokenizer, report)
+    return Group((replace(example, wanted=bool(row.label)),))
+
+
 def _shared(examples: list[Example]) -> int:
     """How many leading tokens all examples share, at most up to the first trained one."""
     n = min(len(e.ids) for e in examples)
@@ -249,6 +261,9 @@ def _fit(group: Group, max_length: int, overlong: Overlong, report: RenderReport
         group = Group(cut, min(group.prefix, max_length))
     if not all(e.label is not None or any(w > 0 for w in e.weights[1:]) for e in group.examples):
         report.empty += 1
+        return None
+    if len(group.examples) > 1 and all(e.ids == group.examples[0].ids for e in group.examples):
+        report.equal += 1
         return None
     report.truncated += length(longest) > max_length
     return group
@@ -284,6 +299,11 @@ def _notes(report: RenderReport, tokenizer: Tokenizer, max_length: int, longest:
         (
             report.empty,
             f"{report.empty} rows were left out because nothing to learn from is left within {max_length} tokens",
+        ),
+        (
+            report.equal,
+            f"{report.equal} pairs were left out because the tokens of both answers are the same (within {max_length} "
+            "tokens)",
         ),
         (
             report.split_rows,

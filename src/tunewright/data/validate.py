@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from tunewright.core.conversation import Conversation
 from tunewright.core.errors import DataError, DataReport, Problem
+from tunewright.data.answers import unusable_answers
 from tunewright.data.formats import FORMATS
 from tunewright.data.formats.base import Format
 from tunewright.data.formats.detect import Decision, decide
@@ -25,6 +26,7 @@ TOO_FEW = "invalid_n_examples"
 SHAPES = {
     "chat": ("fine-tune-chat", "supervised"),
     "preference": ("fine-tune-preference", "dpo"),
+    "unpaired": ("answers marked good or bad", "kto"),
     "text": ("text", "pretraining"),
     "labelled": ("text with labels", "classification"),
 }
@@ -35,6 +37,8 @@ def check_file(
     *,
     format: str = "auto",
     purpose_shapes: Collection[str] | None = None,
+    method: str = "",
+    objectives: Mapping[str, Sequence[str]] | None = None,
     min_examples: int = 10,
     limit: int = 100,
     name: str = "",
@@ -42,8 +46,10 @@ def check_file(
     """Read the whole file and report what is wrong with it.
 
     format: a name of FORMATS, or `auto` to decide from the first 100 rows.
-    purpose_shapes: the row shapes (`chat`, `preference`, `text`, `labelled`) that the job's objective can use; None
-        allows any.
+    purpose_shapes: the row shapes (`chat`, `preference`, `unpaired`, `text`, `labelled`) that the job's objective can
+        use; None allows any.
+    method, objectives: for the message about another shape: what the job's objective is called, and which objectives
+        use the rows of a shape.
     min_examples: fewer rows than this are a problem.
     limit: how many problems are kept (all are counted).
     name: the file's name as the user knows it.
@@ -62,7 +68,11 @@ def check_file(
         if isinstance(row, Problem):
             _add(report, row, limit)
         elif chosen.format is not None:
-            _check_row(chosen.format, row, line, report, purpose_shapes, limit, notes)
+            conversation = _check_row(chosen.format, row, line, report, limit, notes)
+            if conversation is not None and purpose_shapes is not None and report.shape not in purpose_shapes:
+                text = _wrong_shape(report.name, report.shape, purpose_shapes, method, objectives or {})
+                _add(report, Problem(line, text), limit)
+                purpose_shapes = None  # said once
     if report.n_rows < min_examples:
         empty = " (the file is empty)" if path.stat().st_size == 0 else ""
         text = f"file has {report.n_rows} example(s), but must have at least {min_examples} examples{empty}"
@@ -145,35 +155,39 @@ def _check_row(
     row: dict,
     line: int,
     report: DataReport,
-    shapes: Collection[str] | None,
     limit: int,
     notes: Counter[str],
-) -> None:
+) -> Conversation | None:
+    """The row, or None for one that its format refuses."""
     try:
         conversation = format.convert(row, line)
     except DataError as e:
         for problem in e.problems:
             _add(report, problem, limit)
-        return
+        return None
+    for problem in unusable_answers(conversation):
+        _add(report, problem, limit)
     shape = conversation.shape
-    if not report.shape:
-        report.shape = shape
-        if shapes is not None and shape not in shapes:
-            _add(report, Problem(line, _wrong_shape(report.name, shape, shapes)), limit)
-    elif shape != report.shape:
+    report.shape = report.shape or shape
+    if shape != report.shape:
         text = f"is a {shape} row, but the rows before it are {report.shape} rows. Use one kind in one file."
         _add(report, Problem(line, text), limit)
     for note in _notes(format, row, conversation):
         if note in notes or len(notes) < MAX_NOTES:
             notes[note] += 1
+    return conversation
 
 
-def _wrong_shape(name: str, shape: str, wanted: Collection[str]) -> str:
-    kind, method = SHAPES[shape]
-    given = ", ".join(SHAPES[s][1] for s in wanted)
+def _wrong_shape(
+    name: str, shape: str, wanted: Collection[str], method: str, objectives: Mapping[str, Sequence[str]]
+) -> str:
+    kind, usual = SHAPES[shape]
+    given = method or ", ".join(SHAPES[s][1] for s in wanted)
+    fits = f" Objectives for such rows: {', '.join(objectives[shape])}." if objectives.get(shape) else ""
+    needs = " or ".join(SHAPES[s][0] for s in wanted)
     return (
-        f"Input file {name} is in the {kind} format, but the specified fine-tuning job is not using '{method}' "
-        f"as the training method (provided method={given})."
+        f"Input file {name} is in the {kind} format, but the specified fine-tuning job is not using '{usual}' "
+        f"as the training method (provided method={given}).{fits} '{given}' needs the format {needs}."
     )
 
 

@@ -51,6 +51,8 @@ def tiles_fit(config: Any) -> bool:
 class FastBert:
     """What Policy takes as `fast`. dtype: of the products; sums, norms and the residual stream are float32."""
 
+    shares_prefixes = False
+
     def __init__(self, model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
         body: Any = getattr(model, "bert")  # noqa: B009
         self.checkpointing = "none"
@@ -214,7 +216,7 @@ class Tiles:
     def _sizes(self, qkv_TN: Tensor, starts: Tensor, out_TD: Tensor, lse_HT: Tensor) -> tuple[Any, ...]:
         hd, h = out_TD.shape[1] // self.heads, self.heads
         parts = (*qkv_TN.split(out_TD.shape[1], 1), qkv_TN.stride(0), starts, starts.numel() - 1)
-        return (*parts, h, h, hd, hd**-0.5, BOTH_WAYS, out_TD, out_TD.stride(0), lse_HT, out_TD.shape[0])
+        return (*parts, h, h, hd, hd**-0.5, BOTH_WAYS, out_TD, out_TD.stride(0), lse_HT, out_TD.shape[0], None)
 
 
 class Torch:

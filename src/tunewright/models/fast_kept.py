@@ -37,16 +37,23 @@ class Shape:
 class Packed:
     """A batch for the kernels: tokens padded to whole blocks (n of them real), where segments start, cosine and sine
     [T, hd/2]. inputs: [n, D] embeddings of the tokens where a soft prompt is among them, else None.
-    below: whether something below the layers is trained. record: the same as a struct of C (layer.h, Pack)."""
+    below: whether something below the layers is trained. record: the same as a struct of C (layer.h, Pack).
+
+    A segment that others continue is one with them in `starts` (ops/families.py); holes: [T, 2] which of its earlier
+    tokens a token does not see, or None. segments, prefixes: as ops.attention has them.
+    """
 
     tokens_T: Tensor
     inputs: Tensor | None
     below: bool
     starts: Tensor
+    holes: Tensor | None
     cosine: Tensor
     sine: Tensor
     n: int
     record: Tensor
+    segments: list[int]
+    prefixes: list[tuple[int, int]] | None
 
     @property
     def total(self) -> int:

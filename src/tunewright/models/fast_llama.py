@@ -25,7 +25,8 @@ from tunewright.models.fast_serves import WINDOWS, head_dim, tiles_fit
 from tunewright.models.fast_weights import Layer, Linear, Norm, Room, Values, norm_parameters
 from tunewright.models.layouts import causal_lm, decoder_of, virtual_of
 from tunewright.models.policy import head_of
-from tunewright.ops.attention import segment_attention
+from tunewright.ops.attention import prefixes_of, segment_attention
+from tunewright.ops.families import families
 from tunewright.ops.kernels import Kernels, double
 from tunewright.ops.logprob import TileHead
 from tunewright.ops.lora import TileProduct, TorchProduct, padded
@@ -66,6 +67,11 @@ class FastLlama:
         self.checkpointing = "none"
         self.values = Values(self.layers, self.norm, self.head)
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a batch may hold segments that continue others. Not on tiles with a window: it counts rows there."""
+        return not (self.tiles and self.shape.window)
+
     def __call__(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """[T, D] after the final norm, with gradients to the trained matrices if gradients are on. rows: [N, D] of
         these tokens only, which spares the last layer work."""
@@ -92,12 +98,14 @@ class FastLlama:
         positions[0, :n] = batch.position_T
         half = self.shape.hd // 2
         cosine, sine = (t[0, :, :half].float().contiguous() for t in self.rotary(torch.empty(0), positions))
-        starts, s = batch.cu_seqlens.to(torch.int64), self.shape
+        (starts, holes), s = families(batch), self.shape
         sizes = [total, n, s.heads, s.kv, s.hd, s.window, starts.numel() - 1]
         places = [t.data_ptr() for t in (starts, cosine, sine)]
-        record = torch.tensor([*sizes, *places, double(s.eps)])
+        record = torch.tensor([*sizes, *places, double(s.eps), 0 if holes is None else holes.data_ptr()])
         below = (self.embedding if inputs is None else inputs).requires_grad
-        return Packed(tokens, None if inputs is None else inputs.detach(), below, starts, cosine, sine, n, record)
+        own = None if inputs is None else inputs.detach()
+        segments, prefixes = batch.cu_seqlens.tolist(), prefixes_of(batch)
+        return Packed(tokens, own, below, starts, holes, cosine, sine, n, record, segments, prefixes)
 
     # ---- forward
 
@@ -178,7 +186,8 @@ class FastLlama:
             with torch.enable_grad():
                 leaf = qkv[: b.n].detach().clone().requires_grad_()
                 q, k, v = (leaf[:, c].view(1, b.n, -1, s.hd).transpose(1, 2) for c in (s.q, s.k, s.v))
-                o = segment_attention(q, k, v, b.starts.tolist(), window=s.window or None)[0].transpose(0, 1)
+                seen = {"window": s.window or None, "prefixes": b.prefixes}
+                o = segment_attention(q, k, v, b.segments, **seen)[0].transpose(0, 1)
             out[: b.n] = o.detach().reshape(b.n, width)
             return leaf, o
         self.kernels("attention_tiles", *self._attention_sizes(qkv, out, lse, b))
@@ -187,7 +196,7 @@ class FastLlama:
     def _attention_sizes(self, qkv: Tensor, out: Tensor, lse: Tensor, b: Packed) -> tuple[Any, ...]:
         s = self.shape
         parts = (qkv, qkv[:, s.k], qkv[:, s.v], qkv.stride(0), b.starts, b.starts.numel() - 1)
-        return (*parts, s.heads, s.kv, s.hd, s.hd**-0.5, s.window, out, out.stride(0), lse, b.total)
+        return (*parts, s.heads, s.kv, s.hd, s.hd**-0.5, s.window, out, out.stride(0), lse, b.total, b.holes)
 
     # ---- backward
 

@@ -25,7 +25,9 @@ SLACK = 1.05  # the allocator's rounding and fragments
 @dataclass(frozen=True)
 class Setting:
     """How to train. tuner: full, lora or qlora (lora on 4-bit weights). offload: optimizer, gradients and weights stay
-    in the CPU's memory and come to the GPU layer by layer. tokens: of one micro-batch; length: of a row."""
+    in the CPU's memory and come to the GPU layer by layer. tokens: of one micro-batch; length: of a row. together: rows
+    that must be in one micro-batch (2 of a pair). reference: the objective compares with the model at step 0, of which
+    full training holds a second copy."""
 
     tuner: str = "lora"
     dtype: str = "bfloat16"
@@ -35,6 +37,8 @@ class Setting:
     rank: int = 16
     tokens: int = 2048
     length: int = 2048
+    together: int = 1
+    reference: bool = False
 
     @property
     def here(self) -> bool:
@@ -68,10 +72,11 @@ def trainable(shape: dict[str, Any], tuner: str, rank: int) -> int:
 
 
 def weight_bytes(shape: dict[str, Any], setting: Setting) -> float:
-    """The base's weights. Full training keeps float32 and, in half precision, the copies that autocast makes."""
+    """The base's weights. Full training keeps float32 and, in half precision, the copies that autocast makes; the same
+    again for a reference."""
     n, size = shape["parameters"], BYTES[setting.dtype]
     if setting.tuner == "full":
-        return n * (4 if size == 4 else 4 + size)
+        return n * (4 if size == 4 else 4 + size) * (2 if setting.reference else 1)
     if setting.tuner == "lora":
         return n * size
     linear = sum(i * o * k for i, o, k in shape["linears"])
@@ -155,11 +160,11 @@ def table(shape: dict[str, Any], base: Setting, device_bytes: float, gpu: bool) 
 
 
 def longest(shape: dict[str, Any], setting: Setting, device_bytes: float, gpu: bool) -> int:
-    """The longest row, alone in its micro-batch, that fits; 0 if not even an empty one does."""
+    """The longest row, alone (or with those of its group) in its micro-batch, that fits; 0 if not even an empty one."""
     nothing = needs(shape, replace(setting, tokens=0), gpu)["device"]
     a_token = activation_bytes(shape, setting) * SLACK
     head = needs(shape, replace(setting, tokens=HEAD_CHUNK), gpu)["device"] - nothing - HEAD_CHUNK * a_token
-    return max(0, int((device_bytes - nothing - head) / a_token))
+    return max(0, int((device_bytes - nothing - head) / a_token / setting.together))
 
 
 def flops(shape: dict[str, Any], tuner: str, rank: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tunewright.models import heads
-from tunewright.models.layouts import LAYOUTS, causal_lm, layout_of
+from tunewright.models.layouts import LAYOUTS, PACKED, causal_lm, layout_of
 from tunewright.models.recompute import set_checkpointing
 from tunewright.ops import logprob
 from tunewright.ops.logprob import Head, TileHead
@@ -23,6 +23,9 @@ class Fast(Protocol):
 
     checkpointing: str
     head: TileHead | None
+
+    @property
+    def shares_prefixes(self) -> bool: ...
 
     def __call__(self, batch: Batch, rows: Tensor | None = None) -> Tensor: ...
 
@@ -74,6 +77,11 @@ class Policy:
         set_checkpointing(self.model, choice)
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether a batch may hold segments that continue others (Batch.parent_S) without a slower way to run it."""
+        return self.layout == PACKED and (self.fast is None or self.fast.shares_prefixes)
+
+    @property
     def device(self) -> torch.device:
         """Where batches must be (`batch.to(policy.device)`)."""
         return next(self.model.parameters()).device
@@ -83,7 +91,7 @@ class Policy:
         tokens only."""
         noisy = torch.is_grad_enabled() and batch.noise_T is not None and self.embedding_noise is not None
         with self._cast():
-            if self.fast is not None and not noisy and bool((batch.parent_S < 0).all()):
+            if self.fast is not None and not noisy and (self.fast.shares_prefixes or bool((batch.parent_S < 0).all())):
                 return self.fast(batch, rows)
             all_TD = LAYOUTS[self.layout](self.model, batch, self._inputs(batch, noisy))
             return all_TD if rows is None else all_TD[rows]

@@ -16,6 +16,7 @@ class ObjectiveCard:
     """The capability row. shapes: data shapes it can use; group_size: examples in a group (0 = any).
 
     head: which of the model's outputs it trains: `lm` (the next token), `classify` or `regress` (the whole row).
+    lr_factor: what the tuner's default learning rate, which is made for supervised training, is multiplied by.
     """
 
     title: str
@@ -25,6 +26,7 @@ class ObjectiveCard:
     needs_rollouts: bool = False
     openai_method: str | None = None
     head: str = "lm"
+    lr_factor: float = 1.0
 
 
 class Options(BaseModel):
@@ -48,7 +50,9 @@ class Objective(Protocol):
 
     It must equal the weights of the terms that the call returns. `metrics` (optional detached sums for charts, each
     with its own weight) come back through `Term`s with coef 0. An optional `report(means)` makes further metrics of
-    the terms' means, which validation writes into its events.
+    the terms' means, which training and validation write into their events.
+    An optional `stats(policy, batches)` looks at a whole step without gradients; what it returns is `stats` below.
+    One whose card says `needs_reference` is given the policy at step 0 as its attribute `reference`.
     """
 
     card: ClassVar[ObjectiveCard]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -30,4 +31,11 @@ def extras(examples: Sequence[Example]) -> dict[str, Any]:
     if any(e.label is not None for e in examples):
         labels = [float("nan") if e.label is None else e.label for e in examples]
         found["per_segment"] = {"label": torch.tensor(labels, dtype=torch.float32)}
+    if any(e.wanted is not None for e in examples):
+        found["per_segment"] = {**found.get("per_segment", {}), "wanted": wanted([e.wanted for e in examples])}
     return found
+
+
+def wanted(marks: Sequence[bool | None]) -> torch.Tensor:
+    """[S] float32: 1 for a good answer, 0 for a bad one, NaN for one that nobody marked."""
+    return torch.tensor([math.nan if m is None else float(m) for m in marks], dtype=torch.float32)

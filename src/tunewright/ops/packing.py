@@ -9,6 +9,7 @@ import torch
 
 from tunewright.core.example import Example, Group
 from tunewright.ops.extras import extras
+from tunewright.ops.prefix import is_shared, share_prefixes
 from tunewright.ops.types import Batch
 
 
@@ -38,10 +39,12 @@ def _target_weights(example: Example) -> tuple[float, ...]:
     return (*example.weights[1:], 0.0)
 
 
-def pack(groups: Sequence[Group], micro_batch_tokens: int, virtual: int = 0) -> list[Batch]:
+def pack(groups: Sequence[Group], micro_batch_tokens: int, virtual: int = 0, share: bool = False) -> list[Batch]:
     """The groups of one step as micro-batches of at most micro_batch_tokens tokens each.
 
     virtual: tokens that will be put in front of each example; they count.
+    share: the prompt of a group's examples is computed once (ops/prefix.py); it counts as often as it would otherwise,
+        so the same groups go together either way.
     Best fit of the groups from the largest down (11/9 of the least number of micro-batches at worst; Johnson 1974); the
     same groups always give the same batches. A group is never split: one larger than the budget gets its own batch.
     """
@@ -55,4 +58,4 @@ def pack(groups: Sequence[Group], micro_batch_tokens: int, virtual: int = 0) -> 
         else:
             bins[fits].append(group)
             room[fits] -= n
-    return [collate(b) for b in bins]
+    return [share_prefixes(b) if share and any(is_shared(g) for g in b) else collate(b) for b in bins]

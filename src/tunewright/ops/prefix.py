@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 
 from tunewright.core.example import Example, Group
+from tunewright.ops.extras import wanted
 from tunewright.ops.types import Batch
 
 
@@ -28,6 +29,7 @@ class Segment:
     start: int = 0
     parent: int = -1
     example: int = -1
+    wanted: bool | None = None
 
 
 def share_prefixes(groups: Sequence[Group]) -> Batch:
@@ -68,7 +70,7 @@ def n_tokens(group: Group) -> int:
 def _branch(example: Example, group: int, shared: int, parent: int, number: int) -> Segment:
     start = max(shared - 1, 0)
     weights = (*example.weights[start + 1 :], 0.0)
-    return Segment(example.ids[start:], weights, example.source, group, start, parent, number)
+    return Segment(example.ids[start:], weights, example.source, group, start, parent, number, example.wanted)
 
 
 def _batch(segments: Sequence[Segment]) -> Batch:
@@ -80,6 +82,9 @@ def _batch(segments: Sequence[Segment]) -> Batch:
     def per_segment(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64)
 
+    marks = [s.wanted for s in segments]
+    marked = {} if all(m is None for m in marks) else {"wanted": wanted(marks)}
+
     return Batch(
         tokens_T=per_token([list(s.ids) for s in segments]),
         targets_T=per_token([[*s.ids[1:], 0] for s in segments]),
@@ -90,5 +95,5 @@ def _batch(segments: Sequence[Segment]) -> Batch:
         group_S=per_segment([s.group for s in segments]),
         last_S=per_segment(ends) - 1,
         source_S=per_segment([s.source for s in segments]),
-        per_segment={"example": per_segment([s.example for s in segments])},
+        per_segment={"example": per_segment([s.example for s in segments]), **marked},
     )

@@ -23,7 +23,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class History:
-    """What is known of a run. usual_rate: the tuner's default learning rate.
+    """What is known of a run. usual_rate: the default learning rate of the tuner with the objective.
 
     alarms: how often the divergence watch spoke, updates were skipped or the job rolled back.
     """

@@ -97,14 +97,26 @@ def verify(folder: Path) -> None:
 
 
 def write_csv(run: Run) -> None:
-    """OpenAI's result file: one row a step, empty cells where nothing was validated."""
+    """OpenAI's result file: one row a step, empty cells where nothing was validated.
+
+    What else the objective measures (margins …) has columns after OpenAI's five.
+    """
     tmp = run.metrics_csv.with_name(f"{run.metrics_csv.name}.tmp-new")
+    more = further_columns(run)
     with disk_full_is_clear(run.metrics_csv.name), open(tmp, "w", newline="") as f:
         rows = csv.writer(f, lineterminator="\n")
-        rows.writerow(CSV_HEADER)
+        rows.writerow((*CSV_HEADER, *more))
         for event in run.stream():
             if event.type == "metrics":
                 d = event.data
                 values = (d["step"], d["train_loss"], d["train_mean_token_accuracy"])
-                rows.writerow([*values, d.get("valid_loss", ""), d.get("valid_mean_token_accuracy", "")])
+                others = (d.get(name, "") for name in ("valid_loss", "valid_mean_token_accuracy", *more))
+                rows.writerow([*values, *others])
     tmp.replace(run.metrics_csv)
+
+
+def further_columns(run: Run) -> list[str]:
+    """Metrics of a step's own rows and of validation batches that OpenAI's table has no column for, as they came."""
+    known = {*CSV_HEADER, "train_mean_token_accuracy"}
+    names = dict.fromkeys(k for e in run.stream() if e.type == "metrics" for k in e.data)
+    return [name for name in names if name.startswith(("train_", "valid_")) and name not in known]

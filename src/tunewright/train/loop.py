@@ -101,7 +101,8 @@ def run_terms(
     parts: Parts, objective: Terms, groups: Sequence[Group], tokens: int, step: int | None, scale: float = 1.0
 ) -> tuple[dict[str, float], dict[str, float]]:
     """One objective over its groups: as accumulate, which has the arguments."""
-    batches = pack(list(groups), tokens, parts.tuner.n_virtual)
+    virtual = parts.tuner.n_virtual
+    batches = pack(list(groups), tokens, virtual, share=parts.policy.shares_prefixes and not virtual)
     if step is not None:
         batches = [replace(b, noise_T=token_keys(b, parts.plan.seed, step)) for b in batches]
     weights: dict[str, float] = {}
@@ -169,8 +170,7 @@ def train(parts: Parts, state: State) -> State:
         metrics = {
             "step": step,
             "total_steps": parts.plan.total_steps,
-            "train_loss": finite(means["loss"]),
-            "train_mean_token_accuracy": finite(means["accuracy"]),
+            **measured(parts, "train_", means),
             **validate(parts, step, at_epoch_end),
         }
         speed = (state.tokens - first_tokens) / max(time.monotonic() - started, 1e-9)
@@ -287,7 +287,8 @@ def keep_watch(parts: Parts, state: State, grad_norm: float, groups: Sequence[Gr
 
 def say_advice(parts: Parts, state: State) -> None:
     """Write each advice that the run's history calls for once."""
-    history = History(parts.tuner.card.default_lr, [Epoch(**e) for e in state.epochs], state.alarms)
+    usual = parts.tuner.card.default_lr * parts.objective.card.lr_factor
+    history = History(usual, [Epoch(**e) for e in state.epochs], state.alarms)
     for name, text in advise(parts.plan, history).items():
         if name not in parts.advised:
             parts.advised.add(name)

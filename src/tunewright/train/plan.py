@@ -92,15 +92,19 @@ def resolve(
     parameters: int,
     trainable: int,
     versions: dict[str, str],
+    lr_factor: float = 1.0,
 ) -> Plan:
-    """The plan of a job before anything was measured. Raises SpecError if nothing is left to train on."""
+    """The plan of a job before anything was measured. Raises SpecError if nothing is left to train on.
+
+    card: the tuner's. lr_factor: the objective's, on the tuner's default learning rate.
+    """
     n = len(groups)
     if n == 0:
         raise SpecError("No training row is left (see the notes on dropped rows).", code="invalid_n_examples")
     epochs = auto_epochs(n) if spec.n_epochs == "auto" else spec.n_epochs
     batch = auto_batch_size(n) if spec.batch_size == "auto" else spec.batch_size
     multiplier = 1.0 if spec.learning_rate_multiplier == "auto" else spec.learning_rate_multiplier
-    rate = card.default_lr if spec.learning_rate == "auto" else spec.learning_rate
+    rate = card.default_lr * lr_factor if spec.learning_rate == "auto" else spec.learning_rate
     total = math.ceil(n / batch) * epochs
     mix: list[list[int]] = []
     if spec.mix is not None and isinstance(groups, JoinedGroups):

@@ -18,9 +18,18 @@ from tunewright.tuners.base import Tuner
 
 
 class Reference:
-    """Takes the place of the teacher in Policy.divergence. at_start: within it `policy` computes what step 0 did."""
+    """The policy at step 0, as objectives and Policy.divergence ask for it.
 
-    def __init__(self, policy: Policy, at_start: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+    at_start: within it `policy` computes what step 0 did. how: what it is, for the job's events.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        at_start: Callable[[], AbstractContextManager[None]] = nullcontext,
+        how: str = "a second copy of the model",
+    ) -> None:
+        self.how = how
         self._policy = policy
         self._at_start = at_start
         self.model: nn.Module = policy.model
@@ -32,6 +41,12 @@ class Reference:
             return self._policy.hidden(batch)
 
     @torch.no_grad()
+    def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]:
+        """{name: [T]}, as Policy.token_stats."""
+        with self._at_start():
+            return self._policy.token_stats(batch, want)
+
+    @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
         """[S, labels], as Policy.scores."""
         with self._at_start():
@@ -41,5 +56,5 @@ class Reference:
 def find_reference(tuner: Tuner, policy: Policy, continues: bool, copy: Callable[[], Policy]) -> Reference:
     """The reference of a job. continues: it starts from an adapter or delta. copy: loads the policy at step 0 again."""
     if tuner.card.artefact == "adapter" and not continues:
-        return Reference(policy, tuner.off)
+        return Reference(policy, tuner.off, "the same model with its fresh adapter off")
     return Reference(copy())

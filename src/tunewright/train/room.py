@@ -50,7 +50,7 @@ def room_to_load(
         quantization, need = SMALLEST, smallest
     if need > limit:
         what = "weights" + (", gradients and optimizer" if full else " and their scores" if card.needs_data else "")
-        what += " (and what `retain` keeps beside them)" if more else ""
+        what += " (and what the job keeps beside them: the policy at step 0, copies for `retain`)" if more else ""
         raise OutOfMemory(
             f"This job does not fit into memory: the {what} of {n:,} parameters alone need "
             f"{(need + n * more) / 1e9:.1f} GB, and {max(limit + n * more, 0) / 1e9:.1f} GB are there. "

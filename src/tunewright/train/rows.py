@@ -20,6 +20,7 @@ from tunewright.data.render import RenderReport, render_rows
 from tunewright.data.rendered import JoinedGroups, StoredGroups, write_groups
 from tunewright.data.tokenizer import Tokenizer
 from tunewright.data.validate import check_file, raise_for, read_conversations
+from tunewright.objectives import OBJECTIVES
 from tunewright.train.labels import job_labels
 
 # what the files of a role are called; a role's name ends with its place in the field, as in core.spec.extra_files
@@ -93,7 +94,15 @@ def render(
     minimum = spec.min_examples if role == "train" else 1
     shapes = (("chat", "text") if spec.head == "lm" else ("labelled",)) if retained else objective.card.shapes
     format = "auto" if retained else spec.format
-    report = check_file(path, format=format, purpose_shapes=shapes, min_examples=minimum, name=name)
+    report = check_file(
+        path,
+        format=format,
+        purpose_shapes=shapes,
+        method="" if retained else objective.card.openai_method or spec.objective.name,
+        objectives=users_of_shapes(),
+        min_examples=minimum,
+        name=name,
+    )
     raise_for(report, what=what)
     events.write("message", f"The {what} file {name} has {report.n_rows} rows. {report.reason}")
     rendered, notes = RenderReport(), []
@@ -113,6 +122,15 @@ def render(
         notes.extend(f"{what.capitalize()} file: {note}" for note in rendered.notes)
 
     commit_folder(run.folder / "rendered" / role, fill, {**info, "notes": notes})
+
+
+def users_of_shapes() -> dict[str, list[str]]:
+    """shape -> the names of the objectives that use rows of it."""
+    found: dict[str, list[str]] = {}
+    for name in OBJECTIVES:
+        for shape in OBJECTIVES.load(name).card.shapes:
+            found.setdefault(shape, []).append(name)
+    return found
 
 
 def with_progress(rows: Iterator[Conversation], total: int, what: str, events: EventWriter) -> Iterator[Conversation]:

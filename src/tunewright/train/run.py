@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,17 @@ def run_once(
     path = choose_path(model, dtype, threads, home.cache / "kernels", wanted, room)
     events.write("message", path.why)
     policy = Policy(model, autocast, fast=path.forward, embedding_noise=neftune(model, spec.neftune_alpha))
+
+    def second() -> Policy:
+        """The policy at step 0, loaded again. On the same path, or it would round otherwise."""
+        frozen = attach(start, part(TUNERS, spec.tuner), spec, dtype, head, quantization).requires_grad_(False).eval()
+        other = choose_path(frozen, dtype, threads, home.cache / "kernels", path.name, math.inf)
+        return Policy(frozen, autocast, fast=other.forward)
+
+    reference = cache(partial(find_reference, tuner, policy, start.over is not None, second))
+    if objective.card.needs_reference:
+        objective.reference = reference()
+        events.write("message", f"The reference, the model at step 0, is {objective.reference.how}")
     prepare(run, tuner, policy, objective, groups, spec.seed or 0, events, stop)
     plan = earlier or resolve(
         spec,
@@ -131,17 +142,9 @@ def run_once(
         parameters=count(policy.model),
         trainable=sum(p.numel() for p in tuner.trainable().values()),
         versions=versions(path.kernels, quantization),
+        lr_factor=objective.card.lr_factor,
     )
     tuner.begin(plan.total_steps, plan.total_steps // plan.n_epochs)
-
-    def second() -> Policy:
-        """The policy at step 0, loaded again."""
-        frozen = attach(start, part(TUNERS, spec.tuner), spec, dtype, head, quantization).requires_grad_(False).eval()
-        room = room_left(spec.max_memory)
-        other = choose_path(frozen, dtype, threads, home.cache / "kernels", plan.path, math.inf if earlier else room)
-        return Policy(frozen, autocast, fast=other.forward)
-
-    reference = partial(find_reference, tuner, policy, start.over is not None, second)
     kept = retain.begin(run, job, spec, plan, tuner, policy, head, load, reference, events, stop)
     optimizer_class, optimizer_options = row(OPTIMIZERS, spec.optimizer)
     build = partial(optimizer_class.build, lr=plan.learning_rate, options=optimizer_options)

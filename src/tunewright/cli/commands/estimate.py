@@ -30,6 +30,7 @@ def estimate(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA.")] = 16,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, adafactor, lion, muon or sgd.")] = "adamw",
+    objective: Annotated[str, typer.Option(help="Such as dpo: a pair is two rows, with a reference.")] = "sft",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
 ) -> None:
@@ -49,13 +50,27 @@ def estimate(
         ("--optimizer", optimizer, tuple(memory.OPTIMIZER_BYTES)),
     ):
         check_word(name, value, allowed)
-    setting = memory.Setting(tuner, dtype, "none", optimizer, False, rank, tokens=batch * length, length=length)
-    config = find_config(model, find_home(home))
+    place = find_home(home)
+    together, reference = (1, False) if objective == "sft" else read_objective(objective, place)
+    setting = memory.Setting(
+        tuner, dtype, "none", optimizer, False, rank, batch * length * together, length, together, reference
+    )
+    config = find_config(model, place)
     found = answer(read_shape(config), setting, there, gpu)
     if as_json:
         print(json.dumps({"model": model, "device_bytes": there, "device": "gpu" if gpu else "cpu", **found}, indent=2))
         return
     show(model, found, there, gpu, Console())
+
+
+def read_objective(name: str, home: Home) -> tuple[int, bool]:
+    """(rows of a group, whether the objective compares with the model at step 0). Raises SpecError."""
+    from tunewright.jobs.describe import load_describe
+
+    known = load_describe(home)["objective"]
+    check_word("--objective", name, tuple(sorted(known)))
+    card = known[name]["card"]
+    return card["group_size"] or 1, card["needs_reference"]
 
 
 def check_word(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -7,9 +7,11 @@ FORMATS = Table(
     {
         "openai_chat": "tunewright.data.formats.openai_chat:FORMAT",
         "openai_dpo": "tunewright.data.formats.openai_dpo:FORMAT",
+        "chosen_rejected": "tunewright.data.formats.chosen_rejected:FORMAT",
         "alpaca": "tunewright.data.formats.alpaca:FORMAT",
         "sharegpt": "tunewright.data.formats.sharegpt:FORMAT",
         "prompt_completion": "tunewright.data.formats.prompt_completion:FORMAT",
+        "unpaired": "tunewright.data.formats.unpaired:FORMAT",
         "text_label": "tunewright.data.formats.text_label:FORMAT",
         "text": "tunewright.data.formats.text:FORMAT",
     },

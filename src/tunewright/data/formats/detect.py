@@ -47,11 +47,17 @@ def decide(sample: Sequence[Collection[str]]) -> Decision:
     hits = {f.name: sum(f.fits(row) for row in sample) for f in formats}
     most = max(hits.values())
     best = [f for f in formats if most and hits[f.name] == most]
+    best = [f for f in best if not any(other is not f and _needs_more(other, f) for other in best)]
     if len(best) > 1:
         best = [f for f in best if not f.weak]
     if len(best) == 1:
         return Decision(best[0], f"{best[0].title}: {best[0].detect(sample)}.")
     return Decision(None, _ambiguous(best) if best else _unknown(sample[0], formats))
+
+
+def _needs_more(other: Format, format: Format) -> bool:
+    """Whether `other` asks for everything that `format` asks for, and for more."""
+    return any(set(few) < set(many) for few in format.needs for many in other.needs)
 
 
 def _ambiguous(best: list[Format]) -> str:

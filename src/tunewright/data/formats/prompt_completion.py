@@ -13,7 +13,7 @@ from tunewright.data.formats.openai_chat import check_trainable, read_list
 def convert(row: Row, line: int) -> Conversation:
     """Raises DataError with every problem of the row."""
     found = Findings(line)
-    prompt, completion = _side(row, "prompt", "user", found), _side(row, "completion", "assistant", found)
+    prompt, completion = read_side(row, "prompt", "user", found), read_side(row, "completion", "assistant", found)
     if completion:
         check_trainable(completion, found)
     found.stop_if_any()
@@ -21,7 +21,7 @@ def convert(row: Row, line: int) -> Conversation:
     return Conversation(messages=shown + completion, source=line)
 
 
-def _side(row: Row, key: str, role: str, found: Findings) -> list[Message]:
+def read_side(row: Row, key: str, role: str, found: Findings) -> list[Message]:
     """The messages of one side; a text is one message of `role`."""
     if isinstance(row.get(key), list):
         return read_list(row, key, found)

@@ -68,14 +68,19 @@ def _example(row: Conversation, name: str) -> Row:
     """A row as the turns of an example, without a system message, which would stand in the middle."""
     turns = list(_turns(row))
     said = [t["content"] for t in turns if t["role"] == "user" and t.get("content")]
-    if not said or turns[-1]["role"] != "assistant":
+    if not said or turns[-1]["role"] != "assistant" or row.shape == "unpaired":
         raise SpecError(
             f"{name} line {row.source}: an example is a user message and the assistant's answer to it, or a text with "
-            f"a label; this row is of shape '{row.shape}' and "
-            + ("has no user message." if not said else f"ends with role '{turns[-1]['role']}'."),
+            f"a label; this row is of shape '{row.shape}' and " + _why_not(row, bool(said), turns),
             param="data",
         )
     return {KEY: said[-1], "messages": turns}
+
+
+def _why_not(row: Conversation, asked: bool, turns: list[Message]) -> str:
+    if row.shape == "unpaired":
+        return "marks an answer as good or bad, which is no example."
+    return f"ends with role '{turns[-1]['role']}'." if asked else "has no user message."
 
 
 def _turns(row: Conversation) -> Iterator[Message]:

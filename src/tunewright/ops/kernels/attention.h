@@ -17,6 +17,7 @@ struct Attention {
   int64_t ldo;
   float *lse;  // [heads, T]
   int64_t rows;  // T
+  const int64_t *holes;  // [T, 2] keys [from, to) of its segment that a query does not see though they are before it; or null
   bool causal() const { return window >= 0; }
 };
 
@@ -73,11 +74,22 @@ static inline void seen(const Attention &a, int64_t q, int64_t length, int64_t &
   low = a.window > 0 ? std::max<int64_t>(0, q - a.window + 1) : 0;
   high = a.causal() ? q + 1 : length;
 }
+struct Hole {  // of one query, counted from the first of the keys at hand
+  int64_t from, to;
+};
+// The hole of row t of the pack, counted from the key j0 of its segment.
+static inline Hole hole(const Attention &a, int64_t t, int64_t j0) {
+  return a.holes ? Hole{a.holes[2 * t] - j0, a.holes[2 * t + 1] - j0} : Hole{0, 0};
+}
 static inline __mmask16 inside(int64_t j, int64_t low, int64_t high) {  // lanes of j..j+15 within [low, high)
   if (j >= low && j + 16 <= high) return 0xffff;
   int64_t a = std::min<int64_t>(16, std::max<int64_t>(0, low - j));
   int64_t b = std::min<int64_t>(16, std::max<int64_t>(0, high - j));
   return b > a ? __mmask16(((1u << b) - 1u) & ~((1u << a) - 1u)) : __mmask16(0);
+}
+
+static inline __mmask16 inside(int64_t j, int64_t low, int64_t high, Hole h) {
+  return inside(j, low, high) & ~(h.to > h.from ? inside(j, h.from, h.to) : __mmask16(0));
 }
 
 // Zeros where a row of probabilities has none: [first, from) and [upto, end).
@@ -86,20 +98,22 @@ static inline void clear(bf16 *p, int64_t first, int64_t from, int64_t upto, int
   if (end > upto) memset(p + upto, 0, 2 * (end - upto));
 }
 
-// One query's probabilities over the keys [j0, j1), relative to the largest score so far. top (a power of two), total: of
-// all keys so far. sum: its output so far, shrunk when a larger score comes, or null.
-static inline void soften(const Attention &a, const float *s, bf16 *p, int64_t j0, int64_t j1, int64_t query,
+// The probabilities of the segment's query (`at`: its first row) over the keys [j0, j1), relative to the largest score so
+// far. top (a power of two), total: of all keys so far. sum: its output so far, shrunk when a larger score comes, or null.
+static inline void soften(const Attention &a, const float *s, bf16 *p, int64_t j0, int64_t j1, int64_t at, int64_t query,
                           int64_t length, float &top, float &total, float *sum) {
   int64_t low, high;
   seen(a, query, length, low, high);
+  const Hole h = hole(a, at + query, j0);
   low = std::max(low, j0) - j0, high = std::min(high, j1) - j0;
   const int64_t from = std::min(low / 16 * 16, j1 - j0), upto = std::max(from, (high + 15) / 16 * 16);
   clear(p, 0, from, upto, j1 - j0);
   if (high <= low) return;
   __m512 best = _mm512_set1_ps(-INFINITY);
   for (int64_t j = from; j < upto; j += 16)
-    best = _mm512_mask_max_ps(best, inside(j, low, high), best, _mm512_load_ps(s + j));
+    best = _mm512_mask_max_ps(best, inside(j, low, high, h), best, _mm512_load_ps(s + j));
   const float scale = a.scale * LOG2_E, now = std::max(top, _mm512_reduce_max_ps(best) * scale);
+  if (now == -INFINITY) return clear(p, from, from, from, upto);  // all of them are in the hole
   if (sum && now > top) {
     const float shrink = std::exp2(top - now);
     total *= shrink;
@@ -110,7 +124,7 @@ static inline void soften(const Attention &a, const float *s, bf16 *p, int64_t j
   __m512 all = _mm512_setzero_ps();
   for (int64_t j = from; j < upto; j += 16) {
     __m512 e = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(s + j), _mm512_set1_ps(scale), _mm512_set1_ps(now)));
-    e = _mm512_maskz_mov_ps(inside(j, low, high), e);
+    e = _mm512_maskz_mov_ps(inside(j, low, high, h), e);
     all = _mm512_add_ps(all, e);
     store16(p + j, e);
   }
@@ -150,7 +164,7 @@ static bool attend(const Attention &a, int threads) {  // false: no memory
             scores(a, s, q, q0, nb, kt, j0, j1);
             for (int64_t i = 0; i < nb; i++)
               if (const int64_t upto = reach(a, q0 + i / 32 * 32, j1); upto > j0)
-                soften(a, s + i * KEYS, p + i * KEYS, j0, upto, std::min(q0 + i, length - 1), length, top[i],
+                soften(a, s + i * KEYS, p + i * KEYS, j0, upto, at, std::min(q0 + i, length - 1), length, top[i],
                        total[i], j0 > first ? sum + i * hd : nullptr);
             for (int64_t i = 0; i < nb; i += 32)
               for (int64_t d = 0; d < hd && reach(a, q0 + i, j1) > j0; d += 32) {
@@ -174,23 +188,26 @@ static bool attend(const Attention &a, int threads) {  // false: no memory
 }
 
 // Of the queries q0 + i and q0 + i + 1 over the keys [j0, j1): P and dS in packed tiles with k = queries, and dS by rows.
-// lse: as a power of two.
-static inline void slopes(const Attention &a, const float *s, const float *dp, int64_t i, int64_t q0, int64_t n, int64_t nb,
-                          int64_t j0, int64_t j1, int64_t length, const float *lse, const float *delta, bf16 *ds, bf16 *pp,
+// at: the segment's first row. lse: as a power of two.
+static inline void slopes(const Attention &a, const float *s, const float *dp, int64_t at, int64_t i, int64_t q0, int64_t n,
+                          int64_t nb, int64_t j0, int64_t j1, int64_t length, const float *lse, const float *delta, bf16 *ds,
+                          bf16 *pp,
                           bf16 *dsp) {
   const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
                                          20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512 scale = _mm512_set1_ps(a.scale * LOG2_E);
   int64_t low[2], high[2];
+  Hole h[2] = {};
   for (int64_t r = 0; r < 2; r++) {
     seen(a, q0 + i + r, length, low[r], high[r]);
     if (i + r >= n) low[r] = high[r] = 0;  // a padding row sees nothing
+    else h[r] = hole(a, at + q0 + i + r, j0);
     low[r] = std::max(low[r], j0) - j0, high[r] = std::max(std::min(high[r], j1) - j0, int64_t(0));
   }
   for (int64_t j = 0; j < j1 - j0; j += 16) {
     // B tiles with k = queries: [key panel of 32][query block of 32][2], row i/2 of the tile
     const int64_t tile = ((j / 32 * (nb / 32) + i / 32) * 2 + j / 16 % 2) * TILE + i % 32 / 2 * 32;
-    const __mmask16 in[2] = {inside(j, low[0], high[0]), inside(j, low[1], high[1])};
+    const __mmask16 in[2] = {inside(j, low[0], high[0], h[0]), inside(j, low[1], high[1], h[1])};
     if (!(in[0] | in[1])) {
       _mm512_store_si512(pp + tile, _mm512_setzero_si512());
       _mm512_store_si512(dsp + tile, _mm512_setzero_si512());
@@ -199,12 +216,12 @@ static inline void slopes(const Attention &a, const float *s, const float *dp, i
     }
     __m512 pr[2], dr[2];
     for (int64_t r = 0; r < 2; r++) {
-      const int64_t at = (i + r) * KEYS + j;
-      __m512 e = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(s + at), scale, _mm512_set1_ps(lse[i + r])));
+      const int64_t place = (i + r) * KEYS + j;
+      __m512 e = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(s + place), scale, _mm512_set1_ps(lse[i + r])));
       pr[r] = _mm512_maskz_mov_ps(in[r], e);
-      __m512 x = _mm512_sub_ps(_mm512_load_ps(dp + at), _mm512_set1_ps(delta[i + r]));
+      __m512 x = _mm512_sub_ps(_mm512_load_ps(dp + place), _mm512_set1_ps(delta[i + r]));
       dr[r] = _mm512_mul_ps(_mm512_mul_ps(pr[r], x), _mm512_set1_ps(a.scale));
-      store16(ds + at, dr[r]);
+      store16(ds + place, dr[r]);
     }
     _mm512_store_si512(pp + tile, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(pr[1], pr[0])));
     _mm512_store_si512(dsp + tile, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(dr[1], dr[0])));
@@ -270,7 +287,7 @@ static bool attend_backward(const Attention &a, const AttentionGrad &b, int thre
             scores(a, s, q, q0, nb, kt, j0, j1);
             scores(a, dp, go, q0, nb, vt, j0, j1);
             for (int64_t i = 0; i < nb; i += 2)
-              slopes(a, s, dp, i, q0, n, nb, j0, reach(a, q0 + i / 32 * 32, j1), length, lse, delta, ds, pp, dsp);
+              slopes(a, s, dp, at, i, q0, n, nb, j0, reach(a, q0 + i / 32 * 32, j1), length, lse, delta, ds, pp, dsp);
             for (int64_t i = 0; i < nb; i += 32)
               for (int64_t d = 0; d < hd && reach(a, q0 + i, j1) > j0; d += 32) {
                 if (j0 == first) zero_tiles();

@@ -78,16 +78,16 @@ extern "C" int layer_backward_tiles(P pack, P weights, P x, P room, P small, P d
                          (bf16 *)scratch, (float *)found, int(threads));
 }
 extern "C" int attention_tiles(P q, P k, P v, I ld, P starts, I segments, I heads, I kv, I hd, double scale, I window,
-                                P out, I ldo, P lse, I rows, I threads) {
+                                P out, I ldo, P lse, I rows, P holes, I threads) {
   Attention a{(bf16 *)q, (bf16 *)k, (bf16 *)v, ld, (int64_t *)starts, segments, heads, kv, hd, float(scale), window,
-              (bf16 *)out, ldo, (float *)lse, rows};
+              (bf16 *)out, ldo, (float *)lse, rows, (int64_t *)holes};
   return !attend(a, int(threads));
 }
 extern "C" int attention_backward_tiles(P q, P k, P v, I ld, P starts, I segments, I heads, I kv, I hd, double scale,
-                                         I window, P out, I ldo, P lse, I rows, P dout, I lddo, P dq, P dk, P dv, I ldd,
+                                         I window, P out, I ldo, P lse, I rows, P holes, P dout, I lddo, P dq, P dk, P dv, I ldd,
                                          I threads) {
   Attention a{(bf16 *)q, (bf16 *)k, (bf16 *)v, ld, (int64_t *)starts, segments, heads, kv, hd, float(scale), window,
-              (bf16 *)out, ldo, (float *)lse, rows};
+              (bf16 *)out, ldo, (float *)lse, rows, (int64_t *)holes};
   AttentionGrad b{(bf16 *)dout, lddo, (bf16 *)dq, (bf16 *)dk, (bf16 *)dv, ldd};
   return !attend_backward(a, b, int(threads));
 }

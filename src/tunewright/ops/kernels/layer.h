@@ -9,6 +9,7 @@ struct Pack {  // what all layers share; rows: n tokens and what pads them to wh
   const int64_t *starts;
   const float *cosine, *sine;
   double eps;
+  const int64_t *holes;  // see Attention
 };
 struct LayerWeights {
   Weight qkv, o, gate_up, down;
@@ -32,7 +33,7 @@ struct Kept {  // what the backward needs of the forward, one after the other in
 static Attention attention(const Pack &p, const Kept &k, int64_t width) {
   bf16 *keys = k.qkv + p.heads * p.hd;
   return {k.qkv, keys, keys + p.kv * p.hd, width, p.starts, p.segments, p.heads, p.kv, p.hd, 1.0f / std::sqrt(float(p.hd)),
-          p.window, k.attended, p.heads * p.hd, k.lse, p.rows};
+          p.window, k.attended, p.heads * p.hd, k.lse, p.rows, p.holes};
 }
 static void clear_rows(bf16 *x, const Pack &p, int64_t width) { memset(x + p.n * width, 0, 2 * (p.rows - p.n) * width); }
 

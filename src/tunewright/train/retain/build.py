@@ -84,10 +84,12 @@ def begin(
 
 
 def extra_bytes(spec: JobSpec, card: TunerCard, itemsize: int, continues: bool) -> int:
-    """Bytes for each parameter of the model that the methods will hold beside it: copies of what is trained, and the
-    policy at step 0 where it is a second model. continues: the job starts from an adapter or delta."""
+    """Bytes for each parameter of the model that the job will hold beside it: the methods' copies of what is trained,
+    and the policy at step 0 where a method or the objective needs it and it is a second model. continues: the job
+    starts from an adapter or delta."""
     found = methods(spec)
     whole = card.artefact == "weights"
     copies = FLOAT * sum(m.card.copies for m in found) if whole else 0
-    second = any(m.card.needs_reference for m in found) and (card.artefact != "adapter" or continues)
+    compared = [*(m.card for m in found), OBJECTIVES.load(spec.objective.name).card]
+    second = any(c.needs_reference for c in compared) and (card.artefact != "adapter" or continues)
     return copies + ((FLOAT if card.float32_base else itemsize) if second else 0)

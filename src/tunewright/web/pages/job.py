@@ -16,16 +16,45 @@ from tunewright.web.feeds import ACTIVE, Feed, JobView
 from tunewright.web.series import clock, count, duration, number, percent, series
 
 TRAIN, VALID, FULL = "#0f8a7e", "#d9822b", "#6d5bd0"
-LOSS_LINES = {
-    "train_loss": Line("Training", TRAIN),
-    "valid_loss": Line("Validation", VALID, dashed=True),
-    "full_valid_loss": Line("Full validation", FULL, dots=True),
-}
-ACCURACY_LINES = {
-    "train_mean_token_accuracy": Line("Training", TRAIN),
-    "valid_mean_token_accuracy": Line("Validation", VALID, dashed=True),
-    "full_valid_mean_token_accuracy": Line("Full validation", FULL, dots=True),
-}
+
+
+def three(metric: str) -> dict[str, Line]:
+    """Lines of a metric in training, validation batches and full validation."""
+    return {
+        f"train_{metric}": Line("Training", TRAIN),
+        f"valid_{metric}": Line("Validation", VALID, dashed=True),
+        f"full_valid_{metric}": Line("Full validation", FULL, dots=True),
+    }
+
+
+def two(metric: str) -> dict[str, Line]:
+    """Lines of both answers' metric in training."""
+    return {
+        f"train_chosen_{metric}": Line("Preferred", TRAIN),
+        f"train_rejected_{metric}": Line("Rejected", VALID, dashed=True),
+    }
+
+
+LOSS_LINES, ACCURACY_LINES = three("loss"), three("mean_token_accuracy")
+
+
+@dataclass(frozen=True)
+class More:
+    """A chart that appears once a job measures one of its lines. scale: 100 shows percent."""
+
+    title: str
+    name: str
+    lines: dict[str, Line]
+    digits: int = 3
+    scale: float = 1.0
+
+
+MORE = (
+    More("Reward margin", "margin-chart", three("reward_margin")),
+    More("Pairs in the right order (%)", "order-chart", three("reward_accuracy"), digits=1, scale=100.0),
+    More("Rewards", "rewards-chart", two("reward")),
+    More("Log-probabilities of the answers", "logps-chart", two("logp"), digits=1),
+)
 ACTIONS = {
     "pause": ("Pause", "pause", "plain", "Pause this job?", "It keeps its progress and goes on when you resume it."),
     "resume": ("Resume", "play_arrow", "primary", "", ""),
@@ -59,6 +88,7 @@ class Parts:
     checkpoints: Element
     facts: Element
     events: Element
+    more: dict[str, LineChart] = field(default_factory=dict)
     shown: dict[str, Any] = field(default_factory=dict)
     steps: bool = False
 
@@ -232,6 +262,13 @@ def update_charts(parts: Parts, job: dict[str, Any], points: list[dict[str, Any]
     total = points[-1]["total_steps"] if points else None
     parts.loss.show({key: series(points, key) for key in LOSS_LINES}, total)
     parts.accuracy.show({key: series(points, key) for key in ACCURACY_LINES}, total)
+    for chart in MORE:
+        found = {key: series(points, key) for key in chart.lines}
+        if chart.name not in parts.more and any(found.values()):
+            with parts.charts, kit.card(chart.title):
+                parts.more[chart.name] = LineChart(chart.title, chart.lines, chart.name, chart.digits, chart.scale)
+        if chart.name in parts.more:
+            parts.more[chart.name].show(found, total)
 
 
 # --- checkpoints, details, events ------------------------------------------------------------------------------------
