@@ -87,8 +87,8 @@ def test_unsupervised_tokens_do_not_matter(name: str, policy: Policy) -> None:
     objective = instance(OBJECTIVES, name)
     (batch,) = pack(groups_for(objective.card, n=1), 10**6)
     batch.weights_T.zero_()
-    if "label" in batch.per_segment:
-        batch.per_segment["label"].fill_(math.nan)
+    for name in {"label", "labels"} & set(batch.per_segment):
+        batch.per_segment[name].fill_(math.nan)
     policy.model.zero_grad()
     terms = objective(policy, batch)
     assert all(t.weight == 0 and t.total.item() == 0 for t in terms.values())

@@ -46,7 +46,8 @@ class Conversation(BaseModel):
     contexts: retrieved passages, for question answering over documents.
     preferred, rejected: the two answers of a preference row; `messages` is then their shared input.
     text: the row of a plain-text corpus, or what a label belongs to. text_pair: a second text that it is about, too.
-    label, reward: what a classifier or a grader says of the row.
+    label, reward: what a classifier (several classes: a list) or a grader says of the row.
+    margin: by how much the preferred answer is better, in units of reward.
     source: where the row came from (1-based line or row number).
     """
 
@@ -61,6 +62,7 @@ class Conversation(BaseModel):
     text_pair: str | None = None
     label: str | float | bool | list[str] | None = None
     reward: float | None = None
+    margin: float | None = None
     source: int = 0
 
     @property
@@ -69,3 +71,8 @@ class Conversation(BaseModel):
         if self.text is not None:
             return "text" if self.label is None else "labelled"
         return "preference" if self.preferred is not None else "chat"
+
+    @property
+    def label_text(self) -> str:
+        """The label as one text; several classes with commas between."""
+        return ", ".join(self.label) if isinstance(self.label, list) else str(self.label)

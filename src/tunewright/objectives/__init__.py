@@ -6,7 +6,10 @@ OBJECTIVES = Table(
     "objective",
     {
         "classify": "tunewright.objectives.classify:Classify",
-        "regress": "tunewright.objectives.classify:Regress",
+        "multilabel": "tunewright.objectives.multilabel:Multilabel",
+        "pretrain": "tunewright.objectives.pretrain:Pretrain",
+        "regress": "tunewright.objectives.regress:Regress",
+        "reward": "tunewright.objectives.reward:Reward",
         "sft": "tunewright.objectives.sft:SFT",
     },
 )

@@ -15,7 +15,8 @@ from tunewright.ops.types import Batch, Term
 class ObjectiveCard:
     """The capability row. shapes: data shapes it can use; group_size: examples in a group (0 = any).
 
-    head: which of the model's outputs it trains: `lm` (the next token), `classify` or `regress` (the whole row).
+    head: which of the model's outputs it trains: `lm` (the next token), or one for whole rows (models/heads.py).
+    beside: further shapes that validation files and the files of `mix` may have.
     """
 
     title: str
@@ -25,6 +26,7 @@ class ObjectiveCard:
     needs_rollouts: bool = False
     openai_method: str | None = None
     head: str = "lm"
+    beside: tuple[str, ...] = ()
 
 
 class Options(BaseModel):
@@ -48,7 +50,7 @@ class Objective(Protocol):
 
     It must equal the weights of the terms that the call returns. `metrics` (optional detached sums for charts, each
     with its own weight) come back through `Term`s with coef 0. An optional `report(means)` makes further metrics of
-    the terms' means, which validation writes into its events.
+    the terms' means, which training and validation write into their events.
     """
 
     card: ClassVar[ObjectiveCard]

@@ -169,8 +169,7 @@ def train(parts: Parts, state: State) -> State:
         metrics = {
             "step": step,
             "total_steps": parts.plan.total_steps,
-            "train_loss": finite(means["loss"]),
-            "train_mean_token_accuracy": finite(means["accuracy"]),
+            **measured(parts, "train_", means),
             **validate(parts, step, at_epoch_end),
         }
         speed = (state.tokens - first_tokens) / max(time.monotonic() - started, 1e-9)

@@ -108,9 +108,7 @@ def run_once(
     if quantization != NONE:
         events.write("message", held_text(quantization, spec.quantization), {"quantization": quantization})
     events.write("phase", "Loading the model", {"name": "loading", "done": 0, "total": 1})
-    head = job_head(run, spec)
-    if head is not None:
-        objective.labels = head.labels
+    head = job_head(run, spec, objective)
     model = attach(start, tuner, spec, dtype, head, quantization)
     autocast = None if dtype == torch.float32 else dtype
     wanted, room = (earlier.path, math.inf) if earlier else (spec.path, room_left(spec.max_memory))
@@ -142,7 +140,7 @@ def run_once(
         return Policy(frozen, autocast, fast=other.forward)
 
     reference = partial(find_reference, tuner, policy, start.over is not None, second)
-    kept = retain.begin(run, job, spec, plan, tuner, policy, head, load, reference, events, stop)
+    kept = retain.begin(run, job, spec, plan, tuner, policy, load, reference, events, stop)
     optimizer_class, optimizer_options = row(OPTIMIZERS, spec.optimizer)
     build = partial(optimizer_class.build, lr=plan.learning_rate, options=optimizer_options)
     schedule, schedule_options = row(SCHEDULES, spec.schedule)
