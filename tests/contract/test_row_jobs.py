@@ -49,10 +49,9 @@ def several_rows(n: int) -> Rows:
 
 
 def text_rows(n: int) -> Rows:
-    return [
-        {"text": " ".join(f"{tiny.THINGS[(i + k) % 8]} is {tiny.COLOURS[k % 6]}." for k in range(1 + i % 5))}
-        for i in range(n)
-    ]
+    """n texts of one to five sentences."""
+    said = [[f"{tiny.THINGS[(i + k) % 8]} is {tiny.COLOURS[k % 6]}." for k in range(1 + i % 5)] for i in range(n)]
+    return [{"text": " ".join(sentences)} for sentences in said]
 
 
 def new_run(home: Home, rows: Rows, valid: Rows | None = None, more: dict[str, Rows] | None = None, **spec: Any) -> Run:
@@ -153,13 +152,10 @@ def test_reward_models_of_every_kind_open_elsewhere(tiny_home: Home, model: str,
 @pytest.mark.slow
 def test_several_classes(tiny_home: Home) -> None:
     tiny.build_reader(tiny_home.models / "bert", "bert")
-    run = new_run(
-        tiny_home, several_rows(64), several_rows(16), model="bert", head="multilabel", tuner="full", learning_rate=3e-3,
-        n_epochs=12, objective={"name": "multilabel", "class_weights": "balanced"},
-    )  # fmt: skip
-    again = resumed(run, tiny_home, 5)
+    balanced = {"name": "multilabel", "class_weights": "balanced"}
+    options = {"model": "bert", "head": "multilabel", "tuner": "full", "learning_rate": 3e-3, "n_epochs": 8}
+    run = new_run(tiny_home, several_rows(64), several_rows(16), **options, objective=balanced)
     attempt(run, tiny_home)
-    assert weights(run) == weights(again)
     said = last(run)
     assert said["full_valid_accuracy"] > 0.7 and said["full_valid_macro_f1"] > 0.8
     assert read_json(run.folder / "labels.json") == {"labels": ["blue", "green", "red"], "counts": [32] * 3, "rows": 64}
@@ -194,7 +190,7 @@ def test_a_label_outside_the_set_names_the_set_the_nearest_and_the_line(tiny_hom
 def test_domain_then_task_in_one_job(tiny_home: Home, documents: str) -> None:
     """Texts in blocks, then chat rows; perplexity follows; resumed in the middle, the same bits."""
     run = new_run(
-        tiny_home, text_rows(40), text_rows(8), {"task": tiny.sft_rows(12)}, max_length=64, learning_rate=5e-3,
+        tiny_home, text_rows(40), text_rows(8), {"task": tiny.sft_rows(12)}, max_length=80, learning_rate=5e-3,
         objective={"name": "pretrain", "documents": documents}, mix={"files": ["task"], "order": "in_turn"},
     )  # fmt: skip
     again = resumed(run, tiny_home, 4)
@@ -205,10 +201,11 @@ def test_domain_then_task_in_one_job(tiny_home: Home, documents: str) -> None:
         assert d["train_perplexity"] == pytest.approx(math.exp(d["train_loss"]))
     assert steps[-1]["full_valid_perplexity"] < math.exp(run.plan()["base"]["loss"])
     blocks = StoredGroups(run.folder / "rendered" / "train")
-    assert len(blocks) < 40 and all(g.n_tokens <= 64 for g in blocks)
+    assert len(blocks) < 40 and all(g.n_tokens <= 80 for g in blocks)
     assert run.plan()["mix"] == [[len(blocks), len(blocks)], [12, 12]] and run.plan()["in_turn"]
 
 
+@pytest.mark.slow
 def test_texts_beside_the_task_and_not_instead(tiny_home: Home) -> None:
     """SFT takes texts of `mix` as blocks; a training file of texts is for another objective."""
     run = new_run(tiny_home, tiny.sft_rows(12), more={"texts": text_rows(9)}, mix=["texts"], n_epochs=1)

@@ -16,6 +16,7 @@ from tunewright.core.errors import CheckpointError
 from tunewright.core.events import EventWriter
 from tunewright.core.run import JobFile, Run
 from tunewright.core.spec import HEADS, JobSpec
+from tunewright.data.blocks import Documents
 from tunewright.data.render import RenderReport, render_rows
 from tunewright.data.rendered import JoinedGroups, StoredGroups, write_groups
 from tunewright.data.tokenizer import Tokenizer
@@ -99,7 +100,7 @@ def render(
     raise_for(report, what=what)
     events.write("message", f"The {what} file {name} has {report.n_rows} rows. {report.reason}")
     rendered, notes = RenderReport(), []
-    documents = None
+    documents: Documents | None = None
     if report.shape == "text" and kind != "retain":
         documents = getattr(objective.options, "documents", "separate")
         limit = min(limit, BLOCK) if spec.max_length == "auto" else limit

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,7 +29,7 @@ from tunewright.train.retain import base
 from tunewright.train.retain.base import Given, RetainCard, pull_back, snapshot
 
 FILE = "fisher.safetensors"
-# what makes a row's summed loss a negative log-likelihood: the squared error is twice that of a normal of variance 1
+# for _to_nll: the squared error is twice that of a normal distribution of variance 1
 TO_NLL = {"lm": 1.0, "classify": 1.0, "regress": 0.5, "reward": 1.0}
 
 
@@ -94,13 +94,18 @@ def fisher(given: Given, examples: int, sampled: bool, key: str) -> dict[str, Te
                 if p.grad is not None:
                     squares[name].addcmul_(p.grad, p.grad)
                     p.grad = None
-    # of several classes a row's loss is the mean
-    factor = causal_lm(given.policy.model).config.num_labels if head == "multilabel" else TO_NLL[head]
-    found = {name: f.mul_(factor**2 / weight) for name, f in squares.items()}
+    found = {name: f.mul_(_to_nll(given) ** 2 / weight) for name, f in squares.items()}
     bad = [name for name, f in found.items() if not torch.isfinite(f).all()]
     if bad:
         raise Diverged(f"The Fisher information of the retained rows is not finite: {', '.join(bad[:3])}.")
     return found
+
+
+def _to_nll(given: Given) -> float:
+    """The factor that makes a row's summed loss a negative log-likelihood; of several classes the loss is the mean."""
+    head = given.objective.card.head
+    config: Any = causal_lm(given.policy.model).config
+    return float(config.num_labels) if head == "multilabel" else TO_NLL[head]
 
 
 @torch.no_grad()

@@ -66,6 +66,6 @@ class KL(base.Retain):
         if self._head in VALUES:
             return 0.5 * (scores_SL - reference_SL)[:, 0].square()
         if self._head == "multilabel":
-            both = [torch.stack([F.logsigmoid(x), F.logsigmoid(-x)], -1) for x in (scores_SL, reference_SL)]
-            return divergence_of(*both, kind).sum(-1)
+            ours, theirs = (torch.stack([F.logsigmoid(x), F.logsigmoid(-x)], -1) for x in (scores_SL, reference_SL))
+            return divergence_of(ours, theirs, kind).sum(-1)
         return divergence_of(torch.log_softmax(scores_SL, -1), torch.log_softmax(reference_SL, -1), kind)
