@@ -15,7 +15,7 @@ from tunewright.core.conversation import Conversation, Message
 from tunewright.core.errors import DataError, Problem, UserError
 from tunewright.core.example import Example, Group
 from tunewright.data.blocks import Documents, in_blocks
-from tunewright.data.sides import answers, framed_pair, labelled, length, shortened
+from tunewright.data.sides import answers, framed_pair, labelled, length, reads_frames, shortened
 from tunewright.data.spans import Span, Turns, Written, plain, write
 from tunewright.data.tokenizer import Tokenizer
 
@@ -147,7 +147,7 @@ def _render(
         raise DataError(str(problem), problems=[problem])
     if shape == "labelled":
         return [labelled(row, tokenizer, labels, several=head == "multilabel")]
-    if shape == "preference" and head != "lm" and (tokenizer.takes_types or not tokenizer.template):
+    if shape == "preference" and head != "lm" and reads_frames(tokenizer):
         return [_with_margin(framed_pair(row, tokenizer), row)]
     if tokenizer.decoder_start_id is not None:
         return answers(row, tokenizer, _trained(row.messages, train_on), tokenizer.decoder_start_id)

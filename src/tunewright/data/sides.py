@@ -83,16 +83,26 @@ def _class(row: Conversation, label: str, labels: Sequence[str]) -> int:
 def framed_pair(row: Conversation, tokenizer: Tokenizer) -> Group:
     """Preferred and rejected answer for a model without a chat template: the input's contents and the answer, as the
     two texts of a row. The weights say no more than that there is something to read."""
-    before = "\n".join(_content(row, m, i) for i, m in enumerate(row.messages))
+    before = [_content(row, m, i) for i, m in enumerate(row.messages)]
     examples = []
     for name, answer in (("preferred_output", row.preferred), ("non_preferred_output", row.rejected)):
         said = "\n".join(m.content or "" for m in answer or [])
         if not said.strip():
             raise _refused(row, f"has no text in {name}; this model has no chat template that could write it.", name)
-        ids, types = tokenizer.encode_row(before, said)
+        ids, types = framed(before, said, tokenizer)
         kept = tuple(types) if tokenizer.takes_types and any(types) else ()
         examples.append(Example(tuple(ids), (0.0, *[1.0] * (len(ids) - 1)), row.source, types=kept))
     return Group(tuple(examples))
+
+
+def reads_frames(tokenizer: Tokenizer) -> bool:
+    """Whether a head reads a conversation as two texts, as framed_pair() writes it, and not through a chat template."""
+    return tokenizer.takes_types or not tokenizer.template
+
+
+def framed(before: list[str], answer: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """([T] ids, [T] types) of a conversation's contents and the answer to it, as the two texts of a row."""
+    return tokenizer.encode_row("\n".join(before), answer)
 
 
 def _value(row: Conversation, label: str) -> float:
