@@ -1,4 +1,4 @@
-"""Classifiers and reward models through the whole server: trained by a job, listed, asked in a chat, judged, refused."""
+"""Classifiers and reward models through the whole server: trained by a job, listed, asked in a chat, refused."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from parts import groups_for, head_for, instance
 from pydantic import ValidationError
 from torch import Tensor
 
+import tiny
 from tunewright.core.conversation import Shape
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
 from tunewright.ops.packing import pack
+from tunewright.train.reference import Reference
 
 pytestmark = pytest.mark.parametrize("name", list(OBJECTIVES))
 Step = tuple[dict[str, float], dict[str, Tensor]]
@@ -27,9 +30,21 @@ def policy(name: str, tiny_model_dir: Path) -> Policy:
     return Policy(load_model(tiny_model_dir, head=head_for(OBJECTIVES.load(name).card)))
 
 
-def step(name: str, policy: Policy, micro_batch_tokens: int, order: list[int] | None = None) -> Step:
-    """({term: total / weight}, {parameter: gradient}) of one step, divided by weights known before the forward."""
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Another model than the policy, so that there is something to compare with."""
+    return Reference(Policy(load_model(tiny.build_tiny_model(tmp_path_factory.mktemp("reference"), seed=1))))
+
+
+def objective_of(name: str, reference: Reference) -> Any:
     objective = instance(OBJECTIVES, name)
+    if objective.card.needs_teacher:
+        objective.teacher = reference
+    return objective
+
+
+def step(objective: Any, policy: Policy, micro_batch_tokens: int, order: list[int] | None = None) -> Step:
+    """({term: total / weight}, {parameter: gradient}) of one step, divided by weights known before the forward."""
     groups = groups_for(objective.card)
     batches = pack([groups[i] for i in order or range(len(groups))], micro_batch_tokens)
     stats = getattr(objective, "stats", None)
@@ -54,24 +69,31 @@ def assert_same(a: Step, b: Step) -> None:
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 25, 40])
-def test_any_cut_of_a_step_is_the_whole_step(name: str, micro_batch_tokens: int, policy: Policy) -> None:
-    whole, cut = step(name, policy, 10**6), step(name, policy, micro_batch_tokens)
+def test_any_cut_of_a_step_is_the_whole_step(
+    name: str, micro_batch_tokens: int, policy: Policy, reference: Reference
+) -> None:
+    objective = objective_of(name, reference)
+    whole, cut = step(objective, policy, 10**6), step(objective, policy, micro_batch_tokens)
     assert_same(cut, whole)
     assert any(g.abs().max() > 0 for g in whole[1].values())
 
 
-def test_the_order_of_groups_does_not_matter(name: str, policy: Policy) -> None:
-    assert_same(step(name, policy, 30, order=[4, 2, 0, 5, 3, 1]), step(name, policy, 10**6))
+def test_the_order_of_groups_does_not_matter(name: str, policy: Policy, reference: Reference) -> None:
+    objective = objective_of(name, reference)
+    assert_same(step(objective, policy, 30, order=[4, 2, 0, 5, 3, 1]), step(objective, policy, 10**6))
 
 
-def test_the_same_step_twice_gives_the_same_bits(name: str, policy: Policy) -> None:
-    a, b = step(name, policy, 30), step(name, policy, 30)
+def test_the_same_step_twice_gives_the_same_bits(name: str, policy: Policy, reference: Reference) -> None:
+    objective = objective_of(name, reference)
+    a, b = step(objective, policy, 30), step(objective, policy, 30)
     assert a[0] == b[0]
     assert all(torch.equal(a[1][k], b[1][k]) for k in b[1])
 
 
-def test_terms_are_finite_scalars_and_metrics_carry_no_gradient(name: str, policy: Policy) -> None:
-    objective = instance(OBJECTIVES, name)
+def test_terms_are_finite_scalars_and_metrics_carry_no_gradient(
+    name: str, policy: Policy, reference: Reference
+) -> None:
+    objective = objective_of(name, reference)
     (batch,) = pack(groups_for(objective.card), 10**6)
     terms = objective(policy, batch)
     assert "loss" in terms
@@ -82,9 +104,9 @@ def test_terms_are_finite_scalars_and_metrics_carry_no_gradient(name: str, polic
         assert term.coef != 0 or not term.total.requires_grad
 
 
-def test_unsupervised_tokens_do_not_matter(name: str, policy: Policy) -> None:
+def test_unsupervised_tokens_do_not_matter(name: str, policy: Policy, reference: Reference) -> None:
     """A group that trains nothing adds nothing."""
-    objective = instance(OBJECTIVES, name)
+    objective = objective_of(name, reference)
     (batch,) = pack(groups_for(objective.card, n=1), 10**6)
     batch.weights_T.zero_()
     for name in {"label", "labels"} & set(batch.per_segment):
@@ -96,12 +118,12 @@ def test_unsupervised_tokens_do_not_matter(name: str, policy: Policy) -> None:
     assert all(p.grad is None or not p.grad.any() for p in policy.model.parameters())
 
 
-def test_a_few_steps_lower_the_loss(name: str, tiny_model_dir: Path) -> None:
+def test_a_few_steps_lower_the_loss(name: str, tiny_model_dir: Path, reference: Reference) -> None:
     policy = Policy(load_model(tiny_model_dir, head=head_for(OBJECTIVES.load(name).card)))
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=1e-3)
     losses = []
     for _ in range(4):
-        losses.append(step(name, policy, 10**6)[0]["loss"])
+        losses.append(step(objective_of(name, reference), policy, 10**6)[0]["loss"])
         optimizer.step()
     assert losses[-1] < losses[0]
 

@@ -6,6 +6,7 @@ OBJECTIVES = Table(
     "objective",
     {
         "classify": "tunewright.objectives.classify:Classify",
+        "distill": "tunewright.objectives.distill:Distill",
         "multilabel": "tunewright.objectives.multilabel:Multilabel",
         "pretrain": "tunewright.objectives.pretrain:Pretrain",
         "regress": "tunewright.objectives.regress:Regress",

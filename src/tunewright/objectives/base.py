@@ -17,6 +17,7 @@ class ObjectiveCard:
 
     head: which of the model's outputs it trains: `lm` (the next token), or one for whole rows (models/heads.py).
     beside: further shapes that validation files and the files of `mix` may have.
+    needs_teacher: it compares with another model, its option `teacher`, which it is given as its attribute `teacher`.
     """
 
     title: str
@@ -24,6 +25,7 @@ class ObjectiveCard:
     group_size: int = 1
     needs_reference: bool = False
     needs_rollouts: bool = False
+    needs_teacher: bool = False
     openai_method: str | None = None
     head: str = "lm"
     beside: tuple[str, ...] = ()
@@ -41,6 +43,10 @@ class TokenModel(Protocol):
     def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]: ...
 
     def divergence(self, batch: Batch, teacher: Any, kind: str) -> Tensor: ...
+
+    def compare(
+        self, batch: Batch, teacher: Any, want: set[str], kind: str, beta: float = 0.5, temperature: float = 1.0
+    ) -> dict[str, Tensor]: ...
 
     def scores(self, batch: Batch) -> Tensor: ...
 

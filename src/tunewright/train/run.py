@@ -23,7 +23,7 @@ from tunewright.core.errors import RollBack, SpecError
 from tunewright.core.events import EventWriter
 from tunewright.core.example import Group
 from tunewright.core.home import Home
-from tunewright.core.run import BASE_IS_START, JobFile, Run, read_artefact
+from tunewright.core.run import BASE_IS_START, Run, read_artefact
 from tunewright.core.spec import JobSpec, check_parts
 from tunewright.data.rendered import StoredGroups
 from tunewright.data.tokenizer import Tokenizer
@@ -51,6 +51,7 @@ from tunewright.train.reference import find_reference
 from tunewright.train.retain import build as retain
 from tunewright.train.room import held_text, room_left, room_to_load
 from tunewright.train.rows import load_groups, training_groups
+from tunewright.train.teacher import check_teacher, load_teacher, teacher_bytes
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
 from tunewright.tuners.delta import merge_delta
@@ -88,7 +89,7 @@ def run_once(
     dtype = choose_dtype(earlier.dtype if earlier else spec.dtype)
     be_deterministic()
     sweep(run.folder)
-    start = find_start(run, job, home, events)
+    start = find_start(run, job.start, job.base, home, events)
     tokenizer = Tokenizer.load(start.weights, now=datetime.fromtimestamp(job.created_at))
     objective = part(OBJECTIVES, spec.objective)
     tuner: Tuner = part(TUNERS, spec.tuner)
@@ -102,8 +103,13 @@ def run_once(
     valid: Sequence[Group] = load("validation") if job.validation else []
 
     quantization = NONE if earlier is None else earlier.quantization
+    teacher = None
+    if job.teacher:
+        teacher = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events)
+        check_teacher(spec, teacher, tokenizer)
     if earlier is None:
         beside = retain.extra_bytes(spec, tuner.card, dtype.itemsize, start.over is not None)
+        beside += 0 if teacher is None else teacher_bytes(teacher, start, dtype)
         dtype, quantization = room_to_load(start.weights, tuner.card, dtype, spec, beside)
     if quantization != NONE:
         events.write("message", held_text(quantization, spec.quantization), {"quantization": quantization})
@@ -115,6 +121,11 @@ def run_once(
     path = choose_path(model, dtype, threads, home.cache / "kernels", wanted, room)
     events.write("message", path.why)
     policy = Policy(model, autocast, fast=path.forward, embedding_noise=neftune(model, spec.neftune_alpha))
+    if teacher is not None:
+        taught = load_teacher(teacher, dtype, MERGE).to(device())
+        room = math.inf if earlier else room_left(spec.max_memory)
+        other = choose_path(taught, dtype, threads, home.cache / "kernels", path.name, room)
+        objective.teacher = Policy(taught, autocast, fast=other.forward)
     prepare(run, tuner, policy, objective, groups, spec.seed or 0, events, stop)
     plan = earlier or resolve(
         spec,
@@ -210,14 +221,14 @@ def part(table: Any, chosen: Any) -> Any:
     return entry(options)
 
 
-def find_start(run: Run, job: JobFile, home: Home, events: EventWriter) -> Start:
-    """Where the weights come from: the base model, or the artefact that the job continues from."""
-    artefact = read_artefact(run.folder / job.start) if job.start else None
-    if job.start and artefact and artefact.kind == "weights":
-        return Start(run.folder / job.start, None, BASE_IS_START)
-    events.write("phase", f"Preparing the base model {job.base}", {"name": "base", "done": 0, "total": 1})
-    over = run.folder / job.start if job.start else None
-    return Start(materialise(job.base, home), over, job.base, artefact)
+def find_start(run: Run, name: str | None, base: str, home: Home, events: EventWriter) -> Start:
+    """Where weights come from: the base model, or the artefact that lies in the run folder as `name`."""
+    artefact = read_artefact(run.folder / name) if name else None
+    if name and artefact and artefact.kind == "weights":
+        return Start(run.folder / name, None, BASE_IS_START)
+    events.write("phase", f"Preparing the base model {base}", {"name": "base", "done": 0, "total": 1})
+    over = run.folder / name if name else None
+    return Start(materialise(base, home), over, base, artefact)
 
 
 def context_left(folder: Path, tuner: Tuner) -> int:

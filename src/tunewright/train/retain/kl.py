@@ -10,13 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from tunewright.models.policy import Policy
-from tunewright.ops.logprob import divergence_of
+from tunewright.ops.logprob import KINDS, divergence_of
 from tunewright.ops.types import Batch, Term
 from tunewright.train.retain import base
 from tunewright.train.retain.base import Given, RetainCard
 
 VALUES = ("regress", "reward")  # heads that give a number
-KINDS = {"forward": "forward_kl", "reverse": "reverse_kl", "jsd": "jsd"}
 
 
 class KL(base.Retain):
