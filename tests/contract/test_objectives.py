@@ -38,7 +38,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 def objective_of(name: str, reference: Reference) -> Any:
     objective = instance(OBJECTIVES, name)
-    if objective.card.needs_teacher:
+    if "teacher" in objective.card.required:
         objective.teacher = reference
     return objective
 

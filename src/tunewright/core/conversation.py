@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant", "tool")
-Shape = Literal["chat", "preference", "text", "labelled"]
+Shape = Literal["chat", "preference", "prompt", "text", "labelled"]
 
 
 class FunctionCall(BaseModel):
@@ -67,10 +67,13 @@ class Conversation(BaseModel):
 
     @property
     def shape(self) -> Shape:
-        """Which objectives can use the row: `text`, `labelled`, `preference` or `chat`."""
+        """Which objectives can use the row: `text`, `labelled`, `preference`, `prompt` or `chat`."""
         if self.text is not None:
             return "text" if self.label is None else "labelled"
-        return "preference" if self.preferred is not None else "chat"
+        if self.preferred is not None:
+            return "preference"
+        answers = any(m.role == "assistant" and m.weight != 0 for m in self.messages)
+        return "chat" if answers or not self.messages else "prompt"
 
     @property
     def label_text(self) -> str:

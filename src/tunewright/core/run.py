@@ -10,6 +10,7 @@ runs/<job id>/
   worker.log               what the workers printed
   checkpoints/step-000030/ artefact/, optimizer state, trainer.json, MANIFEST.json
   result/                  the artefact that the job leaves
+  answers/                 what a teacher on another server answered to the training and validation rows
   prepared/                what the tuner chose to train by looking at the data, if it does
   retained/                what a method against forgetting measured before step 1 (EWC's Fisher information)
   labels.json              the classes of a classification job, in order

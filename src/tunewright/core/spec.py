@@ -381,8 +381,9 @@ def _problems(kind: str, part: Part, rows: dict[str, Any], head: str) -> Iterato
             yield f"{kind} '{part.name}', option '{path}': {error.message}"
     if card.get("rows") == "required" and not part.options.get("file"):
         yield f"{kind} '{part.name}' needs rows of what must not be forgotten; give its option 'file'"
-    if card.get("needs_teacher") and not part.options.get("teacher"):
-        yield f"{kind} '{part.name}' learns from another model; name it with the option 'teacher'"
+    for name in card.get("required", ()):
+        if not part.options.get(name):
+            yield f"{kind} '{part.name}' needs its option '{name}': {known[name].get('description', '')}"
     if kind == "objective" and card.get("head", head) != head:
         fits = [name for name, other in rows.items() if other["card"].get("head", "lm") == head]
         yield (

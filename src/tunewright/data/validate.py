@@ -25,6 +25,7 @@ TOO_FEW = "invalid_n_examples"
 SHAPES = {
     "chat": ("fine-tune-chat", "supervised"),
     "preference": ("fine-tune-preference", "dpo"),
+    "prompt": ("prompts without answers", "answers"),
     "text": ("text", "pretraining"),
     "labelled": ("text with labels", "classification"),
 }

@@ -143,7 +143,8 @@ class RowModels:
         if record.kind != "weights":
             net = _put(net, folder, record)
         policy = Policy(net.requires_grad_(False).eval())
-        return RowModel(record, Tokenizer.load(folder), policy, context_length(weights))
+        # an adapter's folder has no config.json, which says whether the model takes token types
+        return RowModel(record, Tokenizer.load(weights), policy, context_length(weights))
 
     def _base(self, name: str) -> Path:
         return find_artefact(self.home, name) if parse_model_name(name) else materialise(name, self.home)

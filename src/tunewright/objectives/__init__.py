@@ -5,6 +5,7 @@ from tunewright.core.registry import Table
 OBJECTIVES = Table(
     "objective",
     {
+        "answers": "tunewright.objectives.answers:Answers",
         "classify": "tunewright.objectives.classify:Classify",
         "distill": "tunewright.objectives.distill:Distill",
         "multilabel": "tunewright.objectives.multilabel:Multilabel",

@@ -17,7 +17,8 @@ class ObjectiveCard:
 
     head: which of the model's outputs it trains: `lm` (the next token), or one for whole rows (models/heads.py).
     beside: further shapes that validation files and the files of `mix` may have.
-    needs_teacher: it compares with another model, its option `teacher`, which it is given as its attribute `teacher`.
+    required: options that must be given. One with the option `teacher` compares with that model, which it is given as
+    its attribute `teacher`. asks: its rows are answered by another server first (train/asking.py).
     """
 
     title: str
@@ -25,7 +26,8 @@ class ObjectiveCard:
     group_size: int = 1
     needs_reference: bool = False
     needs_rollouts: bool = False
-    needs_teacher: bool = False
+    required: tuple[str, ...] = ()
+    asks: bool = False
     openai_method: str | None = None
     head: str = "lm"
     beside: tuple[str, ...] = ()

@@ -35,7 +35,7 @@ class Distill:
         documents: Literal["separate", "joined"] = Field("separate", description="of plain texts, as in pretrain")
 
     card: ClassVar[ObjectiveCard] = ObjectiveCard(
-        title="Distillation", shapes=("chat", "text"), group_size=0, needs_teacher=True
+        title="Distillation", shapes=("chat", "text"), group_size=0, required=("teacher",)
     )
 
     teacher: Any = None  # set when a job is put together

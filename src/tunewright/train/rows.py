@@ -22,6 +22,7 @@ from tunewright.data.rendered import JoinedGroups, StoredGroups, write_groups
 from tunewright.data.tokenizer import Tokenizer
 from tunewright.data.validate import check_file, raise_for, read_conversations
 from tunewright.objectives import OBJECTIVES
+from tunewright.train.asking import answers_of
 from tunewright.train.labels import job_labels
 
 # what the files of a role are called; a role's name ends with its place in the field, as in core.spec.extra_files
@@ -90,12 +91,13 @@ def render(
     info: dict[str, Any],
 ) -> None:
     """Check a data file, then commit rendered/<role>, in memory that does not grow with the file. Raises DataError."""
-    path, kind = run.folder / job.file(role), role.partition("-")[0]
+    answered, kind = answers_of(run, role), role.partition("-")[0]
+    path = answered if answered.is_file() else run.folder / job.file(role)
     what = WORDS[kind]
     name = job.sources.get(role, {}).get("name", path.name)
     minimum = spec.min_examples if role == "train" else 1
     shapes = shapes_of(kind, spec, objective)
-    format = "auto" if kind == "retain" else spec.format
+    format = "auto" if kind == "retain" or path == answered else spec.format
     report = check_file(path, format=format, purpose_shapes=shapes, min_examples=minimum, name=name)
     raise_for(report, what=what)
     events.write("message", f"The {what} file {name} has {report.n_rows} rows. {report.reason}")

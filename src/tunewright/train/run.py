@@ -36,6 +36,7 @@ from tunewright.ops.noise import neftune
 from tunewright.ops.quant import NONE, PACKAGE, count
 from tunewright.ops.runtime import be_deterministic, choose_dtype, device, set_threads
 from tunewright.train import meter
+from tunewright.train.asking import ask_teacher
 from tunewright.train.balance import balanced
 from tunewright.train.checkpoint import State, load_newest
 from tunewright.train.describe import describe
@@ -95,6 +96,9 @@ def run_once(
     tuner: Tuner = part(TUNERS, spec.tuner)
     context = context_left(start.weights, tuner)
     limit = context if spec.max_length == "auto" else min(spec.max_length, context)
+
+    if objective.card.asks:
+        ask_teacher(run, job, spec, objective, home, events, stop)
 
     def load(role: str) -> StoredGroups:
         return load_groups(run, job, spec, tokenizer, objective, limit, role, events)

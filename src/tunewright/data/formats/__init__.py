@@ -10,6 +10,7 @@ FORMATS = Table(
         "alpaca": "tunewright.data.formats.alpaca:FORMAT",
         "sharegpt": "tunewright.data.formats.sharegpt:FORMAT",
         "prompt_completion": "tunewright.data.formats.prompt_completion:FORMAT",
+        "prompt": "tunewright.data.formats.prompt:FORMAT",
         "text_label": "tunewright.data.formats.text_label:FORMAT",
         "text": "tunewright.data.formats.text:FORMAT",
     },
