@@ -102,6 +102,20 @@ def test_a_reward_model(http: httpx.Client, names: dict[str, str], which: str) -
     assert float(said) == pytest.approx(one[0]["score"], abs=0.02)
 
 
+def test_a_teacher_is_a_model_of_this_server_and_an_endpoint_is_listed(http: httpx.Client) -> None:
+    """A client can name neither a path nor a server of its own choice."""
+    text = "".join(json.dumps(r) + "\n" for r in tiny.sft_rows(12))
+    upload = http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", text.encode())})
+    body = {"model": "tiny", "training_file": upload.json()["id"]}
+    for objective, code in (
+        ({"name": "distill", "teacher": "/etc"}, "model_not_available"),
+        ({"name": "distill"}, "invalid_value"),
+        ({"name": "answers", "endpoint": "http://127.0.0.1:1/v1", "model": "m"}, "endpoint_not_allowed"),
+    ):
+        answer = http.post("/v1/fine_tuning/jobs", json={**body, "tunewright": {"objective": objective}})
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == code, answer.text
+
+
 def test_errors_have_openais_shape(http: httpx.Client, names: dict[str, str]) -> None:
     user = [{"role": "user", "content": "x"}]
     cases = [

@@ -37,7 +37,9 @@ def job_head(run: Run, spec: JobSpec, objective: Any) -> Head | None:
     if spec.head not in CLASSES:
         return Head(spec.head, NAMES[spec.head], spec.seed or 0)
     known = read_json(_file(run))
-    objective.begin(tuple(known["labels"]), tuple(known["counts"]), known["rows"])
+    begin = getattr(objective, "begin", None)
+    if begin is not None:
+        begin(tuple(known["labels"]), tuple(known["counts"]), known["rows"])
     return Head(spec.head, tuple(known["labels"]), spec.seed or 0)
 
 
