@@ -130,7 +130,10 @@ def test_a_request_and_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "sk-secret" not in str(post_json(endpoint, "", {}, 10.0, environ).value)
         server.answer = lambda body: (200, b"0" * 100)
         monkeypatch.setattr(outbound, "MAX_BYTES", 99)
-        with pytest.raises(EndpointDown, match="more than"):
+        with pytest.raises(EndpointDown, match="larger than 99 bytes"):
+            post_json(endpoint, "", {}, 10.0, environ)
+        server.answer = lambda body: (200, b"12345", {"Content-Length": "9"})
+        with pytest.raises(EndpointDown, match="broke off"):
             post_json(endpoint, "", {}, 10.0, environ)
     with pytest.raises(EndpointDown, match="refused"):
         post_json(endpoint, "", {}, 10.0, environ)

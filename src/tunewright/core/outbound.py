@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import ssl
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,7 @@ def environment(url: str, environ: Mapping[str, str] = os.environ) -> dict[str, 
 def post_json(
     endpoint: Endpoint, path: str, body: Any, timeout: float, environ: Mapping[str, str] = os.environ
 ) -> Reply:
-    """POST `body` to the endpoint's path. timeout: seconds for each wait on the network.
+    """POST `body` to the endpoint's path. timeout: seconds until the answer begins, and again until it is whole.
 
     Raises EndpointDown when no whole answer comes, Forbidden when the host's name leads into a network of its own.
     """
@@ -120,13 +121,11 @@ def post_json(
     try:
         connection.request("POST", f"{endpoint.path}{path}", json.dumps(body).encode(), headers)
         answer = connection.getresponse()
-        data = answer.read(MAX_BYTES + 1)
+        data = _whole(answer, timeout)
     except (OSError, http.client.HTTPException) as e:
         raise EndpointDown(f"{endpoint.url} does not answer: {_reason(e)}.") from e
     finally:
         connection.close()
-    if len(data) > MAX_BYTES:
-        raise EndpointDown(f"{endpoint.url} answered with more than {MAX_BYTES >> 20} MiB.")
     if secret:
         data = data.replace(secret.encode(), b"...")  # some servers repeat it in their errors
     return Reply(answer.status, _json(data), _seconds(answer.getheader("Retry-After")))
@@ -185,6 +184,18 @@ class _Pinned(http.client.HTTPConnection):
             raise OSError("connected to another address")
         if self._context is not None:
             self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)
+
+
+def _whole(answer: http.client.HTTPResponse, timeout: float) -> bytes:
+    """The body. Raises OSError if it is too large, too slow or breaks off."""
+    data, end = bytearray(), time.monotonic() + timeout
+    while part := answer.read1(1 << 16):
+        data += part
+        if len(data) > MAX_BYTES or time.monotonic() > end:
+            raise OSError(f"its answer is larger than {MAX_BYTES} bytes or takes more than {timeout:g} s")
+    if answer.length:
+        raise OSError("its answer broke off")
+    return bytes(data)
 
 
 def _json(data: bytes) -> Any:

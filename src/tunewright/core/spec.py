@@ -20,13 +20,7 @@ from tunewright.core.errors import SpecError, did_you_mean
 Auto = Literal["auto"]
 Spec = TypeVar("Spec", bound=BaseModel)
 # head -> the plain objective that trains it
-HEADS = {
-    "lm": "sft",
-    "classify": "classify",
-    "multilabel": "multilabel",
-    "regress": "regress",
-    "reward": "reward",
-}
+HEADS = {"lm": "sft", **{head: head for head in ("classify", "multilabel", "regress", "reward")}}
 KINDS = ("tuner", "objective", "optimizer", "schedule")  # one part each
 LISTS = ("retain",)  # any number of parts
 

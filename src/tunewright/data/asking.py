@@ -26,6 +26,7 @@ BACK_OFF = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try
 MOST_SECONDS = 60.0  # that a server may ask to wait
 LATER = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # answers of a server that is only busy
 POLL = 0.2
+CUT_OFF = "an answer was cut off at max_tokens"
 
 Post = Callable[[Endpoint, str, Any, float], Reply]
 Call = dict[str, Any]
@@ -160,8 +161,9 @@ def ask(teacher: Teacher, messages: list[Call], halt: threading.Event) -> Answer
     if path.is_file():
         return Answer(**read_json(path), kept=True)
     answer = read_answer(_patiently(teacher, body, halt))
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_json(path, {"text": answer.text, "tokens": answer.tokens, "why": answer.why})
+    if answer.text or answer.why == CUT_OFF:  # anything else may be a server's bad moment
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json(path, {"text": answer.text, "tokens": answer.tokens, "why": answer.why})
     return answer
 
 
@@ -201,7 +203,7 @@ def read_answer(reply: Reply) -> Answer:
     if not isinstance(text, str) or not text.strip():
         return Answer("", known, "the server's answer holds no text")
     if choice.get("finish_reason") == "length":
-        return Answer("", known, "an answer was cut off at max_tokens")
+        return Answer("", known, CUT_OFF)
     return Answer(text, known)
 
 
