@@ -30,7 +30,10 @@ async def classify(request: Request, body: Body) -> Judged:
 async def score(request: Request, body: Body) -> Judged:
     """How good a reward model holds answers to be: of each conversation its last message."""
     wanted = parse(Score, body)
-    rows = [{"messages": [m.model_dump(exclude_none=True) for m in messages]} for messages in wanted.input]
+    rows = [
+        {"messages": [m.model_dump(exclude_none=True, exclude={"annotations", "refusal"}) for m in messages]}
+        for messages in wanted.input
+    ]
     return await _judged(server_of(request), wanted.model, rows, "tunewright.score")
 
 
