@@ -11,7 +11,8 @@ import pytest
 import torch
 from job_kit import attempt, stop_after, weights
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
 from tunewright.core.durable import read_json
@@ -215,3 +216,26 @@ def test_texts_beside_the_task_and_not_instead(tiny_home: Home) -> None:
         attempt(new_run(tiny_home, text_rows(12)), tiny_home)
     with pytest.raises(DataError, match="chat"):
         attempt(new_run(tiny_home, tiny.sft_rows(12), objective="pretrain"), tiny_home)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_a_reward_model_goes_on_from_a_tuned_one(tiny_home: Home, tuner: str) -> None:
+    """The body is that of the supervised model, with which training hardly moves; the head is new."""
+    first = new_run(tiny_home, tiny.sft_rows(12), n_epochs=1, learning_rate=1e-2)
+    attempt(first, tiny_home)
+    options = {"tuner": {"name": "lora", "r": 4} if tuner == "lora" else "full", "learning_rate": 1e-10}
+    run = new_run(tiny_home, pair_rows(12), model=first.job().name, head="reward", n_epochs=1, **options)
+    attempt(run, tiny_home)
+    before = load_file(first.result / "adapter_model.safetensors")
+    if tuner == "lora":
+        after = load_file(run.result / "adapter_model.safetensors")
+        new = set(after) - set(before)
+        assert len(new) == 1 and next(iter(new)).endswith("score.weight")
+    else:
+        base = AutoModelForCausalLM.from_pretrained(tiny_home.models / "tiny")
+        merged = PeftModel.from_pretrained(base, first.result).merge_and_unload()
+        before, after = dict(merged.named_parameters()), load_file(run.result / "model.safetensors")
+        before = {name: p.detach() for name, p in before.items() if name != "lm_head.weight"}
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-5, rtol=1e-5)

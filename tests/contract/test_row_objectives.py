@@ -15,6 +15,7 @@ from torch import Tensor
 from tunewright.core.errors import SpecError
 from tunewright.core.example import Example, Group
 from tunewright.objectives import OBJECTIVES
+from tunewright.ops.logprob import divergence_of
 from tunewright.ops.packing import collate
 from tunewright.ops.types import Batch, Term
 
@@ -34,6 +35,12 @@ class Leaf:
         logp = self.values.log_softmax(-1)
         at = batch.targets_T[:, None]
         return {"logp": logp.gather(-1, at)[:, 0], "correct": (logp.argmax(-1) == batch.targets_T).double()}
+
+    def compare(
+        self, batch: Batch, teacher: Any, want: set[str], kind: str, beta: float, temperature: float
+    ) -> dict[str, Tensor]:
+        ours, theirs = ((x / temperature).log_softmax(-1) for x in (self.values, teacher.values))
+        return {**self.token_stats(batch, want), "divergence": divergence_of(ours, theirs, kind, beta)}
 
 
 def made(name: str, counts: tuple[int, ...] = (6, 3, 1), n: int = 10, **options: Any) -> Any:
@@ -140,21 +147,23 @@ def test_the_reward_model_is_bradley_terry(margins: tuple[float | None, ...], ce
     }
 
 
-@pytest.mark.parametrize("name", ["classify", "multilabel", "regress", "reward", "pretrain"])
+@pytest.mark.parametrize("name", ["classify", "multilabel", "regress", "reward", "pretrain", "distill"])
 def test_gradients_are_finite_differences(name: str) -> None:
     """Over some 20 tokens, with every option that changes the loss."""
     options = {
         "classify": {"class_weights": {"b": 3.0}, "focal_gamma": 2.0},
         "multilabel": {"class_weights": {"b": 3.0}, "focal_gamma": 2.0},
         "reward": {"center": 0.1},
+        "distill": {"kind": "jsd", "beta": 0.3, "temperature": 2.0, "hard": 0.25},
     }.get(name, {})
     part = OBJECTIVES.load(name)
     objective = part(part.Options(**options))
     if hasattr(objective, "begin"):
         objective.begin(LABELS, (1, 1, 1), 3)
     batch = collate(groups_for(part.card, n=4, vocab=7))
-    width = {"classify": 3, "multilabel": 3, "pretrain": 7}.get(name, 1)
-    leaf = random_scores(batch.n_tokens if name == "pretrain" else batch.n_segments, width).requires_grad_()
+    width = {"classify": 3, "multilabel": 3, "pretrain": 7, "distill": 7}.get(name, 1)
+    leaf = random_scores(batch.n_tokens if width == 7 else batch.n_segments, width).requires_grad_()
+    objective.teacher = Leaf(random_scores(batch.n_tokens, width, 8))
 
     def loss(values: Tensor) -> Tensor:
         return torch.stack([t.coef * t.total.double() for t in objective(Leaf(values), batch).values() if t.coef]).sum()

@@ -42,6 +42,7 @@ from tunewright.train.checkpoint import State, load_newest
 from tunewright.train.describe import describe
 from tunewright.train.fast import choose_path
 from tunewright.train.finish import Start, artefact_writer, finish
+from tunewright.train.heads import copy_body, load_with_new_head
 from tunewright.train.labels import job_head
 from tunewright.train.loop import Parts, announce_checkpoint, train
 from tunewright.train.optim import OPTIMIZERS, SCHEDULES
@@ -262,11 +263,16 @@ def attach(
         )
     held = torch.float32 if tuner.card.float32_base else dtype
     model = load_model(start.weights, held, head, quantization).to(device())
+    new_head = head is not None and start.record is not None and start.record.head == "lm"
     if start.over is not None and start.record is not None and whole:
-        model = MERGE[start.record.kind](model, start.over)
+        merge = MERGE[start.record.kind]
+        if new_head:
+            copy_body(merge(load_model(start.weights, held).to(device()), start.over), model)
+        else:
+            model = merge(model, start.over)
     model = tuner.attach(model, seed=spec.seed or 0)
     if start.over is not None and not whole:
-        tuner.load(start.over)
+        load_with_new_head(tuner, start.over) if new_head else tuner.load(start.over)
     return model
 
 
