@@ -36,7 +36,7 @@ class Answers:
 
     def __init__(self, options: Answers.Options) -> None:
         self.options = options
-        self._next_token = SFT(SFT.Options())
+        self._next_token = SFT(SFT.Options(label_smoothing=0.0))
 
     def weights(self, batch: Batch) -> dict[str, float]:
         return self._next_token.weights(batch)

@@ -32,7 +32,7 @@ class Pretrain:
 
     def __init__(self, options: Any) -> None:
         self.options = options
-        self._next_token = SFT(SFT.Options())
+        self._next_token = SFT(SFT.Options(label_smoothing=0.0))
 
     def weights(self, batch: Batch) -> dict[str, float]:
         return self._next_token.weights(batch)
