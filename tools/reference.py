@@ -40,9 +40,9 @@ found from the first 100 of them; `tunewright data check FILE` says which one it
 line and field. `format:` in a job spec sets it by hand. A `prompt` or `completion` may be a text or a list of chat
 messages; only the completion is trained.
 
-Pairs of answers and marked ones are for [preference objectives](../objectives.md). Plain-text rows can be checked
-today; training on them needs an objective that is not there yet. Rows with labels need `head: classify` or
-`head: regress`; a label is a class's name or a number.
+Which objective uses which rows: [Objectives](../objectives.md). A label is a class's name, a list of classes
+(`head: multilabel`; an empty list: none applies) or a number. A preference row may have a `margin`, by which its better
+answer is to win (`head: reward`).
 
 An encoder-decoder (T5, mT5) reads what comes before an answer and learns the answer: of chat rows every trained turn is
 a target, and its source is what the model's chat template writes of the messages before, or, without a template, their

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tunewright.core.example import Example, Group
-from tunewright.models.heads import Head
+from tunewright.models.heads import CLASSES, Head
 from tunewright.models.policy import Policy
 from tunewright.objectives.sft import SFT
 from tunewright.ops.packing import collate
@@ -44,8 +45,9 @@ def row_gradients(model: Any, groups: list[Group]) -> Iterator[None]:
 
 def head_for(card: Any) -> Head | None:
     """The model's head that the objective trains."""
-    labels = {"classify": ("no", "yes"), "regress": ("value",)}
-    return None if card.head == "lm" else Head(card.head, labels[card.head])
+    if card.head == "lm":
+        return None
+    return Head(card.head, ("no", "yes") if card.head in CLASSES else ("value",))
 
 
 def groups_for(card: Any, n: int = 6, vocab: int = 470) -> list[Group]:
@@ -59,11 +61,11 @@ def groups_for(card: Any, n: int = 6, vocab: int = 470) -> list[Group]:
         for _ in range(size):
             answer = [rng.randrange(vocab) for _ in range(rng.randint(1, 7))]
             weights = [0.0] * len(prompt) + [rng.choice([1.0, 1.0, 0.5]) for _ in answer]
-            if card.head == "lm":
-                examples.append(Example(tuple(prompt + answer), tuple(weights), source=i + 1))
-            else:
-                ids = tuple(prompt + answer)
-                examples.append(Example(ids, (0.0,) * len(ids), source=i + 1, label=float(i % 2)))
+            example = Example(tuple(prompt + answer), tuple(weights), source=i + 1)
+            if "labelled" in card.shapes:
+                of_row = {"labels": ((), (0,), (1,), (0, 1))[i % 4]} if card.head == "multilabel" else {"label": i % 2}
+                example = replace(example, weights=(0.0,) * len(weights), **of_row)
+            examples.append(example)
         groups.append(Group(tuple(examples), prefix=len(prompt)))
     return groups
 

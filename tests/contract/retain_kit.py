@@ -46,6 +46,8 @@ def make(
     """An attached tuner with methods begun over `rows`. methods: name -> options; None: all with their defaults."""
     found = instance(OBJECTIVES, objective)
     plain = instance(OBJECTIVES, HEADS[found.card.head])
+    if "teacher" in found.card.required:
+        found.teacher = another(folder)
     head = head_for(found.card)
     part = instance(TUNERS, tuner)
     attached = part.attach(model or load_model(folder, head=head), seed=3)
@@ -85,6 +87,16 @@ def make(
         )
         begun.append(method)
     return parts_of(policy=policy, tuner=part, objective=found, retain=begun)
+
+
+def another(folder: Path) -> Policy:
+    """A model like that in the folder, with other weights."""
+    model = load_model(folder)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(9)
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return Policy(model.requires_grad_(False))
 
 
 def gradients_of(model: Any, objective: Any, n: int) -> Any:

@@ -78,14 +78,14 @@ def test_a_classifier_learns_and_opens_elsewhere(readers: Home, tuner: str) -> N
 
 
 @pytest.mark.slow
-def test_a_classifier_is_continued_with_its_classes_and_not_served(readers: Home) -> None:
+def test_a_classifier_is_continued_with_its_classes_and_writes_no_text(readers: Home) -> None:
     made, _ = run(readers, tiny.label_rows(18), model="bert", head="classify", tuner="full", n_epochs=1)
     name = read_artefact(made.result).name
     two = [row for row in tiny.label_rows(30) if row["label"] != "red"]
     again, _ = run(readers, two, model=name, head="classify", tuner="full", n_epochs=1)
     assert tuple(read_artefact(again.result).labels or ()) == COLOURS
     served = Artefacts(readers, torch.float32, Limits())
-    with pytest.raises(UserError, match="cannot be served"):
+    with pytest.raises(UserError, match="no recipe can stand on it"):
         served.resolve(None, str(made.result))
 
 

@@ -32,7 +32,7 @@ def policy(name: str, tiny_model_dir: Path) -> Policy:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Another model than the policy, so that rewards are not 0."""
+    """Another model than the policy, so that there is something to compare with, and rewards are not 0."""
     return Reference(Policy(load_model(tiny.build_tiny_model(tmp_path_factory.mktemp("reference"), seed=1))))
 
 
@@ -40,6 +40,8 @@ def objective_of(name: str, reference: Reference) -> Any:
     objective = instance(OBJECTIVES, name)
     if objective.card.needs_reference:
         objective.reference = reference
+    if "teacher" in objective.card.required:
+        objective.teacher = reference
     return objective
 
 
@@ -123,8 +125,8 @@ def test_unsupervised_tokens_do_not_matter(name: str, policy: Policy, reference:
     objective = objective_of(name, reference)
     (batch,) = pack(groups_for(objective.card, n=1), 10**6)
     batch.weights_T.zero_()
-    if "label" in batch.per_segment:
-        batch.per_segment["label"].fill_(math.nan)
+    for name in {"label", "labels"} & set(batch.per_segment):
+        batch.per_segment[name].fill_(math.nan)
     policy.model.zero_grad()
     terms = objective(policy, batch)
     assert all(t.weight == 0 and t.total.item() == 0 for t in terms.values())

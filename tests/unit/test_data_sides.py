@@ -70,7 +70,7 @@ def test_labels_become_text(label: Any, text: str) -> None:
     assert row("text_label", {"text": "x", "label": label}).label == text
 
 
-@pytest.mark.parametrize("label", [None, "", [], {}, float("nan")])
+@pytest.mark.parametrize("label", [None, "", {}, float("nan"), [1, ""], ["a", "a"]])
 def test_a_label_that_is_none_is_a_problem_of_the_row(label: Any) -> None:
     with pytest.raises(DataError, match="label") as e:
         row("text_label", {"text": "x", "label": label}, 7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -90,27 +91,41 @@ def test_frozen_head_gradient_by_finite_differences() -> None:
         assert grad[i, j].item() == pytest.approx(((up - down) / (2 * eps)).item(), rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize(("beta", "temperature"), [(0.5, 1.0), (0.1, 2.5)])
 @pytest.mark.parametrize("chunk", [3, 256])
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_divergences(kind: str, chunk: int) -> None:
-    h, weight, bias, _ = tensors()
+def test_divergences(kind: str, chunk: int, beta: float, temperature: float) -> None:
+    h, weight, bias, targets = tensors()
     teacher_h = torch.randn(N, 9, generator=torch.Generator().manual_seed(5)).requires_grad_()
     head, teacher = Head(weight, bias), Head(torch.randn(V, 9, generator=torch.Generator().manual_seed(6)))
-    got = logprob.divergence(h, head, teacher_h, teacher, kind, chunk)
-    p, q = full_logits(teacher_h.detach(), teacher).softmax(-1), full_logits(h, head).softmax(-1)
-    m = (p + q) / 2
+    want = {"divergence", "logp"}
+    both = logprob.compare(h, head, teacher_h, teacher, targets, want, kind, beta, temperature, chunk)
+    got, logp = both["divergence"], full_logits(h, head).log_softmax(-1)
+    torch.testing.assert_close(both["logp"], logp.gather(-1, targets[:, None])[:, 0], atol=1e-5, rtol=1e-4)
+    p = (full_logits(teacher_h.detach(), teacher) / temperature).softmax(-1)
+    q = (full_logits(h, head) / temperature).softmax(-1)
+    m = beta * p + (1 - beta) * q
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return (a * (a / b).log()).sum(-1)
 
-    want = {"forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": (kl(p, m) + kl(q, m)) / 2}[kind]
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    jsd = beta * kl(p, m) + (1 - beta) * kl(q, m)
+    far = {"forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": jsd}[kind]
+    torch.testing.assert_close(got, far, atol=1e-5, rtol=1e-4)
+    of_teacher = torch.autograd.grad(got.sum(), teacher_h, allow_unused=True, retain_graph=True)[0]
+    assert of_teacher is None
     torch.testing.assert_close(
-        torch.autograd.grad(got.sum(), h)[0], torch.autograd.grad(want.sum(), h)[0], atol=1e-5, rtol=1e-4
+        torch.autograd.grad(got.sum(), h)[0], torch.autograd.grad(far.sum(), h)[0], atol=1e-5, rtol=1e-4
     )
-    assert not torch.autograd.grad(
-        logprob.divergence(h, head, teacher_h, teacher, kind).sum(), teacher_h, allow_unused=True
-    )[0]
+
+
+def test_the_generalised_jsd_lies_between_both_kl() -> None:
+    """Divided by beta (1 - beta), near 0 and 1 it is KL(teacher || student) and KL(student || teacher)."""
+    generator = torch.Generator().manual_seed(3)
+    teacher, student = (torch.randn(4, V, generator=generator).double().log_softmax(-1) for _ in range(2))
+    for beta, kind in ((1e-4, "forward_kl"), (1 - 1e-4, "reverse_kl")):
+        near = logprob.divergence_of(student, teacher, "jsd", beta) / (beta * (1 - beta))
+        torch.testing.assert_close(near, logprob.divergence_of(student, teacher, kind), rtol=2e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,6 +164,19 @@ def test_memory_is_a_chunk_not_the_vocabulary(trained: bool) -> None:
     rows, vocab, chunk = 512, 1024, 64
     h = torch.randn(rows, 8, requires_grad=True)
     head = Head(torch.randn(vocab, 8, requires_grad=trained))
+    nowhere = torch.zeros(rows, dtype=torch.int64)
+    assert (
+        0 < largest_tensor(lambda: logprob.token_stats(h, head, nowhere, {"logp", "correct"}, chunk)) <= chunk * vocab
+    )
+    teacher = Head(torch.randn(vocab, 8))
+    want = {"divergence", "logp", "correct"}
+    beside = h.detach().clone()
+    compared = largest_tensor(lambda: logprob.compare(h, head, beside, teacher, nowhere, want, "jsd", chunk=chunk))
+    assert 0 < compared <= chunk * vocab
+
+
+def largest_tensor(work: Callable[[], dict[str, Tensor]]) -> int:
+    """Elements of the largest tensor that `work` and the backward of its log-probabilities make."""
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -160,10 +188,9 @@ def test_memory_is_a_chunk_not_the_vocabulary(trained: bool) -> None:
             return out
 
     with Watch():
-        logprob.token_stats(h, head, torch.zeros(rows, dtype=torch.int64), {"logp", "correct"}, chunk)[
-            "logp"
-        ].sum().backward()
-    assert 0 < largest <= chunk * vocab
+        found = work()
+        sum(found[k] for k in ("logp", "divergence") if k in found).sum().backward()  # type: ignore[union-attr]
+    return largest
 
 
 def test_bad_names_and_vocabularies_are_errors() -> None:
@@ -171,6 +198,7 @@ def test_bad_names_and_vocabularies_are_errors() -> None:
     with pytest.raises(ValueError, match="no such token statistic: logits"):
         logprob.token_stats(h, Head(weight), targets, {"logits"})
     with pytest.raises(ValueError, match="no such divergence"):
-        logprob.divergence(h, Head(weight), h, Head(weight), "hellinger")
+        logprob.compare(h, Head(weight), h, Head(weight), targets, {"divergence"}, "hellinger")
     with pytest.raises(ValueError, match="17 and 16 tokens"):
-        logprob.divergence(h, Head(weight), h, replace(Head(weight), weight=weight[:-1]), "jsd")
+        less = replace(Head(weight), weight=weight[:-1])
+        logprob.compare(h, Head(weight), h, less, targets, {"divergence"}, "jsd")

@@ -12,7 +12,7 @@ from tunewright.core.errors import SpecError
 from tunewright.core.example import Example, Group
 from tunewright.core.spec import Mix, extra_files, parse_spec
 from tunewright.data.rendered import JoinedGroups, StoredGroups, sizes, write_groups
-from tunewright.train.mix import mixed_rows, quotas
+from tunewright.train.mix import mixed_rows, quotas, rows_in_turn
 from tunewright.train.plan import epoch_rows, resolve, step_rows
 from tunewright.tuners.lora import LoRA
 
@@ -104,3 +104,26 @@ def test_files_have_roles() -> None:
     assert extra_files(spec) == {"retain-2": "old", "mix-1": "b", "mix-2": "c"}
     assert parse_spec({"model": "m", "training_file": "a", "retain": "l2sp"}).retain[0].name == "l2sp"
     assert extra_files(parse_spec({"model": "m", "training_file": "a"})) == {}
+
+
+def test_in_turn_all_epochs_of_a_file_come_before_the_next(tmp_path: Path) -> None:
+    """The same rows, as often, in the same order within a file, as when they are shuffled."""
+    files, epochs = ((7, 3), (4, 10), (5, 5)), 5
+    shuffled = np.concatenate([mixed_rows(files, 3, e) for e in range(epochs)])
+    turned = np.concatenate([rows_in_turn(files, 3, e, epochs) for e in range(epochs)])
+    file_of = np.repeat([0, 1, 2], [7, 4, 5])
+    assert all(len(rows_in_turn(files, 3, e, epochs)) == 18 for e in range(epochs))
+    assert np.array_equal(file_of[turned], np.repeat([0, 1, 2], [15, 50, 25]))
+    assert all(np.array_equal(shuffled[file_of[shuffled] == i], turned[file_of[turned] == i]) for i in range(3))
+
+    groups = JoinedGroups([stored(tmp_path / "a", 9, 4), stored(tmp_path / "b", 3, 10)])
+    spec = parse_spec({
+        "model": "m", "training_file": "a", "batch_size": 5, "n_epochs": 2, "seed": 1,
+        "mix": {"files": ["b"], "order": "in_turn"},
+    })  # fmt: skip
+    plan = resolve(
+        spec, groups, [], LoRA.card, dtype="float32", threads=1, context=99, parameters=1, trainable=1, versions={}
+    )
+    rows = [i for step in range(1, plan.total_steps + 1) for i in step_rows(plan, step)]
+    assert [i >= 9 for i in rows] == [False] * 18 + [True] * 6
+    assert plan.n_tokens == 9 * 4 + 3 * 10  # of an epoch, the mean

@@ -22,6 +22,9 @@ def create(
     """Check everything, write the run folder, index it. Raises UserError; then nothing was made."""
     jobspec.refuse_wandb(request)
     spec = jobspec.build_spec(request, describe, find_start(server, request.model))
+    teacher = spec.objective.options.get("teacher")
+    if teacher:
+        find_start(server, teacher, "tunewright.objective.teacher")
     train = find_data_file(server, request.training_file, "training_file")
     other = request.validation_file
     validation = find_data_file(server, other, "validation_file") if other else None

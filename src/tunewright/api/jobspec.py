@@ -39,7 +39,7 @@ def build_spec(request: CreateJob, describe: Mapping[str, Any], start: Artefact 
     objective = _objective(request, own, hyper, describe)
     raw = {
         **own,
-        "objective": objective,
+        **({} if objective is None else {"objective": objective}),
         "model": request.model,
         "training_file": request.training_file,
         "validation_file": request.validation_file,
@@ -84,10 +84,11 @@ def _check_own_keys(own: dict[str, Any]) -> None:
 
 
 def _objective(request: CreateJob, own: dict[str, Any], hyper: Hyper, describe: Mapping[str, Any]) -> Any:
-    """The objective's name and options: of `method`, or of `tunewright.objective`, which must not disagree."""
+    """The objective's name and options: of `method`, or of `tunewright.objective`, which must not disagree; None where
+    `tunewright.head` or the task decides."""
     asked = own.pop("objective", None)
     if request.method is None:
-        return asked or _of_method("supervised", describe)
+        return asked
     name = _of_method(request.method.type, describe)
     options = {k: v for k, v in hyper.model_dump().items() if k not in COMMON and v not in ("auto", "default")}
     block = getattr(request.method, request.method.type)

@@ -49,8 +49,8 @@ def find_target(server: Server, name: str) -> Target:
     return Target(name, None)
 
 
-def find_start(server: Server, name: str) -> Artefact | None:
-    """What a job on `name` continues from; None for a base model.
+def find_start(server: Server, name: str, param: str = "model") -> Artefact | None:
+    """What a job on `name` continues from, or learns from; None for a base model. param: where the name was.
 
     Raises UserError (400 model_not_available) unless `name` is a base model or an `ft:` model or checkpoint.
     """
@@ -63,7 +63,7 @@ def find_start(server: Server, name: str) -> Artefact | None:
     raise UserError(
         f"Model {name} is not available for fine-tuning or does not exist.{near} "
         f"Base models: {', '.join(base_models(server))}.",
-        param="model",
+        param=param,
         code="model_not_available",
     )
 

@@ -242,6 +242,9 @@ class ChatMessage(Strict):
     function_call: None = None
 
 
+Conversation = Annotated[list[ChatMessage], Field(min_length=1)]
+
+
 class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -296,3 +299,32 @@ class CreateCompletion(Strict):
     moderation: Any = None
     functions: Any = None
     function_call: Any = None
+
+
+# --- models with a head ----------------------------------------------------------------------------------------------
+
+
+class TextRow(Strict):
+    text: str
+    text_pair: str | None = None
+
+
+def _texts(value: Any) -> Any:
+    """`input` as a list of rows: a text, an object with `text` and `text_pair`, or an array of either."""
+    items = value if isinstance(value, list) else [value]
+    return [{"text": item} if isinstance(item, str) else item for item in items]
+
+
+def _conversations(value: Any) -> Any:
+    """`input` as a list of conversations; one alone is an array of messages."""
+    return [value] if isinstance(value, list) and value and isinstance(value[0], dict) else value
+
+
+class Classify(Strict):
+    model: str = Field(min_length=1)
+    input: Annotated[list[TextRow], BeforeValidator(_texts)] = Field(min_length=1, max_length=2048)
+
+
+class Score(Strict):
+    model: str = Field(min_length=1)
+    input: Annotated[list[Conversation], BeforeValidator(_conversations)] = Field(min_length=1, max_length=2048)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_serializer
 
 Row = TypeVar("Row")
 Auto = Literal["auto"]
+Judges = Literal["tunewright.classification", "tunewright.score"]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -305,3 +306,33 @@ class Health(BaseModel):
     engine: Literal["running", "stopped", "failing"]
     parts: Literal["ready", "loading", "broken"]
     version: str
+
+
+class Judgement(BaseModel):
+    """What a model with a head says of one row. Of the fields below `index` it has those of its head."""
+
+    object: Judges
+    index: int
+    label: str | None = None
+    labels: list[str] | None = None
+    distribution: dict[str, float] | None = None
+    value: float | None = None
+    score: float | None = None
+
+    @model_serializer(mode="wrap")
+    def _shown(self, handler: Any) -> dict[str, Any]:
+        return {k: v for k, v in handler(self).items() if v is not None}
+
+
+class RowUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Judged(BaseModel):
+    """In the order of the input."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Judgement]
+    usage: RowUsage

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant", "tool")
-Shape = Literal["chat", "preference", "unpaired", "text", "labelled"]
+Shape = Literal["chat", "preference", "unpaired", "prompt", "text", "labelled"]
 
 
 class FunctionCall(BaseModel):
@@ -46,8 +46,9 @@ class Conversation(BaseModel):
     contexts: retrieved passages, for question answering over documents.
     preferred, rejected: the two answers of a preference row; `messages` is then their shared input.
     text: the row of a plain-text corpus, or what a label belongs to. text_pair: a second text that it is about, too.
-    label, reward: what a classifier or a grader says of the row; without a text, label says whether the answer at the
-        end of `messages` is a good one.
+    label, reward: what a classifier (several classes: a list) or a grader says of the row; without a text, label says
+        whether the answer at the end of `messages` is a good one.
+    margin: by how much the preferred answer is better, in units of reward.
     source: where the row came from (1-based line or row number).
     """
 
@@ -62,13 +63,22 @@ class Conversation(BaseModel):
     text_pair: str | None = None
     label: str | float | bool | list[str] | None = None
     reward: float | None = None
+    margin: float | None = None
     source: int = 0
 
     @property
     def shape(self) -> Shape:
-        """Which objectives can use the row: `text`, `labelled`, `preference`, `unpaired` or `chat`."""
+        """Which objectives can use the row: `text`, `labelled`, `preference`, `unpaired`, `prompt` or `chat`."""
         if self.text is not None:
             return "text" if self.label is None else "labelled"
         if self.preferred is not None:
             return "preference"
-        return "chat" if self.label is None else "unpaired"
+        if self.label is not None:
+            return "unpaired"
+        answers = any(m.role == "assistant" and m.weight != 0 for m in self.messages)
+        return "chat" if answers or not self.messages else "prompt"
+
+    @property
+    def label_text(self) -> str:
+        """The label as one text; several classes with commas between."""
+        return ", ".join(self.label) if isinstance(self.label, list) else str(self.label)

@@ -96,6 +96,14 @@ class DiskFull(TunewrightError):
     exit_code = 73
 
 
+class EndpointDown(TunewrightError):
+    """A server that the job asks (a teacher, a judge) does not answer; the job pauses and nothing is lost."""
+
+    status = 503
+    code = "endpoint_unavailable"
+    exit_code = 76
+
+
 class OutOfMemory(TunewrightError):
     code = "out_of_memory"
     exit_code = 71

@@ -16,6 +16,8 @@ class Example:
     types: [T] which text of a pair each token belongs to (0 or 1), or empty: all 0.
     label: the class number or the value that a head learns for the whole row, or None.
     wanted: whether somebody marked the answer as good, or None where nobody did (pairs, supervised rows).
+    labels: the numbers of all classes of a row that may have several, or none of them; None if it is no such row.
+    margin: of a preferred answer: by how much its reward is to exceed the other's; None is 0.
     """
 
     ids: tuple[int, ...]
@@ -25,12 +27,19 @@ class Example:
     types: tuple[int, ...] = ()
     label: float | None = None
     wanted: bool | None = None
+    labels: tuple[int, ...] | None = None
+    margin: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.weights):
             raise ValueError(f"an example has {len(self.ids)} ids and {len(self.weights)} weights")
         if self.types and len(self.types) != len(self.ids):
             raise ValueError(f"an example has {len(self.ids)} ids and {len(self.types)} types")
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether a head learns something from the row as a whole."""
+        return self.label is not None or self.labels is not None
 
     @property
     def n_tokens(self) -> int:

@@ -5,10 +5,12 @@ runs/<job id>/
   plan.json                what was decided by measuring; later attempts obey it
   data/                    the training and validation files, by hash
   start/                   the artefact this job continues from, if it does
+  teacher/                 the tuned model that this job learns from, if it does
   attempts/N/events.jsonl  one line an event; worker.json (pid, creation time)
   worker.log               what the workers printed
   checkpoints/step-000030/ artefact/, optimizer state, trainer.json, MANIFEST.json
   result/                  the artefact that the job leaves
+  answers/                 what a teacher on another server answered to the training and validation rows
   prepared/                what the tuner chose to train by looking at the data, if it does
   retained/                what a method against forgetting measured before step 1 (EWC's Fisher information)
   labels.json              the classes of a classification job, in order
@@ -42,6 +44,8 @@ class JobFile(BaseModel):
     name: the `ft:` name the finished model will have. base: the catalogue name or folder of the weights below it.
     train, validation: the copied data files. more: those of other roles (core.spec.extra_files).
     sources: {"train": {"name", "sha256", "bytes"}, "validation": …}.
+    teacher: of a job that learns from another model: {"base": catalogue name or folder of its weights, and "over": what
+        lies over them, or the weights themselves, if it is a tuned model}.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -55,6 +59,7 @@ class JobFile(BaseModel):
     more: dict[str, str] = {}
     sources: dict[str, dict[str, Any]] = {}
     start: str | None = None
+    teacher: dict[str, str] = {}
 
     def file(self, role: str) -> str:
         """The data file of a role: `train`, `validation` or one of `more`."""

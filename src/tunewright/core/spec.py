@@ -19,7 +19,8 @@ from tunewright.core.errors import SpecError, did_you_mean
 
 Auto = Literal["auto"]
 Spec = TypeVar("Spec", bound=BaseModel)
-HEADS = {"lm": "sft", "classify": "classify", "regress": "regress"}  # head -> the objective that trains it
+# head -> the plain objective that trains it
+HEADS = {"lm": "sft", **{head: head for head in ("classify", "multilabel", "regress", "reward")}}
 KINDS = ("tuner", "objective", "optimizer", "schedule")  # one part each
 LISTS = ("retain",)  # any number of parts
 
@@ -61,6 +62,7 @@ class MixFile(BaseModel):
 
 class Mix(BaseModel):
     """Several training files in one job. files: those beside training_file. weight: of training_file.
+    order: `shuffled` mixes their rows within each epoch; `in_turn` trains all epochs of one file before the next.
 
     Without weights a file of n rows has the share n^(1 / temperature) of an epoch: 1 takes each row once, higher ones
     bring the files closer to equal parts. With weights (1 where one is missing) these are the shares.
@@ -70,6 +72,7 @@ class Mix(BaseModel):
     files: list[MixFile] = Field(min_length=1, max_length=32)
     weight: float | None = Field(None, gt=0, le=1e6)
     temperature: float = Field(1.0, gt=0, le=100)
+    order: Literal["shuffled", "in_turn"] = "shuffled"
 
     @model_validator(mode="before")
     @classmethod
@@ -122,13 +125,15 @@ class JobSpec(BaseModel):
     objective: toward what is trained. tuner: what is trained. optimizer: the update rule.
     schedule: how the learning rate moves over the steps.
     retain: methods against forgetting, each a part: `[{name: replay, file: old.jsonl}]`. file: a path or a file id.
-    mix: further training files and their shares of an epoch: `[b.jsonl]` or `{files: [{file: b.jsonl, weight: 2}]}`.
+    mix: further training files and their shares of an epoch: `[b.jsonl]` or `{files: [{file: b.jsonl, weight: 2}]}`;
+        with `order: in_turn` first all epochs of training_file, then of each file.
     n_epochs: passes over the data. batch_size: groups (rows) in one optimizer step.
     learning_rate: absolute; `auto` is the tuner's default, for preferences a tenth of it (ORPO: a fifth), times
         learning_rate_multiplier.
     learning_rate_multiplier: a factor on the learning rate; `auto` is 1.
     max_grad_norm: gradients are scaled down to this norm; 0 never clips.
-    max_length: tokens a row may have; `auto` is the model's context. overlong: what happens to a longer row.
+    max_length: tokens a row may have; `auto` is the model's context, and 1024 (or the context) for the blocks into
+        which plain texts are laid. overlong: what happens to a longer row; plain texts are cut into pieces instead.
     seed: fixes data order, initial weights and noise; None draws one, which job.json then records.
     suffix: up to 64 letters, digits, `.`, `_`, `-` in the finished model's name.
     neftune_alpha: size of the uniform noise on the embeddings while training (NEFTune, arXiv 2310.05914, where 5 to 15
@@ -145,8 +150,9 @@ class JobSpec(BaseModel):
     eval_every: steps between validation batches; eval_rows: rows of such a batch.
     early_stopping: epochs without improvement of early_stop_metric before stopping; None never stops.
     early_stop_metric, metric, decoding: filled in by the task where empty.
-    head: what the model answers with: `lm` (tokens), `classify` (the class of a whole text) or `regress` (a value); the
-        last two learn from rows with `text` and `label`, and the objective follows. Empty is `lm`.
+    head: what the model answers with: `lm` (tokens), `classify` (the class of a whole text), `multilabel` (its
+        classes), `regress` (a value) or `reward` (how good an answer is, from pairs); the objective follows. Empty is
+        `lm`.
     result: which checkpoint becomes the model: the last, or the best by early_stop_metric (`auto`: best if
         early_stopping is set, else last).
     save_every_seconds, save_every_steps: how often a recovery checkpoint is written; epoch ends always are.
@@ -370,6 +376,9 @@ def _problems(kind: str, part: Part, rows: dict[str, Any], head: str) -> Iterato
             yield f"{kind} '{part.name}', option '{path}': {error.message}"
     if card.get("rows") == "required" and not part.options.get("file"):
         yield f"{kind} '{part.name}' needs rows of what must not be forgotten; give its option 'file'"
+    for name in card.get("required", ()):
+        if not part.options.get(name):
+            yield f"{kind} '{part.name}' needs its option '{name}': {known[name].get('description', '')}"
     if kind == "objective" and card.get("head", head) != head:
         fits = [name for name, other in rows.items() if other["card"].get("head", "lm") == head]
         yield (

@@ -14,7 +14,8 @@ from typing import Literal
 from tunewright.core.conversation import Conversation, Message
 from tunewright.core.errors import DataError, Problem, UserError
 from tunewright.core.example import Example, Group
-from tunewright.data.sides import answers, labelled, length, shortened
+from tunewright.data.blocks import Documents, in_blocks
+from tunewright.data.sides import answers, framed_pair, labelled, length, reads_frames, shortened
 from tunewright.data.spans import Span, Turns, Written, plain, write
 from tunewright.data.tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ class RenderReport:
     rows, examples: rows read, examples made (a rewriting template makes several of one row).
     overlong: examples longer than max_length; truncated and dropped say what became of them. longest: tokens.
     empty: examples dropped because cutting them left nothing to learn from. equal: pairs whose answers became the same.
+    cut: texts longer than a block.
     tokens, supervised_tokens: of the examples that were kept.
     split_rows: rows that became one example per trained turn. straddling: spans that begin inside a token.
     end_of_turn: the token with which trained turns end, '' if the template has none. unended: spans without one.
@@ -44,6 +46,7 @@ class RenderReport:
     dropped: int = 0
     empty: int = 0
     equal: int = 0
+    cut: int = 0
     longest: int = 0
     longest_line: int = 0
     tokens: int = 0
@@ -76,6 +79,8 @@ def render_rows(
     overlong: Overlong = "error",
     report: RenderReport | None = None,
     labels: Sequence[str] | None = None,
+    head: str = "lm",
+    documents: Documents | None = None,
 ) -> Iterator[Group]:
     """Groups of examples, in the order of the rows: one example each, or two (preferred, rejected) for `preference`.
 
@@ -84,24 +89,50 @@ def render_rows(
     max_length: tokens that an example may have. overlong: `error` refuses the file, `truncate` cuts the end off,
     `drop` leaves the example (or pair) out.
     labels: the names of the classes of `labelled` rows, in order; None: labels are values.
+    head: what reads the rows: with `multilabel` a row may have several classes; any head but `lm` reads pairs of a
+    model without chat template, too, and those of an encoder as two texts.
+    documents: how plain texts are laid into blocks of max_length tokens (data/blocks.py); None: a text is a group.
     Raises one DataError at the end, after every row was seen, that names the rows that could not be used.
     """
     report = RenderReport() if report is None else report
+    groups = _rendered(conversations, tokenizer, shape, train_on, report, labels, head)
+    if documents is not None:
+        fitted = in_blocks(_texts(groups, max_length, report), max_length, documents)
+    else:
+        fitted = (f for g in groups if (f := _fit(g, max_length, overlong, report, tokenizer)) is not None)
+    for group in fitted:
+        report.examples += len(group.examples)
+        report.tokens += group.n_tokens
+        report.supervised_tokens += sum(w > 0 for e in group.examples for w in e.weights)
+        yield group
+    _finish(report, tokenizer, max_length, overlong)
+
+
+def _rendered(
+    conversations: Iterable[Conversation],
+    tokenizer: Tokenizer,
+    shape: str,
+    train_on: TrainOn,
+    report: RenderReport,
+    labels: Sequence[str] | None,
+    head: str,
+) -> Iterator[Group]:
+    """The groups of every row, of whatever length; what is wrong with a row goes into the report."""
     for conversation in conversations:
         report.rows += 1
         try:
-            groups = _render(conversation, tokenizer, shape, train_on, report, labels)
+            yield from _render(conversation, tokenizer, shape, train_on, report, labels, head)
         except UserError as e:
             report.refuse(e.problems if isinstance(e, DataError) else [Problem(conversation.source, e.message)])
-            continue
-        for group in groups:
-            fitted = _fit(group, max_length, overlong, report, tokenizer)
-            if fitted is not None:
-                report.examples += len(fitted.examples)
-                report.tokens += fitted.n_tokens
-                report.supervised_tokens += sum(w > 0 for e in fitted.examples for w in e.weights)
-                yield fitted
-    _finish(report, tokenizer, max_length, overlong)
+
+
+def _texts(groups: Iterable[Group], max_length: int, report: RenderReport) -> Iterator[Example]:
+    """The texts themselves, counted."""
+    for group in groups:
+        (text,) = group.examples
+        report.cut += len(text.ids) > max_length
+        report.empty += len(text.ids) < 2
+        yield text
 
 
 def _render(
@@ -111,18 +142,21 @@ def _render(
     train_on: TrainOn,
     report: RenderReport,
     labels: Sequence[str] | None,
+    head: str,
 ) -> list[Group]:
     if row.shape != shape:
         problem = Problem(row.source, f"is a {row.shape} row, but the job needs {shape} rows.")
         raise DataError(str(problem), problems=[problem])
     if shape == "labelled":
-        return [labelled(row, tokenizer, labels)]
+        return [labelled(row, tokenizer, labels, several=head == "multilabel")]
+    if shape == "preference" and head != "lm" and reads_frames(tokenizer):
+        return [_with_margin(framed_pair(row, tokenizer), row)]
     if tokenizer.decoder_start_id is not None:
         return answers(row, tokenizer, _trained(row.messages, train_on), tokenizer.decoder_start_id)
     if row.text is not None:
         return [_text(row.text, row.source, tokenizer, report)]
     if shape == "preference":
-        return [_pair(row, tokenizer, report)]
+        return [_with_margin(_pair(row, tokenizer, report), row)]
     if shape == "unpaired":
         return [_marked(row, tokenizer, report)]
     turns = _turns(
@@ -238,6 +272,13 @@ def _marked(row: Conversation, tokenizer: Tokenizer, report: RenderReport) -> Gr
     return Group((replace(example, wanted=bool(row.label)),))
 
 
+def _with_margin(pair: Group, row: Conversation) -> Group:
+    if row.margin is None:
+        return pair
+    preferred, *others = pair.examples
+    return replace(pair, examples=(replace(preferred, margin=row.margin), *others))
+
+
 def _shared(examples: list[Example]) -> int:
     """How many leading tokens all examples share, at most up to the first trained one."""
     n = min(len(e.ids) for e in examples)
@@ -259,7 +300,7 @@ def _fit(group: Group, max_length: int, overlong: Overlong, report: RenderReport
             return None
         cut = tuple(shortened(e, max_length, tokenizer) for e in group.examples)
         group = Group(cut, min(group.prefix, max_length))
-    if not all(e.label is not None or any(w > 0 for w in e.weights[1:]) for e in group.examples):
+    if not all(e.is_labelled or any(w > 0 for w in e.weights[1:]) for e in group.examples):
         report.empty += 1
         return None
     if len(group.examples) > 1 and all(e.ids == group.examples[0].ids for e in group.examples):
@@ -300,6 +341,7 @@ def _notes(report: RenderReport, tokenizer: Tokenizer, max_length: int, longest:
             report.empty,
             f"{report.empty} rows were left out because nothing to learn from is left within {max_length} tokens",
         ),
+        (report.cut, f"{report.cut} texts were cut into pieces because they are longer than {max_length} tokens"),
         (
             report.equal,
             f"{report.equal} pairs were left out because the tokens of both answers are the same (within {max_length} "

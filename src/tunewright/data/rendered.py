@@ -65,7 +65,7 @@ class StoredGroups(Groups):
     @cached_property
     def last_source(self) -> int:
         """The number of the last row in its file."""
-        return self[-1].examples[0].source if len(self) else 0
+        return max(e.source for e in self[-1].examples) if len(self) else 0
 
     def _at(self, i: int) -> Group:
         start, end = (int(x) for x in self._starts[i:][:2])

@@ -12,6 +12,8 @@ from tunewright.core.example import Example, Group
 from tunewright.data.spans import plain
 from tunewright.data.tokenizer import Tokenizer
 
+NAMED = 20  # classes that an error names
+
 
 def answers(row: Conversation, tokenizer: Tokenizer, trained: dict[int, float], start_id: int) -> list[Group]:
     """For an encoder-decoder: each trained turn is a target, and what comes before it its source.
@@ -50,22 +52,57 @@ def _content(row: Conversation, message: Message, i: int) -> str:
     return message.content
 
 
-def labelled(row: Conversation, tokenizer: Tokenizer, labels: Sequence[str] | None) -> Group:
-    """A text (or two) with its label; nothing of it is trained as a token. labels: the classes, None for values."""
+def labelled(row: Conversation, tokenizer: Tokenizer, labels: Sequence[str] | None, several: bool = False) -> Group:
+    """A text (or two) with its label; nothing of it is trained as a token.
+
+    labels: the classes, None for values. several: a row may have any number of them.
+    """
     ids, types = tokenizer.encode_row(row.text or "", row.text_pair)
     if not ids:
         raise _refused(row, "has a text without any token.", "text")
-    said = str(row.label)
-    value = _class(row, said, labels) if labels is not None else _value(row, said)
     kept = tuple(types) if tokenizer.takes_types and any(types) else ()
-    return Group((Example(tuple(ids), (0.0,) * len(ids), row.source, types=kept, label=value),))
+    example = Example(tuple(ids), (0.0,) * len(ids), row.source, types=kept)
+    if several:
+        said = row.label if isinstance(row.label, list) else [str(row.label)]
+        return Group((replace(example, labels=tuple(sorted(_class(row, s, labels or ()) for s in said))),))
+    if isinstance(row.label, list):
+        text = f"has a list of {len(row.label)} labels, but the job learns one for each row; use head: multilabel."
+        raise _refused(row, text, "label")
+    said = str(row.label)
+    return Group((replace(example, label=_value(row, said) if labels is None else float(_class(row, said, labels))),))
 
 
-def _class(row: Conversation, label: str, labels: Sequence[str]) -> float:
+def _class(row: Conversation, label: str, labels: Sequence[str]) -> int:
     if label not in labels:
-        known = f"{did_you_mean(label, labels)} Classes: {', '.join(list(labels)[:20])}."
+        more = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
+        known = f"{did_you_mean(label, labels)} Classes: {', '.join(list(labels)[:NAMED])}{more}."
         raise _refused(row, f"has the label '{label[:80]}', which is not a class here.{known}", "label")
-    return float(labels.index(label))
+    return labels.index(label)
+
+
+def framed_pair(row: Conversation, tokenizer: Tokenizer) -> Group:
+    """Preferred and rejected answer for a model without a chat template: the input's contents and the answer, as the
+    two texts of a row. The weights say no more than that there is something to read."""
+    before = [_content(row, m, i) for i, m in enumerate(row.messages)]
+    examples = []
+    for name, answer in (("preferred_output", row.preferred), ("non_preferred_output", row.rejected)):
+        said = "\n".join(m.content or "" for m in answer or [])
+        if not said.strip():
+            raise _refused(row, f"has no text in {name}; this model has no chat template that could write it.", name)
+        ids, types = framed(before, said, tokenizer)
+        kept = tuple(types) if tokenizer.takes_types and any(types) else ()
+        examples.append(Example(tuple(ids), (0.0, *[1.0] * (len(ids) - 1)), row.source, types=kept))
+    return Group(tuple(examples))
+
+
+def reads_frames(tokenizer: Tokenizer) -> bool:
+    """Whether a head reads a conversation as two texts, as framed_pair() writes it, and not through a chat template."""
+    return tokenizer.takes_types or not tokenizer.template
+
+
+def framed(before: list[str], answer: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """([T] ids, [T] types) of a conversation's contents and the answer to it, as the two texts of a row."""
+    return tokenizer.encode_row("\n".join(before), answer)
 
 
 def _value(row: Conversation, label: str) -> float:
@@ -74,7 +111,7 @@ def _value(row: Conversation, label: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise _refused(row, f"has the label '{label[:80]}'; head 'regress' needs a number.", "label")
+        raise _refused(row, f"has the label '{label[:80]}'; head: regress needs a number.", "label")
     return value
 
 
@@ -95,7 +132,7 @@ def length(example: Example) -> int:
 
 def shortened(example: Example, n: int, tokenizer: Tokenizer) -> Example:
     """The example with its end cut off; a row with a label and a source keep their last control tokens."""
-    keep = _cut(example.ids, n, tokenizer) if example.label is not None else list(range(len(example.ids)))[:n]
+    keep = _cut(example.ids, n, tokenizer) if example.is_labelled else list(range(len(example.ids)))[:n]
     source = _cut(example.source_ids, n, tokenizer)
     return replace(
         example,

@@ -27,6 +27,7 @@ SHAPES = {
     "chat": ("fine-tune-chat", "supervised"),
     "preference": ("fine-tune-preference", "dpo"),
     "unpaired": ("answers marked good or bad", "kto"),
+    "prompt": ("prompts without answers", "answers"),
     "text": ("text", "pretraining"),
     "labelled": ("text with labels", "classification"),
 }

@@ -97,7 +97,7 @@ class Artefacts:
         if record.head != "lm":
             raise UserError(
                 f"The model '{record.name}' answers with a class or a value of a whole text (head {record.head}); it "
-                "writes no text and cannot be served here. Open its folder with transformers or peft.",
+                "writes no text, so no recipe can stand on it. Ask it itself.",
                 code="unsupported_model",
                 param="model",
             )

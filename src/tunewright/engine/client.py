@@ -154,6 +154,11 @@ class EngineProcess:
         """What runs and what is loaded; starts nothing. {} when the engine is not running."""
         return await self._ask("GET", "/health") if self.state == "running" else {}
 
+    async def rows(self, payload: Mapping[str, Any]) -> Event:
+        """What a model with a head says of rows (see engine/rows.py). Raises like generate."""
+        await self.ensure()
+        return await self._ask("POST", "/rows", dict(payload))
+
     async def set_threads(self, threads: int | None) -> None:
         """CPU threads from now on (None: all), also for a process that starts later."""
         self.threads = threads

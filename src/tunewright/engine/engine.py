@@ -27,6 +27,7 @@ from tunewright.engine.follow import Followed, Recipes
 from tunewright.engine.mixing import Mixing
 from tunewright.engine.reports import done, report
 from tunewright.engine.request import GenerateRequest, Settled, encode, settle
+from tunewright.engine.rows import RowModels
 from tunewright.engine.sampler import add_logits, choose, draw, edit_logits
 from tunewright.engine.scheduler import Limits, Scheduler, Sequence
 from tunewright.engine.text import Piece, TextStream
@@ -75,6 +76,7 @@ class Engine:
         self.set_threads(threads)
         self.artefacts = Artefacts(home, self.dtype, self.limits)
         self.recipes = Recipes(self.artefacts)
+        self.rows = RowModels(home, self.dtype, self.limits.max_models)
         self.scheduler = Scheduler(self.limits)
         self.requests: dict[int, Request] = {}
         self.mixing: dict[int, Mixing] = {}
@@ -91,6 +93,10 @@ class Engine:
         above: recipes that led to this request. Raises UserError (a bad prompt or template; context_length_exceeded),
         ModelNotFound, Busy (the queue is full).
         """
+        folder = self.rows.find(asked.base, asked.artefact)
+        if folder is not None:
+            self.rows.say(folder, asked, emit)
+            return next(self._numbers)
         found = self.recipes.follow(asked, above)
         return self._queue(found, emit) if found.mixture is None else self._mix(found, emit)
 
@@ -169,7 +175,7 @@ class Engine:
         """Forget idle weights from `folder`, or all idle ones; returns how many."""
         if folder is None:
             self.recipes.clear()
-        return self.artefacts.unload(folder)
+        return self.artefacts.unload(folder) + self.rows.unload(folder)
 
     def step(self) -> bool:
         """Advance every running answer by one token. Returns whether there is more to do."""
@@ -208,7 +214,7 @@ class Engine:
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             "generated_tokens": self.generated,
-            "models": [key.split("@")[0] for key in models],
+            "models": [*(key.split("@")[0] for key in models), *self.rows.names()],
             "adapters": [key.split("@")[0] for m in models.values() for key in m.adapters],
             "kv_bytes": sum(m.kv.bytes for m in models.values()),
             "dtype": str(self.dtype).removeprefix("torch."),

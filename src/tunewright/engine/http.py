@@ -6,6 +6,7 @@ import hmac
 import json
 import os
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,10 +16,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tunewright.core.errors import AuthError, TunewrightError, UserError
-from tunewright.engine.request import parse_request
+from tunewright.engine.engine import Engine
+from tunewright.engine.request import RowsRequest, parse_as, parse_request
 from tunewright.engine.worker import EngineThread, Stream
 
 MAX_BODY = 32 << 20
+AT_ONCE = 16  # rows that a head judges between two steps of the engine
 
 
 def make_app(thread: EngineThread, token: str) -> FastAPI:
@@ -49,6 +52,16 @@ def make_app(thread: EngineThread, token: str) -> FastAPI:
         await stream.open(asked)
         return StreamingResponse(lines(stream), media_type="application/x-ndjson")
 
+    @app.post("/rows")
+    async def rows(request: Request) -> dict[str, Any]:
+        asked = parse_as(RowsRequest, await read_json_body(request))
+        # in parts, so that answers in progress go on between them
+        starts = range(0, len(asked.rows), AT_ONCE)
+        parts = [asked.model_copy(update={"rows": asked.rows[i : i + AT_ONCE]}) for i in starts]
+        found = [await thread.call(partial(_judge, part, i)) for i, part in zip(starts, parts, strict=True)]
+        results = [r for part in found for r in part["results"]]
+        return {**found[0], "results": results, "prompt_tokens": sum(part["prompt_tokens"] for part in found)}
+
     @app.post("/unload")
     async def unload(request: Request) -> dict[str, int]:
         folder = (await read_json_body(request)).get("folder")
@@ -63,6 +76,10 @@ def make_app(thread: EngineThread, token: str) -> FastAPI:
         return {"threads": await thread.call(lambda engine: engine.threads)}
 
     return app
+
+
+def _judge(asked: RowsRequest, first: int, engine: Engine) -> dict[str, Any]:
+    return engine.rows.judge(asked, first)
 
 
 class OnlyWithToken:

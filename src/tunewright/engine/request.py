@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tunewright.data.tokenizer import Tokenizer
 
 DECODING = ("temperature", "top_p", "top_k", "max_tokens", "stop", "seed", "presence_penalty", "frequency_penalty")
+
+MAX_ROWS = 2048  # rows that a request for a head may hold
 
 
 class GenerateRequest(BaseModel):
@@ -80,19 +82,57 @@ class GenerateRequest(BaseModel):
         return 0 if self.logprobs is True else int(self.logprobs)
 
 
+class AskedRow(BaseModel):
+    """What a head for rows judges: a text, or two, or a conversation that ends with the answer."""
+
+    model_config = ConfigDict(extra="forbid")
+    text: str | None = None
+    text_pair: str | None = None
+    messages: list[dict[str, Any]] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> AskedRow:
+        if (self.text is None) == (self.messages is None):
+            raise ValueError("a row has either 'text' or 'messages'")
+        return self
+
+
+class RowsRequest(BaseModel):
+    """Rows for a model with a head. base, artefact: as in GenerateRequest."""
+
+    model_config = ConfigDict(extra="forbid")
+    base: str | None = None
+    artefact: str | None = None
+    rows: list[AskedRow] = Field(min_length=1, max_length=MAX_ROWS)
+
+    @model_validator(mode="after")
+    def _check(self) -> RowsRequest:
+        if self.base is None and self.artefact is None:
+            raise ValueError("give 'base' (a model) or 'artefact' (the folder of a fine-tuned one)")
+        return self
+
+
+Asked = TypeVar("Asked", bound=BaseModel)
+
+
 def parse_request(raw: Any) -> GenerateRequest:
     """A GenerateRequest from plain data. Raises one UserError that lists everything wrong."""
+    return parse_as(GenerateRequest, raw)
+
+
+def parse_as(model: type[Asked], raw: Any) -> Asked:
+    """The same for any such model."""
     if not isinstance(raw, dict):
         raise UserError(f"A request is an object of fields and values, not {type(raw).__name__}.")
     try:
-        return GenerateRequest.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as e:
         texts, param = [], None
         for item in e.errors():
             name = str(item["loc"][0]) if item["loc"] else ""
             param = param or name or None
             if item["type"] == "extra_forbidden":
-                texts.append(f"unknown field '{name}'.{did_you_mean(name, GenerateRequest.model_fields)}")
+                texts.append(f"unknown field '{name}'.{did_you_mean(name, model.model_fields)}")
             else:
                 given = f" (got {item['input']!r:.60})" if name else ""
                 texts.append(f"{name + ': ' if name else ''}{item['msg'].removeprefix('Value error, ')}{given}")

@@ -3,6 +3,7 @@
 torch and the rest are imported only once the arguments are known to be right.
 
 POST /generate   one request, answered by JSON lines (see engine.py for the events)
+POST /rows       texts or conversations for a model with a head, answered at once (see rows.py)
 POST /unload     {"folder": path or null}: forget idle weights
 POST /threads    {"threads": n or "auto"}: CPU threads from the next step on
 GET  /health     what runs and what is loaded

@@ -99,7 +99,7 @@ def read_pairs(path: Path) -> list[Pair]:
 def _pair(row: Conversation, name: str) -> Pair:
     if row.shape == "labelled":
         text = "\n".join([row.text or "", *([row.text_pair] if row.text_pair else [])])
-        return Pair([{"role": "user", "content": text}], text, str(row.label))
+        return Pair([{"role": "user", "content": text}], text, row.label_text)
     turns = [{"role": m.role, "content": m.content or ""} for m in row.messages]
     said = [t["content"] for t in turns[:-1] if t["role"] == "user"]
     if row.shape != "chat" or not said or turns[-1]["role"] != "assistant":

@@ -12,6 +12,7 @@ from tunewright.core.errors import (
     CheckpointError,
     DiskFull,
     Diverged,
+    EndpointDown,
     Interrupted,
     OutOfMemory,
     SpecError,
@@ -26,6 +27,8 @@ from tunewright.jobs.rows import JobRow
 from tunewright.jobs.store import Store
 
 MAX_CRASHES = 3
+# errors after which a job pauses by itself, by their code
+PAUSING: dict[str | None, type[TunewrightError]] = {e.code: e for e in (DiskFull, EndpointDown)}
 Outcome = tuple[dict[str, Any], list[Line]]
 
 
@@ -67,7 +70,8 @@ def read(run: Run, attempt: int, code: int | None) -> Exit:
 
 
 def _code_of(end: Event) -> int:
-    by_status = {"succeeded": 0, "paused": DiskFull.exit_code, "interrupted": Interrupted.exit_code}
+    why = PAUSING.get(end.data.get("code"), DiskFull)
+    by_status = {"succeeded": 0, "paused": why.exit_code, "interrupted": Interrupted.exit_code}
     unexpected = TunewrightError.exit_code if end.data.get("code") == "internal_error" else UserError.exit_code
     return by_status.get(end.data["status"], unexpected)
 
@@ -132,6 +136,13 @@ def _interrupted(case: Case) -> Outcome:
         return paused(Line("The job was stopped in the terminal; it can be resumed."))
     say = [Line("The worker was stopped; the job goes on from its last checkpoint.", "warn")]
     return {"status": "queued", "estimated_finish": None}, say
+
+
+def _endpoint_down(case: Case) -> Outcome:
+    if case.job.intent == "cancel":
+        return cancelled(case.now)
+    message = case.end.get("message") or "A server that the job asks does not answer. Resume the job later."
+    return paused(Line(message, "error"), error=EndpointDown(message).to_openai())
 
 
 def _disk_full(case: Case) -> Outcome:
@@ -207,6 +218,7 @@ EXITS: dict[int | None, Callable[[Case], Outcome]] = {
     OutOfMemory.exit_code: _reported,
     Diverged.exit_code: _reported,
     DiskFull.exit_code: _disk_full,
+    EndpointDown.exit_code: _endpoint_down,
     CheckpointError.exit_code: _reported,
     Interrupted.exit_code: _interrupted,
 }

@@ -16,6 +16,7 @@ from tunewright.core.durable import discard, disk_full_is_clear, fsync_path, sha
 from tunewright.core.errors import NotFound, SpecError, StateError
 from tunewright.core.home import Home
 from tunewright.core.ids import ModelName, new_id, parse_model_name, random_part
+from tunewright.core.outbound import find_endpoint
 from tunewright.core.run import JobFile, Run, base_of, find_artefact, read_artefact
 from tunewright.core.spec import JobSpec, extra_files
 from tunewright.models.catalogue import resolve
@@ -64,12 +65,17 @@ def create_run(
     seed = secrets.randbelow(1 << 31) if spec.seed is None else spec.seed
     spec = spec.model_copy(update={"seed": seed})
     origin = find_origin(spec.model, home)
+    if spec.objective.options.get("endpoint"):
+        find_endpoint(spec.objective.options["endpoint"])
+    named = spec.objective.options.get("teacher")
+    teacher = find_origin(named, home) if isinstance(named, str) else None
     run = Run(home.runs / job_id)
     _make_way(run)
     with disk_full_is_clear(f"the run folder of {job_id}"):
         try:
             paths = {"train": train_path, "validation": validation_path, **(more or {})}
             sources, places = _fill(home, run, origin, {k: p for k, p in paths.items() if p is not None}, names or {})
+            taught = {} if teacher is None else _take_teacher(run, teacher)
             fsync_path(home.runs)
             run.write_job(
                 JobFile(
@@ -83,6 +89,7 @@ def create_run(
                     more=places,
                     sources=sources,
                     start=None if origin.artefact is None else "start",
+                    teacher=taught,
                 )
             )
         except BaseException:
@@ -107,6 +114,18 @@ def _fill(
     if origin.private_base is not None:
         copy_tree(origin.private_base, run.folder / "base")
     return sources, places
+
+
+def _take_teacher(run: Run, origin: Origin) -> dict[str, str]:
+    """Bring the model that the job learns from into the run, as far as others may delete it; JobFile.teacher."""
+    base = origin.base
+    if origin.private_base is not None:
+        base = str(run.folder / "teacher-base")
+        copy_tree(origin.private_base, Path(base))
+    if origin.artefact is None:
+        return {"base": base}
+    copy_tree(origin.artefact, run.folder / "teacher")
+    return {"base": base, "over": "teacher"}
 
 
 def find_origin(model: str, home: Home) -> Origin:

@@ -19,7 +19,13 @@ from tunewright.ops.noise import set_keys
 from tunewright.ops.padding import pad, real
 from tunewright.ops.types import Batch
 
-PROBLEMS = {"classify": "single_label_classification", "regress": "regression"}
+PROBLEMS = {
+    "classify": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regress": "regression",
+    "reward": "regression",
+}
+CLASSES = ("classify", "multilabel")  # heads whose outputs are classes
 Score = Callable[[Any, Tensor, Batch], Tensor]
 
 
@@ -27,7 +33,7 @@ Score = Callable[[Any, Tensor, Batch], Tensor]
 class Head:
     """A head as a job asks for it.
 
-    name: `classify` or `regress`. labels: the names of its outputs, in order (one for `regress`).
+    name: a key of PROBLEMS. labels: the names of its outputs, in order (one for `regress` and `reward`).
     seed: draws the weights of a head that the model does not have yet.
     """
 

@@ -123,13 +123,33 @@ class Policy:
 
     def divergence(self, batch: Batch, teacher: Teacher, kind: str) -> Tensor:
         """[T] float32, 0 where weights_T is 0. kind: forward_kl, reverse_kl or jsd. No gradient to the teacher."""
+        return self.compare(batch, teacher, {"divergence"}, kind)["divergence"]
+
+    def compare(
+        self,
+        batch: Batch,
+        teacher: Teacher,
+        want: set[str],
+        kind: str,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """{name: [T] float32}, 0 where weights_T is 0: how far the teacher is, and statistics of one pass beside it.
+
+        want, kind, beta, temperature: of ops.logprob.compare. Tokens that only one of both vocabularies has at its end
+        (rows that fill a matrix up) do not count.
+        """
         rows = batch.weights_T.nonzero()[:, 0]
         with torch.no_grad():
             teacher_h_ND = teacher.hidden(batch)[rows]
         h_ND = self.hidden(batch, rows)
+        heads = head_of(self.model), head_of(teacher.model)
+        own, other = (logprob.first_tokens(h, min(len(x.weight) for x in heads)) for h in heads)
         with self._cast():
-            values = logprob.divergence(h_ND, head_of(self.model), teacher_h_ND, head_of(teacher.model), kind)
-        return _spread(values, rows, batch.n_tokens)
+            found = logprob.compare(
+                h_ND, own, teacher_h_ND, other, batch.targets_T[rows], want, kind, beta, temperature
+            )
+        return {name: _spread(values, rows, batch.n_tokens) for name, values in found.items()}
 
     @torch.no_grad()
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:

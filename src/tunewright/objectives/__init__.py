@@ -5,12 +5,17 @@ from tunewright.core.registry import Table
 OBJECTIVES = Table(
     "objective",
     {
+        "answers": "tunewright.objectives.answers:Answers",
         "classify": "tunewright.objectives.classify:Classify",
         "cpo": "tunewright.objectives.cpo:CPO",
+        "distill": "tunewright.objectives.distill:Distill",
         "dpo": "tunewright.objectives.dpo:DPO",
         "kto": "tunewright.objectives.kto:KTO",
+        "multilabel": "tunewright.objectives.multilabel:Multilabel",
         "orpo": "tunewright.objectives.orpo:ORPO",
-        "regress": "tunewright.objectives.classify:Regress",
+        "pretrain": "tunewright.objectives.pretrain:Pretrain",
+        "regress": "tunewright.objectives.regress:Regress",
+        "reward": "tunewright.objectives.reward:Reward",
         "sft": "tunewright.objectives.sft:SFT",
         "simpo": "tunewright.objectives.simpo:SimPO",
     },

@@ -15,8 +15,11 @@ from tunewright.ops.types import Batch, Term
 class ObjectiveCard:
     """The capability row. shapes: data shapes it can use; group_size: examples in a group (0 = any).
 
-    head: which of the model's outputs it trains: `lm` (the next token), `classify` or `regress` (the whole row).
+    head: which of the model's outputs it trains: `lm` (the next token), or one for whole rows (models/heads.py).
     lr_factor: what the tuner's default learning rate, which is made for supervised training, is multiplied by.
+    beside: further shapes that validation files and the files of `mix` may have.
+    required: options that must be given. One with the option `teacher` compares with that model, which it is given as
+    its attribute `teacher`. asks: its rows are answered by another server first (train/asking.py).
     """
 
     title: str
@@ -24,9 +27,12 @@ class ObjectiveCard:
     group_size: int = 1
     needs_reference: bool = False
     needs_rollouts: bool = False
+    required: tuple[str, ...] = ()
+    asks: bool = False
     openai_method: str | None = None
     head: str = "lm"
     lr_factor: float = 1.0
+    beside: tuple[str, ...] = ()
 
 
 class Options(BaseModel):
@@ -41,6 +47,10 @@ class TokenModel(Protocol):
     def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]: ...
 
     def divergence(self, batch: Batch, teacher: Any, kind: str) -> Tensor: ...
+
+    def compare(
+        self, batch: Batch, teacher: Any, want: set[str], kind: str, beta: float = 0.5, temperature: float = 1.0
+    ) -> dict[str, Tensor]: ...
 
     def scores(self, batch: Batch) -> Tensor: ...
 

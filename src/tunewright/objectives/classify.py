@@ -1,104 +1,72 @@
-"""Classification and regression of whole rows, through the model's head (models/heads.py)."""
+"""Classification of whole rows, one class each, through the model's head (models/heads.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
-from pydantic import BaseModel
 from torch import Tensor
 
-from tunewright.objectives.base import ObjectiveCard, Options, TokenModel
+from tunewright.objectives import rows
+from tunewright.objectives.base import ObjectiveCard, TokenModel
 from tunewright.ops.types import Batch, Term
-
-COUNTED = 64  # with more classes the F1 score is not followed: it takes three numbers a class in every step
 
 
 class Classify:
-    """loss = - sum_s log p(label_s | row_s) / number of labelled rows, the sums over the whole optimizer step.
+    """loss = - sum_s w(y_s) (1 - p_s)^gamma log p_s / sum_s w(y_s), p_s = p(y_s | row_s), over the whole step.
 
+    w: class_weights; `balanced` is n / (L n_y) for n rows, n_y of them of the class, L classes that occur.
+    gamma > 0: focal loss (Lin et al. 2017, arXiv 1708.02002, equation 5).
     Terms: `loss`; with coef 0 `accuracy`, the share of rows whose most likely class is the label, and for each of the
     `labels` three shares of the rows: `hit k` are so and found, `said k` are called so, `true k` are so.
     """
 
-    class Options(Options):
-        pass
-
+    Options = rows.ClassOptions
     card: ClassVar[ObjectiveCard] = ObjectiveCard(title="Classification", shapes=("labelled",), head="classify")
 
     labels: tuple[str, ...] = ()  # the classes' names, set when a job is put together
 
-    def __init__(self, options: BaseModel) -> None:
+    def __init__(self, options: rows.ClassOptions) -> None:
         self.options = options
+        self._weight_L: list[float] | None = None
+
+    def begin(self, labels: tuple[str, ...], counts: Sequence[int], n: int) -> None:
+        """What the classes are, how many of the n training rows have each. Raises SpecError for weights of others."""
+        self.labels = labels
+        occur = sum(c > 0 for c in counts)
+        balanced = [n / (occur * c) if c else 1.0 for c in counts]
+        self._weight_L = rows.class_weights(self.options.class_weights, labels, balanced, "classify")
 
     def weights(self, batch: Batch) -> dict[str, float]:
-        n = float((~batch.per_segment["label"].isnan()).sum())
-        return dict.fromkeys(("loss", "accuracy", *self._counts()), n)
-
-    def __call__(self, policy: TokenModel, batch: Batch, stats: Any = None) -> dict[str, Term]:
-        scores_NL, label_N = _labelled(policy, batch)
-        n, true_N, said_N = float(len(label_N)), label_N.long(), scores_NL.detach().argmax(-1)
-        hit_N = said_N == true_N
-        terms = {
-            "loss": Term(F.cross_entropy(scores_NL, true_N, reduction="sum"), n),
-            "accuracy": Term(hit_N.sum().float(), n, coef=0.0),
-        }
-        counts = [x_N.bincount(minlength=scores_NL.shape[-1]).float() for x_N in (true_N[hit_N], said_N, true_N)]
-        columns = [count_L[k] for k in range(scores_NL.shape[-1]) for count_L in counts]
-        return terms | {name: Term(x, n, coef=0.0) for name, x in zip(self._counts(), columns, strict=False)}
-
-    def report(self, means: dict[str, float]) -> dict[str, float]:
-        """Metrics from the terms' means: `accuracy`, and `macro_f1`, the mean over classes of 2 hit / (said + true).
-
-        A class that neither occurs nor is said is left out, as in scikit-learn.
-        """
-        found = {"accuracy": means["accuracy"]}
-        shares = [[means[f"{kind} {k}"] for kind in _KINDS] for k in range(len(self.labels))] if self._counts() else []
-        scores = [2 * hit / (said + true) for hit, said, true in shares if said + true > 0]
-        return found | ({"macro_f1": sum(scores) / len(scores)} if scores else {})
-
-    def _counts(self) -> list[str]:
-        known = len(self.labels) if len(self.labels) <= COUNTED else 0
-        return [f"{kind} {k}" for k in range(known) for kind in _KINDS]
-
-
-_KINDS = ("hit", "said", "true")
-
-
-class Regress:
-    """loss = sum_s (score_s - label_s)^2 / number of labelled rows (mean squared error over the optimizer step).
-
-    Terms: `loss`; `accuracy` (coef 0), which is the share of rows whose score is within 0.5 of the label; `error`
-    (coef 0), the mean absolute error.
-    """
-
-    class Options(Options):
-        pass
-
-    card: ClassVar[ObjectiveCard] = ObjectiveCard(title="Regression", shapes=("labelled",), head="regress")
-
-    def __init__(self, options: BaseModel) -> None:
-        self.options = options
-
-    def weights(self, batch: Batch) -> dict[str, float]:
-        n = float((~batch.per_segment["label"].isnan()).sum())
-        return {"loss": n, "accuracy": n, "error": n}
-
-    def __call__(self, policy: TokenModel, batch: Batch, stats: Any = None) -> dict[str, Term]:
-        scores_NL, label_N = _labelled(policy, batch)
-        off_N = scores_NL[:, 0] - label_N
-        n, far_N = float(len(label_N)), off_N.detach().abs()
+        has_S = rows.is_labelled(batch)
+        n = float(has_S.sum())
         return {
-            "loss": Term(off_N.square().sum(), n),
-            "accuracy": Term((far_N <= 0.5).sum().float(), n, coef=0.0),
-            "error": Term(far_N.sum(), n, coef=0.0),
+            "loss": float(self._weight(batch.per_segment["label"][has_S].long()).sum()) if self._weight_L else n,
+            **dict.fromkeys(("accuracy", *rows.counts(self.labels)), n),
         }
 
+    def __call__(self, policy: TokenModel, batch: Batch, stats: Any = None) -> dict[str, Term]:
+        has_S = rows.is_labelled(batch)
+        scores_NL, true_N = policy.scores(batch)[has_S], batch.per_segment["label"][has_S].long()
+        said_N = scores_NL.detach().argmax(-1)
+        one_hot = [F.one_hot(x_N, scores_NL.shape[-1]).float() for x_N in (said_N, true_N)]
+        return {
+            "loss": Term(self._losses(scores_NL, true_N).sum(), self.weights(batch)["loss"]),
+            "accuracy": Term((said_N == true_N).sum().float(), float(len(true_N)), coef=0.0),
+            **rows.count_terms(self.labels, *one_hot),
+        }
+
+    def _losses(self, scores_NL: Tensor, true_N: Tensor) -> Tensor:
+        loss_N = F.cross_entropy(scores_NL, true_N, reduction="none")
+        if self.options.focal_gamma:
+            loss_N = (1 - (-loss_N).exp()).clamp_min(0) ** self.options.focal_gamma * loss_N
+        return loss_N * self._weight(true_N) if self._weight_L else loss_N
+
+    def _weight(self, true_N: Tensor) -> Tensor:
+        """[N] the weight of each row's class."""
+        return true_N.new_tensor(self._weight_L, dtype=torch.float32)[true_N]
+
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        return {"mean_absolute_error": means["error"]}
-
-
-def _labelled(policy: TokenModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """([N, labels] scores, [N] labels) of the rows that have a label."""
-    has_S = ~batch.per_segment["label"].isnan()
-    return policy.scores(batch)[has_S], batch.per_segment["label"][has_S]
+        return {"accuracy": means["accuracy"], **rows.f1_scores(self.labels, means)}

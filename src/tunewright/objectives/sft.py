@@ -26,7 +26,7 @@ class SFT:
         )
 
     card: ClassVar[ObjectiveCard] = ObjectiveCard(
-        title="Supervised fine-tuning", shapes=("chat",), group_size=1, openai_method="supervised"
+        title="Supervised fine-tuning", shapes=("chat",), group_size=1, openai_method="supervised", beside=("text",)
     )
 
     def __init__(self, options: SFT.Options) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -28,14 +27,30 @@ def extras(examples: Sequence[Example]) -> dict[str, Any]:
             torch.tensor([t for e in examples for t in e.source_ids]),
             torch.tensor([0, *accumulate(len(e.source_ids) for e in examples)], dtype=torch.int32),
         )
-    if any(e.label is not None for e in examples):
-        labels = [float("nan") if e.label is None else e.label for e in examples]
-        found["per_segment"] = {"label": torch.tensor(labels, dtype=torch.float32)}
-    if any(e.wanted is not None for e in examples):
-        found["per_segment"] = {**found.get("per_segment", {}), "wanted": wanted([e.wanted for e in examples])}
-    return found
+    named = ("label", "margin", "wanted")
+    of_rows = {name: numbers(examples, name) for name in named if _any(examples, name)}
+    if _any(examples, "labels"):
+        of_rows["labels"] = _classes(examples)
+    return found | ({"per_segment": of_rows} if of_rows else {})
 
 
-def wanted(marks: Sequence[bool | None]) -> torch.Tensor:
-    """[S] float32: 1 for a good answer, 0 for a bad one, NaN for one that nobody marked."""
-    return torch.tensor([math.nan if m is None else float(m) for m in marks], dtype=torch.float32)
+def _any(examples: Sequence[Example], field: str) -> bool:
+    return any(getattr(e, field) is not None for e in examples)
+
+
+def numbers(examples: Sequence[Any], field: str) -> torch.Tensor:
+    """[S] float32, NaN where an example has none; yes is 1 and no is 0."""
+    values = [getattr(e, field) for e in examples]
+    return torch.tensor([float("nan") if v is None else float(v) for v in values], dtype=torch.float32)
+
+
+def _classes(examples: Sequence[Example]) -> torch.Tensor:
+    """[S, K] float32: 1 for each class of a row, else 0; NaN where it is not known. K: up to the largest one here."""
+    width = 1 + max((k for e in examples for k in e.labels or ()), default=0)
+    rows = torch.zeros(len(examples), width)
+    for row, e in zip(rows, examples, strict=True):
+        if e.labels is None:
+            row.fill_(float("nan"))
+        else:
+            row[list(e.labels)] = 1.0
+    return rows

@@ -6,8 +6,9 @@ the common case (only log-probs wanted, frozen head), from a gradient kept at th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from tunewright.ops.kernels import Kernels, addresses
 CHUNK = 256
 STATS = ("logp", "correct", "entropy", "mean_logp")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+# as options name them
+KINDS = {"forward": "forward_kl", "reverse": "reverse_kl", "jsd": "jsd"}
 
 
 @dataclass(frozen=True)
@@ -186,13 +189,24 @@ def _through_tiles(h_ND: Tensor, tiles: TileHead, targets_N: Tensor, with_grad: 
     return _TileLogp.apply(h_ND, tiles, targets_N)  # type: ignore[no-any-return]
 
 
-def divergence(
-    h_ND: Tensor, head: Head, teacher_h_ND: Tensor, teacher_head: Head, kind: str, chunk: int = CHUNK
-) -> Tensor:
-    """[N] float32, in nats, gradient to the student only.
+def compare(
+    h_ND: Tensor,
+    head: Head,
+    teacher_h_ND: Tensor,
+    teacher_head: Head,
+    targets_N: Tensor,
+    want: set[str],
+    kind: str,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    chunk: int = CHUNK,
+) -> dict[str, Tensor]:
+    """{name: [N] float32}, gradient to the student only. want: `divergence` and names of STATS, of the student.
 
-    forward_kl: KL(teacher || student). reverse_kl: KL(student || teacher). jsd: mean of both against their mixture.
-    Raises ValueError for another kind or for vocabularies of different sizes.
+    forward_kl: KL(teacher || student). reverse_kl: KL(student || teacher). jsd: beta KL(teacher || m) +
+    (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student, 0 < beta < 1 (Agarwal et al. 2024, arXiv
+    2306.13649, equation 1). temperature: both models' logits are divided by it, for the divergence only.
+    Raises ValueError for another kind or statistic, or for vocabularies of different sizes.
     """
     if kind not in DIVERGENCES:
         raise ValueError(f"no such divergence: {kind}; there are: {', '.join(DIVERGENCES)}")
@@ -201,16 +215,30 @@ def divergence(
             f"student and teacher have vocabularies of {head.weight.shape[0]} and {teacher_head.weight.shape[0]} tokens"
         )
 
-    def part(h: Tensor, teacher_h: Tensor) -> tuple[Tensor]:
-        with torch.no_grad():
-            teacher = F.log_softmax(teacher_head.logits(teacher_h), dim=-1)
-        return (divergence_of(F.log_softmax(head.logits(h), dim=-1), teacher, kind),)
+    names = sorted(want - {"divergence"})
+    if unknown := set(names) - set(STATS):
+        raise ValueError(f"no such token statistic: {', '.join(sorted(unknown))}; there are: {', '.join(STATS)}")
 
-    return _in_chunks(part, (h_ND, teacher_h_ND.detach()), 1, chunk)[0]
+    def part(h: Tensor, teacher_h: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            teacher = F.log_softmax(teacher_head.logits(teacher_h) / temperature, dim=-1)
+        z = head.logits(h)
+        far = divergence_of(F.log_softmax(z / temperature, dim=-1), teacher, kind, beta)
+        return (far, *(_chunk_stats(z, targets, names) if names else ()))
+
+    found = _in_chunks(part, (h_ND, teacher_h_ND.detach(), targets_N), 1 + len(names), chunk)
+    return {name: values for name, values in zip(("divergence", *names), found, strict=True) if name in want}
+
+
+def first_tokens(head: Head, n: int) -> Head:
+    """The head over the first n tokens of its vocabulary."""
+    if head.weight.shape[0] == n:
+        return head
+    return replace(head, weight=head.weight[:n], bias=None if head.bias is None else head.bias[:n])
 
 
 def _in_chunks(
-    part: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, Tensor], n_out: int, chunk: int
+    part: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], n_out: int, chunk: int
 ) -> tuple[Tensor, ...]:
     """Apply `part` to blocks of rows, remembering only its inputs for the backward."""
     n = rows[0].shape[0]
@@ -235,8 +263,8 @@ def _chunk_stats(z_NV: Tensor, targets_N: Tensor, names: list[str]) -> tuple[Ten
     return tuple(formulas[name]() for name in names)
 
 
-def divergence_of(student_NV: Tensor, teacher_NV: Tensor, kind: str) -> Tensor:
-    """[N] in nats, from log-probabilities. kind: as in `divergence`."""
+def divergence_of(student_NV: Tensor, teacher_NV: Tensor, kind: str, beta: float = 0.5) -> Tensor:
+    """[N] in nats, from log-probabilities. kind, beta: as in `compare`."""
 
     def kl(a_NV: Tensor, b_NV: Tensor) -> Tensor:
         return (a_NV.exp() * (a_NV - b_NV)).sum(-1)
@@ -245,8 +273,8 @@ def divergence_of(student_NV: Tensor, teacher_NV: Tensor, kind: str) -> Tensor:
         return kl(teacher_NV, student_NV)
     if kind == "reverse_kl":
         return kl(student_NV, teacher_NV)
-    mixture_NV = torch.logaddexp(student_NV, teacher_NV) - torch.log(torch.tensor(2.0))
-    return 0.5 * (kl(student_NV, mixture_NV) + kl(teacher_NV, mixture_NV))
+    mixture_NV = torch.logaddexp(student_NV + math.log1p(-beta), teacher_NV + math.log(beta))
+    return beta * kl(teacher_NV, mixture_NV) + (1 - beta) * kl(student_NV, mixture_NV)
 
 
 class _FrozenHeadLogp(torch.autograd.Function):

@@ -8,13 +8,13 @@ last token (so that its first target has a predecessor), continues the prompt's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 
 from tunewright.core.example import Example, Group
-from tunewright.ops.extras import wanted
+from tunewright.ops.extras import numbers
 from tunewright.ops.types import Batch
 
 
@@ -41,7 +41,7 @@ def share_prefixes(groups: Sequence[Group]) -> Batch:
     segments: list[Segment] = []
     n = 0
     for g, group in enumerate(groups):
-        if any(e.label is not None or e.types or e.source_ids for e in group.examples):
+        if any(e.is_labelled or e.types or e.source_ids for e in group.examples):
             raise ValueError("only plain decoder rows can share a prefix")
         shared = group.prefix if is_shared(group) else 0
         parent = len(segments) if shared else -1
@@ -51,7 +51,16 @@ def share_prefixes(groups: Sequence[Group]) -> Batch:
         for example in group.examples:
             segments.append(_branch(example, g, shared, parent, n))
             n += 1
-    return _batch(segments)
+    return _with_margins(_batch(segments), [e for group in groups for e in group.examples])
+
+
+def _with_margins(batch: Batch, examples: Sequence[Example]) -> Batch:
+    """The batch with per_segment["margin"], if an example has one."""
+    if all(e.margin is None for e in examples):
+        return batch
+    margin_N, at_S = numbers(examples, "margin"), batch.per_segment["example"]
+    margin_S = torch.where(at_S < 0, torch.nan, margin_N[at_S])
+    return replace(batch, per_segment={**batch.per_segment, "margin": margin_S})
 
 
 def is_shared(group: Group) -> bool:
@@ -82,8 +91,7 @@ def _batch(segments: Sequence[Segment]) -> Batch:
     def per_segment(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64)
 
-    marks = [s.wanted for s in segments]
-    marked = {} if all(m is None for m in marks) else {"wanted": wanted(marks)}
+    marked = {} if all(s.wanted is None for s in segments) else {"wanted": numbers(segments, "wanted")}
 
     return Batch(
         tokens_T=per_token([list(s.ids) for s in segments]),

@@ -39,9 +39,11 @@ class Batch:
     types_T: [T] int64 which text of a pair each token belongs to (BERT's token types), or None: all 0.
     source: the encoder's side, for encoder-decoders only.
     per_segment, per_group: further [S] and [G] tensors by name (rewards, reference log-probs …). per_segment["label"]:
-        float32, the class number or value that a head learns; NaN where there is none. per_segment["wanted"]: float32,
-        1 for an answer marked as good, 0 for a bad one, NaN for neither. per_segment["example"]: int64, the running
-        number of the segment's example, -1 for a segment that only holds a prompt that others continue.
+        float32, the class number or value that a head learns; NaN where there is none. per_segment["labels"]: [S, K]
+        float32, 1 for each class that a row has, of the first K. per_segment["margin"]: float32, of preferred answers.
+        per_segment["wanted"]: float32, 1 for an answer marked as good, 0 for a bad one, NaN for neither.
+        per_segment["example"]: int64, the running number of the segment's example, -1 for a segment that only holds a
+        prompt that others continue.
     """
 
     tokens_T: Tensor

@@ -39,13 +39,32 @@ def quotas(counts: Sequence[int], mix: Mix) -> list[int]:
 def mixed_rows(files: tuple[tuple[int, int], ...], seed: int, epoch: int) -> Rows:
     """[sum of quotas] the rows of an epoch, file after file, as places in the files laid behind each other.
 
-    files: (rows, quota) of each. A file's j-th draw over all epochs is row j mod n of its pass j // n, whose order
-    comes from (seed, file, pass).
+    files: (rows, quota) of each.
+    """
+    return _draws(files, seed, [(epoch * quota, (epoch + 1) * quota) for _, quota in files])
+
+
+@lru_cache(maxsize=2)
+def rows_in_turn(files: tuple[tuple[int, int], ...], seed: int, epoch: int, n_epochs: int) -> Rows:
+    """The rows of an epoch, in their order, when all n_epochs of a file come before the next file's."""
+    size, at = sum(quota for _, quota in files), 0
+    spans = []
+    for _, quota in files:
+        first, stop = (min(max(e * size - at, 0), quota * n_epochs) for e in (epoch, epoch + 1))
+        spans.append((first, stop))
+        at += quota * n_epochs
+    return _draws(files, seed, spans)
+
+
+def _draws(files: tuple[tuple[int, int], ...], seed: int, spans: Sequence[tuple[int, int]]) -> Rows:
+    """The draws from `first` to before `stop` of each file, file after file.
+
+    A file's j-th draw over all epochs is row j mod n of its pass j // n, whose order comes from (seed, file, pass).
     """
     found, start = [], 0
-    for i, (n, quota) in enumerate(files):
-        turn, place = np.divmod(epoch * quota + np.arange(quota, dtype=np.int64), max(n, 1))
-        rows = np.empty(quota, np.int64)
+    for i, ((n, _), span) in enumerate(zip(files, spans, strict=True)):
+        turn, place = np.divmod(np.arange(*span, dtype=np.int64), max(n, 1))
+        rows = np.empty(len(turn), np.int64)
         for k in np.unique(turn):
             rows[turn == k] = order(derive_seed("mix", seed, i), int(k), n)[place[turn == k]]
         found.append(start + rows)

@@ -14,7 +14,7 @@ from tunewright.core.errors import SpecError
 from tunewright.core.example import Group
 from tunewright.core.spec import JobSpec
 from tunewright.data.rendered import TOKENS, JoinedGroups, sizes
-from tunewright.train.mix import mixed_rows, quotas
+from tunewright.train.mix import mixed_rows, quotas, rows_in_turn
 from tunewright.train.shuffle import order
 from tunewright.tuners.base import TunerCard
 
@@ -31,7 +31,8 @@ class Plan:
     peak_memory_bytes, seconds_per_step, predicted_seconds: measured predictions; predicted_finish in Unix seconds.
     halvings: [{"step", "where", "micro_batch_tokens"}], what running out of memory changed, and from when on.
     rollbacks: [{"step", "to", "lr_factor", "why", "rows"}], where the job went back to, and the slower rate since.
-    mix: [rows, rows of them in an epoch] of each training file, where there are several.
+    mix: [rows, rows of them in an epoch] of each training file, where there are several. in_turn: all epochs of one
+    file come before the next file.
     """
 
     n_rows: int
@@ -62,6 +63,7 @@ class Plan:
     halvings: list[dict[str, Any]] = field(default_factory=list)
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
     mix: list[list[int]] = field(default_factory=list)
+    in_turn: bool = False
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -130,17 +132,25 @@ def resolve(
         trainable_parameters=trainable,
         checkpointing="none" if spec.checkpointing == "auto" else spec.checkpointing,
         mix=mix,
+        in_turn=bool(mix) and spec.mix is not None and spec.mix.order == "in_turn",
         versions=versions,
     )
-    return replace(plan, n_tokens=int(sizes(groups)[epoch_rows(plan, 0), TOKENS].sum())) if mix else plan
+    return replace(plan, n_tokens=round(mean_of_epochs(plan, sizes(groups)[:, TOKENS]))) if mix else plan
+
+
+def mean_of_epochs(plan: Plan, values: npt.NDArray[Any]) -> float:
+    """The sum over an epoch's rows of `values` [rows], the mean of all epochs where they differ."""
+    epochs = range(plan.n_epochs if plan.in_turn else 1)
+    return sum(float(values[epoch_rows(plan, e)].sum()) for e in epochs) / len(epochs)
 
 
 def epoch_rows(plan: Plan, epoch: int) -> npt.NDArray[np.int64]:
     """[n_rows] the rows of an epoch (0-based) in their order; of several files as places in all of them together."""
+    files = tuple((n, quota) for n, quota in plan.mix)
+    if plan.in_turn:
+        return rows_in_turn(files, plan.seed, epoch, plan.n_epochs)
     places = order(plan.seed, epoch, plan.n_rows)
-    if not plan.mix:
-        return places
-    return mixed_rows(tuple((n, quota) for n, quota in plan.mix), plan.seed, epoch)[places]
+    return mixed_rows(files, plan.seed, epoch)[places] if files else places
 
 
 def step_rows(plan: Plan, step: int) -> list[int]:

@@ -33,7 +33,7 @@ from tunewright.ops.noise import dropouts_of
 from tunewright.train import meter
 from tunewright.train.fit import Room, drop_gradients, fitting
 from tunewright.train.loop import EVALUATED_AT_ONCE, Parts, accumulate, add, means_of, pulls
-from tunewright.train.plan import Plan, epoch_rows, step_rows
+from tunewright.train.plan import Plan, mean_of_epochs, step_rows
 from tunewright.train.room import MARGIN
 from tunewright.tuners.base import parameter_bytes
 
@@ -106,7 +106,7 @@ class Work:
         """Of the training rows of an epoch: all once, or, of several files, their shares."""
         if not parts.plan.mix:
             return self.of(parts.groups)
-        return float(self.each(parts.groups)[epoch_rows(parts.plan, 0)].sum())
+        return mean_of_epochs(parts.plan, self.each(parts.groups))
 
     def each(self, groups: Sequence[Group]) -> np.ndarray:
         return sizes(groups) @ self._factors

@@ -15,16 +15,19 @@ from tunewright.core.durable import check_folder, commit_folder
 from tunewright.core.errors import CheckpointError
 from tunewright.core.events import EventWriter
 from tunewright.core.run import JobFile, Run
-from tunewright.core.spec import JobSpec
+from tunewright.core.spec import HEADS, JobSpec
+from tunewright.data.blocks import Documents
 from tunewright.data.render import RenderReport, render_rows
 from tunewright.data.rendered import JoinedGroups, StoredGroups, write_groups
 from tunewright.data.tokenizer import Tokenizer
 from tunewright.data.validate import check_file, raise_for, read_conversations
 from tunewright.objectives import OBJECTIVES
+from tunewright.train.asking import answers_of
 from tunewright.train.labels import job_labels
 
 # what the files of a role are called; a role's name ends with its place in the field, as in core.spec.extra_files
 WORDS = {"train": "training", "validation": "validation", "retain": "retained", "mix": "mixed"}
+BLOCK = 1024  # tokens of a block of plain texts where max_length is auto
 
 
 def load_groups(
@@ -88,17 +91,18 @@ def render(
     info: dict[str, Any],
 ) -> None:
     """Check a data file, then commit rendered/<role>, in memory that does not grow with the file. Raises DataError."""
-    path, kind = run.folder / job.file(role), role.partition("-")[0]
-    what, retained = WORDS[kind], kind == "retain"
+    answered, kind = answers_of(run, role), role.partition("-")[0]
+    path = answered if answered.is_file() else run.folder / job.file(role)
+    what = WORDS[kind]
     name = job.sources.get(role, {}).get("name", path.name)
     minimum = spec.min_examples if role == "train" else 1
-    shapes = (("chat", "text") if spec.head == "lm" else ("labelled",)) if retained else objective.card.shapes
-    format = "auto" if retained else spec.format
+    shapes = shapes_of(kind, spec, objective)
+    format = "auto" if kind == "retain" or path == answered else spec.format
     report = check_file(
         path,
         format=format,
         purpose_shapes=shapes,
-        method="" if retained else objective.card.openai_method or spec.objective.name,
+        method="" if kind == "retain" else objective.card.openai_method or spec.objective.name,
         objectives=users_of_shapes(),
         min_examples=minimum,
         name=name,
@@ -106,6 +110,10 @@ def render(
     raise_for(report, what=what)
     events.write("message", f"The {what} file {name} has {report.n_rows} rows. {report.reason}")
     rendered, notes = RenderReport(), []
+    documents: Documents | None = None
+    if report.shape == "text" and kind != "retain":
+        documents = getattr(objective.options, "documents", "separate")
+        limit = min(limit, BLOCK) if spec.max_length == "auto" else limit
     groups = render_rows(
         with_progress(read_conversations(path, report.format, name), report.n_rows, what, events),
         tokenizer,
@@ -115,6 +123,8 @@ def render(
         max_length=limit,
         overlong=spec.overlong,
         labels=job_labels(run, job, spec, path, report.format, name),
+        head=spec.head,
+        documents=documents,
     )
 
     def fill(folder: Path) -> None:
@@ -131,6 +141,13 @@ def users_of_shapes() -> dict[str, list[str]]:
         for shape in OBJECTIVES.load(name).card.shapes:
             found.setdefault(shape, []).append(name)
     return found
+
+
+def shapes_of(kind: str, spec: JobSpec, objective: Any) -> tuple[str, ...]:
+    """The shapes that the rows of a role may have: the objective's own for the training file; retained rows are learned
+    by the plain objective of the job's head."""
+    card = OBJECTIVES.load(HEADS[spec.head]).card if kind == "retain" else objective.card
+    return card.shapes if kind == "train" else (*card.shapes, *card.beside)
 
 
 def with_progress(rows: Iterator[Conversation], total: int, what: str, events: EventWriter) -> Iterator[Conversation]:

@@ -23,7 +23,7 @@ from tunewright.core.errors import RollBack, SpecError
 from tunewright.core.events import EventWriter
 from tunewright.core.example import Group
 from tunewright.core.home import Home
-from tunewright.core.run import BASE_IS_START, JobFile, Run, read_artefact
+from tunewright.core.run import BASE_IS_START, Run, read_artefact
 from tunewright.core.spec import JobSpec, check_parts
 from tunewright.data.rendered import StoredGroups
 from tunewright.data.tokenizer import Tokenizer
@@ -36,11 +36,13 @@ from tunewright.ops.noise import neftune
 from tunewright.ops.quant import NONE, PACKAGE, count
 from tunewright.ops.runtime import be_deterministic, choose_dtype, device, set_threads
 from tunewright.train import meter
+from tunewright.train.asking import ask_teacher
 from tunewright.train.balance import balanced
 from tunewright.train.checkpoint import State, load_newest
 from tunewright.train.describe import describe
 from tunewright.train.fast import choose_path
 from tunewright.train.finish import Start, artefact_writer, finish
+from tunewright.train.heads import copy_body, load_with_new_head
 from tunewright.train.labels import job_head
 from tunewright.train.loop import Parts, announce_checkpoint, train
 from tunewright.train.optim import OPTIMIZERS, SCHEDULES
@@ -51,6 +53,7 @@ from tunewright.train.reference import find_reference
 from tunewright.train.retain import build as retain
 from tunewright.train.room import held_text, room_left, room_to_load
 from tunewright.train.rows import load_groups, training_groups
+from tunewright.train.teacher import check_teacher, load_teacher, teacher_bytes
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
 from tunewright.tuners.delta import merge_delta
@@ -88,12 +91,15 @@ def run_once(
     dtype = choose_dtype(earlier.dtype if earlier else spec.dtype)
     be_deterministic()
     sweep(run.folder)
-    start = find_start(run, job, home, events)
+    start = find_start(run, job.start, job.base, home, events)
     tokenizer = Tokenizer.load(start.weights, now=datetime.fromtimestamp(job.created_at))
     objective = part(OBJECTIVES, spec.objective)
     tuner: Tuner = part(TUNERS, spec.tuner)
     context = context_left(start.weights, tuner)
     limit = context if spec.max_length == "auto" else min(spec.max_length, context)
+
+    if objective.card.asks:
+        ask_teacher(run, job, spec, objective, home, events, stop)
 
     def load(role: str) -> StoredGroups:
         return load_groups(run, job, spec, tokenizer, objective, limit, role, events)
@@ -102,15 +108,18 @@ def run_once(
     valid: Sequence[Group] = load("validation") if job.validation else []
 
     quantization = NONE if earlier is None else earlier.quantization
+    teacher = None
+    if job.teacher:
+        teacher = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events)
+        check_teacher(spec, teacher, tokenizer)
     if earlier is None:
         beside = retain.extra_bytes(spec, tuner.card, dtype.itemsize, start.over is not None)
+        beside += 0 if teacher is None else teacher_bytes(teacher, start, dtype)
         dtype, quantization = room_to_load(start.weights, tuner.card, dtype, spec, beside)
     if quantization != NONE:
         events.write("message", held_text(quantization, spec.quantization), {"quantization": quantization})
     events.write("phase", "Loading the model", {"name": "loading", "done": 0, "total": 1})
-    head = job_head(run, spec)
-    if head is not None:
-        objective.labels = head.labels
+    head = job_head(run, spec, objective)
     model = attach(start, tuner, spec, dtype, head, quantization)
     autocast = None if dtype == torch.float32 else dtype
     wanted, room = (earlier.path, math.inf) if earlier else (spec.path, room_left(spec.max_memory))
@@ -128,6 +137,11 @@ def run_once(
     if objective.card.needs_reference:
         objective.reference = reference()
         events.write("message", f"The reference, the model at step 0, is {objective.reference.how}")
+    if teacher is not None:
+        taught = load_teacher(teacher, dtype, MERGE).to(device())
+        room = math.inf if earlier else room_left(spec.max_memory)
+        other = choose_path(taught, dtype, threads, home.cache / "kernels", path.name, room)
+        objective.teacher = Policy(taught, autocast, fast=other.forward)
     prepare(run, tuner, policy, objective, groups, spec.seed or 0, events, stop)
     plan = earlier or resolve(
         spec,
@@ -145,7 +159,7 @@ def run_once(
         lr_factor=objective.card.lr_factor,
     )
     tuner.begin(plan.total_steps, plan.total_steps // plan.n_epochs)
-    kept = retain.begin(run, job, spec, plan, tuner, policy, head, load, reference, events, stop)
+    kept = retain.begin(run, job, spec, plan, tuner, policy, load, reference, events, stop)
     optimizer_class, optimizer_options = row(OPTIMIZERS, spec.optimizer)
     build = partial(optimizer_class.build, lr=plan.learning_rate, options=optimizer_options)
     schedule, schedule_options = row(SCHEDULES, spec.schedule)
@@ -215,14 +229,14 @@ def part(table: Any, chosen: Any) -> Any:
     return entry(options)
 
 
-def find_start(run: Run, job: JobFile, home: Home, events: EventWriter) -> Start:
-    """Where the weights come from: the base model, or the artefact that the job continues from."""
-    artefact = read_artefact(run.folder / job.start) if job.start else None
-    if job.start and artefact and artefact.kind == "weights":
-        return Start(run.folder / job.start, None, BASE_IS_START)
-    events.write("phase", f"Preparing the base model {job.base}", {"name": "base", "done": 0, "total": 1})
-    over = run.folder / job.start if job.start else None
-    return Start(materialise(job.base, home), over, job.base, artefact)
+def find_start(run: Run, name: str | None, base: str, home: Home, events: EventWriter) -> Start:
+    """Where weights come from: the base model, or the artefact that lies in the run folder as `name`."""
+    artefact = read_artefact(run.folder / name) if name else None
+    if name and artefact and artefact.kind == "weights":
+        return Start(run.folder / name, None, BASE_IS_START)
+    events.write("phase", f"Preparing the base model {base}", {"name": "base", "done": 0, "total": 1})
+    over = run.folder / name if name else None
+    return Start(materialise(base, home), over, base, artefact)
 
 
 def context_left(folder: Path, tuner: Tuner) -> int:
@@ -252,11 +266,16 @@ def attach(
         )
     held = torch.float32 if tuner.card.float32_base else dtype
     model = load_model(start.weights, held, head, quantization).to(device())
+    new_head = head is not None and start.record is not None and start.record.head == "lm"
     if start.over is not None and start.record is not None and whole:
-        model = MERGE[start.record.kind](model, start.over)
+        merge = MERGE[start.record.kind]
+        if new_head:
+            copy_body(merge(load_model(start.weights, held).to(device()), start.over), model)
+        else:
+            model = merge(model, start.over)
     model = tuner.attach(model, seed=spec.seed or 0)
     if start.over is not None and not whole:
-        tuner.load(start.over)
+        load_with_new_head(tuner, start.over) if new_head else tuner.load(start.over)
     return model
 
 

@@ -20,12 +20,12 @@ from typing import Any, NoReturn
 import psutil
 
 from tunewright.core.durable import Lock, disk_full_is_clear, write_json
-from tunewright.core.errors import DiskFull, Interrupted, OutOfMemory, TunewrightError, is_out_of_memory
+from tunewright.core.errors import DiskFull, EndpointDown, Interrupted, OutOfMemory, TunewrightError, is_out_of_memory
 from tunewright.core.events import EventWriter
 from tunewright.core.home import find_home
 from tunewright.core.run import Run
 
-END_STATUS = {DiskFull: "paused", Interrupted: "interrupted"}
+END_STATUS = {DiskFull: "paused", EndpointDown: "paused", Interrupted: "interrupted"}
 
 
 class Stop:

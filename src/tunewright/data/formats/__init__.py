@@ -12,6 +12,7 @@ FORMATS = Table(
         "sharegpt": "tunewright.data.formats.sharegpt:FORMAT",
         "prompt_completion": "tunewright.data.formats.prompt_completion:FORMAT",
         "unpaired": "tunewright.data.formats.unpaired:FORMAT",
+        "prompt": "tunewright.data.formats.prompt:FORMAT",
         "text_label": "tunewright.data.formats.text_label:FORMAT",
         "text": "tunewright.data.formats.text:FORMAT",
     },

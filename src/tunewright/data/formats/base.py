@@ -19,6 +19,7 @@ class Format:
     convert: (row, line) -> Conversation; raises DataError whose problems have line, field, value and what is allowed.
     knows: fields that convert reads (others are left alone and noted); empty if convert itself refuses unknown ones.
     weak: gives way to another format that also fits (a `text` field beside `instruction` and `output`).
+    alone: a row with any other field is not one of this format.
     """
 
     name: str
@@ -28,8 +29,11 @@ class Format:
     convert: Callable[[Row, int], Conversation]
     knows: frozenset[str] = frozenset()
     weak: bool = False
+    alone: bool = False
 
     def fits(self, row: Collection[str]) -> bool:
+        if self.alone and not all(field in self.knows for field in row):
+            return False
         return any(all(field in row for field in fields) for fields in self.needs)
 
     def detect(self, sample: Sequence[Collection[str]]) -> str | None:

@@ -1,6 +1,12 @@
-"""OpenAI's preference pairs: {"input": {"messages"}, "preferred_output": [...], "non_preferred_output": [...]}."""
+"""OpenAI's preference pairs: {"input": {"messages"}, "preferred_output": [...], "non_preferred_output": [...]}.
+
+A number `margin` may say by how much the first is better; a reward model learns it.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 from tunewright.core.conversation import Conversation, Message
 from tunewright.data.formats.base import Findings, Format, Row, kind_of
@@ -15,7 +21,7 @@ def convert(row: Row, line: int) -> Conversation:
     """A preference row. Raises DataError with every problem of the row."""
     found = Findings(line)
     names = OLDER if any(n in row for n in OLDER) and not any(n in row for n in PAIR) else PAIR
-    found.unknown_keys(row, ("input", *names))
+    found.unknown_keys(row, ("input", *names, "margin"))
     shared = row.get("input")
     messages: list[Message] = []
     tools = parallel = None
@@ -30,6 +36,7 @@ def convert(row: Row, line: int) -> Conversation:
     if messages and not found.problems and messages[-1].role == "assistant":
         found.add("has an assistant message at the end of input.messages; the answer belongs to the outputs.", "input")
     pair = [_answer(row, name, found) for name in names]
+    margin = _margin(row.get("margin"), found)
     found.stop_if_any()
     return Conversation(
         messages=messages,
@@ -37,8 +44,16 @@ def convert(row: Row, line: int) -> Conversation:
         parallel_tool_calls=parallel,
         preferred=pair[0],
         rejected=pair[1],
+        margin=margin,
         source=line,
     )
+
+
+def _margin(value: Any, found: Findings) -> float | None:
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf):
+        return value
+    found.add(f"has the margin {value!r:.80}; it must be a number, 0 or above.", "margin", value, ["number from 0"])
+    return None
 
 
 def _answer(row: Row, name: str, found: Findings) -> list[Message]:

@@ -87,7 +87,7 @@ def _turns(row: Conversation) -> Iterator[Message]:
     if row.shape == "labelled":
         both = [row.text or "", *([row.text_pair] if row.text_pair else [])]
         yield {"role": "user", "content": "\n".join(both)}
-        yield {"role": "assistant", "content": str(row.label)}
+        yield {"role": "assistant", "content": row.label_text}
         return
     for message in row.messages:
         if message.role not in ("system", "developer"):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from tunewright.core import outbound
 from tunewright.core.durable import disk_full_is_clear, is_locked
 from tunewright.core.errors import Busy, ModelNotFound
 from tunewright.core.home import Home
@@ -67,9 +68,11 @@ def start_worker(
 
     Raises Busy while an earlier worker of the run, or anything it started, still lives.
     """
-    spec_threads = run.job().spec.threads
+    spec = run.job().spec
+    spec_threads, url = spec.threads, spec.objective.options.get("endpoint")
     threads = threads or (None if spec_threads == "auto" else spec_threads)
     env = worker_env(home, threads, _needs_network(run, home))
+    env |= outbound.environment(url) if url else {}
     lock = _take_launch_lock(run)
     try:
         with disk_full_is_clear("the worker's log"), open(run.folder / "worker.log", "ab") as log:

@@ -11,7 +11,6 @@ from tunewright.core.events import EventWriter
 from tunewright.core.example import Group
 from tunewright.core.run import JobFile, Run
 from tunewright.core.spec import HEADS, JobSpec
-from tunewright.models.heads import Head
 from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
 from tunewright.train.plan import Plan
@@ -42,7 +41,6 @@ def begin(
     plan: Plan,
     tuner: Tuner,
     policy: Policy,
-    head: Head | None,
     load: Callable[[str], Sequence[Group]],
     reference: Callable[[], Reference],
     events: EventWriter,
@@ -55,8 +53,6 @@ def begin(
     found = methods(spec)
     objective: Any = OBJECTIVES.load(HEADS[spec.head])
     objective = objective(objective.Options())
-    if head is not None:
-        objective.labels = head.labels
     compared = reference() if any(m.card.needs_reference for m in found) else None
     for i, method in enumerate(found, 1):
         role = f"retain-{i}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tunewright.core.durable import commit_folder
-from tunewright.core.errors import Diverged
+from tunewright.core.errors import Diverged, SpecError
+from tunewright.models.layouts import causal_lm
 from tunewright.models.policy import Policy
 from tunewright.ops.runtime import derive_seed
 from tunewright.ops.types import Batch
@@ -28,8 +29,8 @@ from tunewright.train.retain import base
 from tunewright.train.retain.base import Given, RetainCard, pull_back, snapshot
 
 FILE = "fisher.safetensors"
-# what makes a row's summed loss a negative log-likelihood: the squared error is twice that of a normal of variance 1
-TO_NLL = {"lm": 1.0, "classify": 1.0, "regress": 0.5}
+# for _to_nll: the squared error is twice that of a normal distribution of variance 1
+TO_NLL = {"lm": 1.0, "classify": 1.0, "regress": 0.5, "reward": 1.0}
 
 
 class EWC(base.Retain):
@@ -52,7 +53,12 @@ class EWC(base.Retain):
     card: ClassVar[RetainCard] = RetainCard(title="Elastic weight consolidation", rows="required", copies=2)
 
     def begin(self, given: Given) -> None:
-        """The Fisher is measured once in a job and kept in the run folder. Raises Interrupted, Diverged."""
+        """The Fisher is measured once in a job and kept in the run folder. Raises Interrupted, Diverged, SpecError."""
+        if given.objective.card.head == "reward" and self.options.labels == "sampled":
+            raise SpecError(
+                "retain 'ewc', option labels: 'sampled' draws labels, and a reward model's rows are pairs; use 'data'.",
+                param="retain",
+            )
         self._parameters, self._start = given.tuner.trainable(), snapshot(given.tuner)
         if not is_kept(given.folder, "Fisher information", given.events):
             measured = fisher(given, self.options.examples, self.options.labels == "sampled", self.key)
@@ -88,11 +94,18 @@ def fisher(given: Given, examples: int, sampled: bool, key: str) -> dict[str, Te
                 if p.grad is not None:
                     squares[name].addcmul_(p.grad, p.grad)
                     p.grad = None
-    found = {name: f.mul_(TO_NLL[head] ** 2 / weight) for name, f in squares.items()}
+    found = {name: f.mul_(_to_nll(given) ** 2 / weight) for name, f in squares.items()}
     bad = [name for name, f in found.items() if not torch.isfinite(f).all()]
     if bad:
         raise Diverged(f"The Fisher information of the retained rows is not finite: {', '.join(bad[:3])}.")
     return found
+
+
+def _to_nll(given: Given) -> float:
+    """The factor that makes a row's summed loss a negative log-likelihood; of several classes the loss is the mean."""
+    head = given.objective.card.head
+    config: Any = causal_lm(given.policy.model).config
+    return float(config.num_labels) if head == "multilabel" else TO_NLL[head]
 
 
 @torch.no_grad()
@@ -102,6 +115,9 @@ def with_drawn_labels(policy: Policy, batch: Batch, head: str, seed: int) -> Bat
     if head == "lm":
         return replace(batch, targets_T=policy.sample(batch, generator))
     scores_SL = policy.scores(batch)
+    if head == "multilabel":
+        drawn_SL = torch.bernoulli(scores_SL.sigmoid(), generator=generator)
+        return replace(batch, per_segment={**batch.per_segment, "labels": drawn_SL})
     if head == "classify":
         label_S = torch.multinomial(scores_SL.softmax(-1), 1, generator=generator)[:, 0].float()
     else:

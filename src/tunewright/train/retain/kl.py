@@ -5,24 +5,26 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from tunewright.models.policy import Policy
-from tunewright.ops.logprob import divergence_of
+from tunewright.ops.logprob import KINDS, divergence_of
 from tunewright.ops.types import Batch, Term
 from tunewright.train.retain import base
 from tunewright.train.retain.base import Given, RetainCard
 
-KINDS = {"forward": "forward_kl", "reverse": "reverse_kl", "jsd": "jsd"}
+VALUES = ("regress", "reward")  # heads that give a number
 
 
 class KL(base.Retain):
     """Adds coefficient * (mean divergence from the policy at step 0, in nats a supervised token) to the loss.
 
     Over the whole vocabulary, not only the true token. On retained rows (file), else on the step's own. Li & Hoiem
-    2016, arXiv 1606.09282, at temperature 1. With a head for rows: between its class distributions; between values v
-    and v_0 (v - v_0)^2 / 2, the KL of two normal distributions of variance 1.
+    2016, arXiv 1606.09282, at temperature 1. With a head for rows: between its class distributions, where a row may
+    have several the sum over the classes; between values v and v_0 (v - v_0)^2 / 2, the KL of two normal distributions
+    of variance 1.
     """
 
     class Options(base.Options):
@@ -60,6 +62,9 @@ class KL(base.Retain):
 
     def _of_rows(self, scores_SL: Tensor, reference_SL: Tensor, kind: str) -> Tensor:
         """[S] nats."""
-        if self._head == "regress":
+        if self._head in VALUES:
             return 0.5 * (scores_SL - reference_SL)[:, 0].square()
+        if self._head == "multilabel":
+            ours, theirs = (torch.stack([F.logsigmoid(x), F.logsigmoid(-x)], -1) for x in (scores_SL, reference_SL))
+            return divergence_of(ours, theirs, kind).sum(-1)
         return divergence_of(torch.log_softmax(scores_SL, -1), torch.log_softmax(reference_SL, -1), kind)
