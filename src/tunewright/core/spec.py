@@ -99,6 +99,24 @@ class TaskPreset:
     early_stop_metric: str
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """How a base is held. needs: the package that it takes. frozen: only what does not train the base works over it."""
+
+    title: str
+    doc: str
+    needs: str | None = None
+    frozen: bool = False
+
+
+QUANTIZATIONS: dict[str, Quantization] = {
+    "auto": Quantization("As it is; 4 bits where it would not fit", "nf4 only where memory asks for it."),
+    "none": Quantization("As it is", "In the precision of the computation."),
+    "nf4": Quantization("4 bits (NF4)", "About an eighth of the memory; slower on a CPU.", "bitsandbytes", True),
+    "int8": Quantization("8 bits (int8)", "About a quarter of the memory; slower on a CPU.", "bitsandbytes", True),
+}
+
+
 TASKS: dict[str, TaskPreset] = {
     "chat": TaskPreset("auto", "lm", "mean_token_accuracy", {}, "full_valid_loss"),
     "generate": TaskPreset("auto", "lm", "perplexity", {"temperature": 0.7}, "full_valid_loss"),
@@ -379,13 +397,14 @@ def _problems(kind: str, part: Part, rows: dict[str, Any], head: str) -> Iterato
 
 def _not_over_quantised(spec: JobSpec, tuners: dict[str, Any]) -> list[str]:
     """What keeps the job from running over a quantised base, if it asks for one."""
-    if spec.quantization in ("auto", "none"):
+    asked = QUANTIZATIONS[spec.quantization]
+    if not asked.frozen:
         return []
     found = []
-    if find_spec("bitsandbytes") is None:
+    if asked.needs and find_spec(asked.needs) is None:
         found.append(
-            f"quantization {spec.quantization} needs the package bitsandbytes, which is not installed; pip install "
-            "bitsandbytes"
+            f"quantization {spec.quantization} needs the package {asked.needs}, which is not installed; pip install "
+            f"{asked.needs}"
         )
     works = {name: row["card"]["works_on_nf4"] for name, row in tuners.items()}
     if not works.get(spec.tuner.name, True):
