@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import jsonschema
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
+from tunewright.core.allowed import QUANTIZATIONS, bad_option
 from tunewright.core.errors import SpecError, did_you_mean
 
 Auto = Literal["auto"]
@@ -97,24 +98,6 @@ class TaskPreset:
     metric: str
     decoding: dict[str, Any]
     early_stop_metric: str
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How a base is held. needs: the package that it takes. frozen: only what does not train the base works over it."""
-
-    title: str
-    doc: str
-    needs: str | None = None
-    frozen: bool = False
-
-
-QUANTIZATIONS: dict[str, Quantization] = {
-    "auto": Quantization("As it is; 4 bits where it would not fit", "nf4 only where memory asks for it."),
-    "none": Quantization("As it is", "In the precision of the computation."),
-    "nf4": Quantization("4 bits (NF4)", "About an eighth of the memory; slower on a CPU.", "bitsandbytes", True),
-    "int8": Quantization("8 bits (int8)", "About a quarter of the memory; slower on a CPU.", "bitsandbytes", True),
-}
 
 
 TASKS: dict[str, TaskPreset] = {
@@ -383,8 +366,7 @@ def _problems(kind: str, part: Part, rows: dict[str, Any], head: str) -> Iterato
                     f" Its options: {', '.join(sorted(known)) or 'none'}"
                 )
         else:
-            path = ".".join(str(p) for p in error.absolute_path)
-            yield f"{kind} '{part.name}', option '{path}': {error.message}"
+            yield f"{kind} '{part.name}', {bad_option(error, row)}"
     if card.get("rows") == "required" and not part.options.get("file"):
         yield f"{kind} '{part.name}' needs rows of what must not be forgotten; give its option 'file'"
     if kind == "objective" and card.get("head", head) != head:

@@ -30,8 +30,9 @@ from tunewright.api.schemas import (
     WhoAmI,
 )
 from tunewright.api.state import ORGANIZATION_ID, server_of
+from tunewright.core.allowed import QUANTIZATIONS
 from tunewright.core.errors import AuthError, UserError
-from tunewright.core.spec import QUANTIZATIONS, JobSpec
+from tunewright.core.spec import JobSpec
 from tunewright.engine.recipes.base import describe_recipes
 
 router = APIRouter()
