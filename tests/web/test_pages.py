@@ -283,6 +283,7 @@ def selected(user: User, name: str) -> kit.Choices:
     return element
 
 
+@pytest.mark.slow
 def test_every_tuner_can_be_chosen_and_what_clashes_is_closed(api: Program, key: str) -> None:
     described = httpx.get(f"{api.url}/v1/tunewright/describe", headers={"authorization": f"Bearer {key}"}, timeout=180)
     parts = described.json()["parts"]

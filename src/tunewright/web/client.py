@@ -123,9 +123,10 @@ class Api:
         return (await self.request("POST", "/v1/tunewright/sessions", json={"token": token}))["key"]
 
     async def describe(self) -> dict[str, Any]:
-        """kind -> name -> {schema, defaults, card, doc} of everything a job can be made of."""
+        """parts: kind -> name -> {schema, defaults, card, doc} of all that jobs and recipes are made of. models: what
+        is known of each base model."""
         # a server asked for the first time has to find out, which takes it a while
-        return (await self.request("GET", "/v1/tunewright/describe", timeout=180.0))["parts"]
+        return await self.request("GET", "/v1/tunewright/describe", timeout=180.0)
 
     async def models(self) -> list[dict[str, Any]]:
         return (await self.request("GET", "/v1/models"))["data"]

@@ -13,7 +13,7 @@ from tunewright.web.desk import Session
 from tunewright.web.forms import clashes, job_request
 from tunewright.web.pages.beside import build_mix, build_retain, roles
 from tunewright.web.pages.data import TRAINING, VALIDATION, build_data, file_problems, file_words
-from tunewright.web.pages.form import Form, build_lines, build_part
+from tunewright.web.pages.form import Form, build_lines, build_part, open_form
 
 KEPT = ("model", "tuner", "objective", "quantization")  # of a draft whose job was created
 ROLES = {"training_file": TRAINING, "validation_file": VALIDATION}
@@ -34,12 +34,8 @@ def build(session: Session) -> None:
         kit.heading("New fine-tuning job", 1)
         body = kit.box()
 
-    async def fetch() -> Form:
-        describe, models, files = await session.api.describe(), await session.api.models(), await session.api.files()
-        return Form(session, "draft", describe, [m["id"] for m in models], files)
-
     with place:
-        kit.load(body, fetch, build_form)
+        kit.load(body, lambda: open_form(session, "draft"), build_form)
 
 
 def build_form(form: Form) -> None:
@@ -66,14 +62,10 @@ def build_form(form: Form) -> None:
 
 
 def build_model(form: Form) -> None:
-    tuned = [m for m in form.models if m.startswith("ft:")]
-    ordered = [m for m in form.models if m not in tuned] + tuned
-    if form.draft.get("model") not in form.models:
-        form.draft["model"] = ordered[0] if ordered else None
     with kit.field("Base model", "A fine-tuned model can be trained further."):
         kit.select(
             "Base model",
-            {m: m for m in ordered},
+            {m: m for m in form.models},
             form.draft["model"],
             lambda v: form.set("model", v),
             name="model",
@@ -86,6 +78,7 @@ def build_model(form: Form) -> None:
 
 def build_summary(form: Form) -> None:
     words = kit.box()
+    buttons = kit.box("tw-stack")
     problems = kit.box()
 
     async def start() -> None:
@@ -116,9 +109,10 @@ def build_summary(form: Form) -> None:
 
     form.refresh.append(draw)
     draw()
+    with buttons:
+        kit.button("Create job", start, icon="play_arrow", kind="primary", name="create-job").classes("tw-wide")
+        kit.button("Start over", clear, kind="quiet", name="clear-draft").classes("tw-wide")
     build_verdict(form)
-    kit.button("Create job", start, icon="play_arrow", kind="primary", name="create-job").classes("tw-wide")
-    kit.button("Start over", clear, kind="quiet", name="clear-draft").classes("tw-wide")
 
 
 def build_verdict(form: Form) -> None:

@@ -32,7 +32,8 @@ LEAVES = {
 class Form:
     """A page's state: the draft, what can be chosen, and the places that depend on it.
 
-    key: where the session keeps the draft.
+    key: where the session keeps the draft. describe: the tables. models: names, base models first, those whose weights
+    are there before the others.
     """
 
     session: Session
@@ -45,6 +46,8 @@ class Form:
 
     def __post_init__(self) -> None:
         self.draft = dict(self.session.store.get(self.key) or {})
+        if self.draft.get("model") not in self.models:
+            self.draft["model"] = self.models[0] if self.models else None
 
     def set(self, name: str, value: Any) -> None:
         """Change the draft, keep it, and redraw what shows it."""
@@ -67,6 +70,14 @@ class Form:
         """A number that no file or method of this draft has had."""
         self.draft["last_id"] = self.draft.get("last_id", 0) + 1
         return self.draft["last_id"]
+
+
+async def open_form(session: Session, key: str, *purposes: str) -> Form:
+    """The form of a page, with what the server has. purposes: of the files that it may use. Raises ApiError."""
+    told, models = await session.api.describe(), await session.api.models()
+    ready = {m["id"] for m in told["models"] if m["ready"]}
+    names = sorted((m["id"] for m in models), key=lambda name: (name.startswith("ft:"), name not in ready))
+    return Form(session, key, told["parts"], names, await session.api.files(*purposes))
 
 
 def build_part(form: Form, kind: str, build_more: Callable[[str, dict[str, Any]], None] | None = None) -> None:

@@ -13,7 +13,7 @@ from tunewright.web.client import ApiError
 from tunewright.web.desk import Session
 from tunewright.web.forms import DECODING, data_keys, recipe_request
 from tunewright.web.pages.data import DOCUMENT, Role, build_data, file_problems
-from tunewright.web.pages.form import Form, build_lines, build_part
+from tunewright.web.pages.form import Form, build_lines, build_part, open_form
 from tunewright.web.series import ago, duration
 
 ROWS = Role("Solved rows", "Drop a file of questions with their answers here, or choose one")
@@ -40,10 +40,8 @@ def build(session: Session) -> None:
         body = kit.box("tw-stack")
 
     async def fetch() -> tuple[Form, list[dict[str, Any]]]:
-        api = session.api
-        describe, models, files = await api.describe(), await api.models(), await api.files("fine-tune", "user_data")
-        form = Form(session, "recipe_draft", describe, [m["id"] for m in models], files)
-        return form, await api.recipes()
+        form = await open_form(session, "recipe_draft", "fine-tune", "user_data")
+        return form, await session.api.recipes()
 
     with place:
         kit.load(body, fetch, lambda found: build_all(*found))
@@ -183,8 +181,6 @@ def build_text(answer: dict[str, Any]) -> None:
 
 
 def build_form(form: Form) -> None:
-    if form.draft.get("model") not in form.models:
-        form.draft["model"] = form.models[0] if form.models else None
     with kit.box("tw-form-inner"):
         build_part(form, "recipe", lambda name, row: build_needs(form, name, row))
         build_lines(form, {**NAME, **{key: DEFAULTS[key] for key in DECODING}})
