@@ -66,7 +66,6 @@ def test_a_job_with_a_soft_prompt_replay_and_a_mix_is_made_by_hand(
     browser.until(lambda: {n: browser.value(n) for n in kept} == kept, "every option after a reload")
     summary = browser.text("summary")
     assert "replay" in summary and "prompt" in summary and "1 further file" in summary
-    browser.shoot("new-job-parts")
     browser.click("create-job")
     browser.until(lambda: "/jobs/ftjob-" in browser.driver.current_url, "the page of the new job")
     browser.until(lambda: browser.status() in ("succeeded", "failed"), "the job to end", 200)
