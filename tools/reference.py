@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tunewright.core.allowed import in_words
 from tunewright.core.spec import KINDS, LISTS, TASKS, JobSpec
 from tunewright.data.formats import FORMATS
 from tunewright.engine.recipes import RECIPES
@@ -49,7 +50,6 @@ a target, and its source is what the model's chat template writes of the message
 contents one below the other.
 """
 RECIPES_MARK = "<!-- The options below are made by `make docs` from src/tunewright/engine/recipes. Do not edit. -->"
-BOUNDS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
 
 
 def meanings(doc: str) -> dict[str, str]:
@@ -71,30 +71,13 @@ def spec_rows() -> list[str]:
     rows = ["| field | allowed | default | meaning |", "|---|---|---|---|"]
     for name, field in JobSpec.model_fields.items():
         default = "required" if field.is_required() else f"`{plain(field.get_default(call_default_factory=True))}`"
-        rows.append(f"| `{name}` | {allowed(schema[name])} | {default} | {said.get(name, '')} |")
+        rows.append(f"| `{name}` | {in_words(schema[name])} | {default} | {said.get(name, '')} |")
     return rows
 
 
 def plain(value: Any) -> str:
     name = getattr(value, "name", None)
     return str(name) if name else json.dumps(value, ensure_ascii=False)
-
-
-def allowed(schema: dict[str, Any]) -> str:
-    """The JSON Schema of one field in words."""
-    if "$ref" in schema:
-        return {"Part": "a part", "Mix": "list or object"}[schema["$ref"].rpartition("/")[2]]
-    if schema.get("type") == "array" and "$ref" in schema.get("items", {}):
-        return "list of parts"
-    if "anyOf" in schema:
-        return " or ".join(allowed(s) for s in schema["anyOf"])
-    if "const" in schema:
-        return f"`{schema['const']}`"
-    if "enum" in schema:
-        return ", ".join(f"`{v}`" for v in schema["enum"])
-    kind = "list" if schema.get("type") == "array" else str(schema.get("type", "any"))
-    bounds = [f" {word} {schema[key]}" for key, word in BOUNDS.items() if key in schema]
-    return kind + "".join(bounds)
 
 
 def task_rows() -> list[str]:
@@ -116,7 +99,7 @@ def part_rows(kind: str, table: dict[str, Any]) -> list[str]:
             lines += ["| option | allowed | default | meaning |", "|---|---|---|---|"]
             for option, schema in options.items():
                 default = json.dumps(row["defaults"].get(option), ensure_ascii=False)
-                lines.append(f"| `{option}` | {allowed(schema)} | `{default}` | {schema.get('description', '')} |")
+                lines.append(f"| `{option}` | {in_words(schema)} | `{default}` | {schema.get('description', '')} |")
             lines.append("")
     return lines
 
@@ -156,7 +139,7 @@ def recipes_page() -> str:
         fields = entry.Options.model_fields
         for option, schema in entry.Options.model_json_schema()["properties"].items():
             default = "required" if fields[option].is_required() else f"`{json.dumps(schema.get('default'))}`"
-            lines.append(f"| `{option}` | {allowed(schema)} | {default} | {schema.get('description', '')} |")
+            lines.append(f"| `{option}` | {in_words(schema)} | {default} | {schema.get('description', '')} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 

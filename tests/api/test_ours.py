@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from importlib.util import find_spec
 
 import httpx
 
@@ -31,6 +32,42 @@ def test_describe_has_all_that_a_form_needs(http: httpx.Client) -> None:
     assert {"optimizer", "schedule"} <= told["parts"].keys() and told["spec"]["properties"]["n_epochs"]
     models = {m["id"]: m for m in told["models"]}
     assert models["tiny"]["ready"] is True and models["tiny"]["needs_network"] is False
+
+
+def test_describe_has_the_ways_to_hold_a_base_and_the_recipes(http: httpx.Client) -> None:
+    parts = http.get("/v1/tunewright/describe").json()["parts"]
+    held = parts["quantization"]
+    assert list(held) == ["auto", "none", "nf4", "int8"] and held["nf4"]["card"]["frozen"] and held["auto"]["doc"]
+    here = find_spec("bitsandbytes") is not None
+    assert held["nf4"]["missing"] == (None if here else "bitsandbytes") and held["none"]["missing"] is None
+    assert parts["tuner"]["prefix"]["missing"] is None and parts["retain"]["replay"]["card"]["rows"] == "required"
+    assert parts["recipe"]["proxy"]["card"]["models"] == ["tuned", "small"]
+    assert "tuned" not in parts["recipe"]["proxy"]["defaults"] and parts["recipe"]["few_shot"]["defaults"]["k"] == 4
+
+
+def test_a_job_is_checked_without_being_made(http: httpx.Client) -> None:
+    """The same words as POST /v1/fine_tuning/jobs, and no job."""
+    body = {"model": "tiny", "training_file": upload(http, tiny.sft_rows(12))}
+    before = http.get("/v1/fine_tuning/jobs").json()["data"]
+    good = http.post("/v1/tunewright/jobs/check", json=body).json()
+    assert good == {"object": "tunewright.job_check", "usable": True, "message": "", "param": None}
+    cases = [
+        {"tunewright": {"tuner": "full", "quantization": "nf4"}},
+        {"tunewright": {"tuner": "lorra"}},
+        {"tunewright": {"retain": ["replay"]}},
+        {"tunewright": {"mix": ["file-none"]}},
+        {"model": "tinny"},
+        {"suffix": "a/b"},
+    ]
+    for wrong in cases:
+        told = http.post("/v1/tunewright/jobs/check", json={**body, **wrong}).json()
+        refused = http.post("/v1/fine_tuning/jobs", json={**body, **wrong})
+        assert refused.status_code == 400 and not told["usable"], wrong
+        assert (told["message"], told["param"]) == (
+            refused.json()["error"]["message"],
+            refused.json()["error"]["param"],
+        )
+    assert http.get("/v1/fine_tuning/jobs").json()["data"] == before
 
 
 def test_check_of_a_good_file(http: httpx.Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tunewright.core.errors import CheckpointError
+from tunewright.core.errors import CheckpointError, SpecError
+from tunewright.core.spec import KINDS, LISTS, check_parts, parse_spec
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.objectives.sft import SFT
 from tunewright.ops.packing import collate
+from tunewright.train.describe import describe_part
+from tunewright.train.plan import resolve
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
 
 pytestmark = pytest.mark.parametrize("name", list(TUNERS))
 IDS = torch.tensor([[5, 17, 300, 41, 8, 77, 12, 250]])
-KINDS = {"adapter", "delta", "weights", "recipe"}
+ARTEFACTS = {"adapter", "delta", "weights", "recipe"}
 
 
 def attached(name: str, folder: Path, seed: int = 0) -> tuple[Tuner, nn.Module]:
@@ -71,12 +75,63 @@ def base_logits(tiny_model_dir: Path) -> Tensor:
 
 def test_card_and_options(name: str) -> None:
     part = TUNERS.load(name)
-    assert part.card.title and part.card.artefact in KINDS and 0 < part.card.default_lr < 1
+    assert part.card.title and part.card.artefact in ARTEFACTS and 0 < part.card.default_lr < 1
     json.dumps(part.Options.model_json_schema())
     json.dumps(part.Options().model_dump())
     with pytest.raises(ValidationError):
         part.Options(no_such_option=1)
     assert part.__doc__
+
+
+def test_auto_is_its_own_learning_rate(name: str) -> None:
+    """Untouched, and as OpenAI's field multiplies it."""
+    card = TUNERS.load(name).card
+
+    def rate(**fields: Any) -> float:
+        spec = parse_spec({"model": "m", "training_file": "f", "tuner": name, **fields})
+        sizes: Any = {"threads": 1, "context": 64, "parameters": 1, "trainable": 1, "versions": {}, "dtype": "float32"}
+        return resolve(spec, groups_for(SFT.card), [], card, **sizes).learning_rate
+
+    assert rate() == card.default_lr
+    assert rate(learning_rate_multiplier=0.5) == pytest.approx(card.default_lr / 2)
+    assert rate(learning_rate=0.003) == 0.003
+
+
+def test_a_bad_value_says_the_range_and_a_sensible_one(name: str) -> None:
+    """Of every option with a range or a list of words, before anything is loaded."""
+    row = describe_part(TUNERS.load(name))
+    described = {
+        **{kind: {} for kind in LISTS},
+        **{k: dict.fromkeys(DEFAULTS, PLAIN) for k in KINDS},
+        "tuner": {name: row},
+    }
+    for option, schema in row["schema"].get("properties", {}).items():
+        for bad, said in wrong_values(schema):
+            part = {"name": name, option: bad}
+            with pytest.raises(SpecError) as e:
+                check_parts(parse_spec({"model": "m", "training_file": "f", "tuner": part}), described)
+            text, usual = e.value.message, json.dumps(row["defaults"][option])
+            assert f"tuner '{name}', option '{option}' is {json.dumps(bad)}" in text and said in text, text
+            assert f"usual: {usual}" in text and text.count("option '") == 1, text
+
+
+PLAIN: dict[str, Any] = {"schema": {}, "defaults": {}, "card": {}}
+DEFAULTS = ("sft", "adamw", "linear")
+
+
+def wrong_values(schema: dict[str, Any]) -> Iterator[tuple[Any, str]]:
+    """Values that an option must not have, with what the error has to say of the range."""
+    kinds = schema.get("anyOf", [schema])
+    low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
+    for kind in kinds:
+        low = kind.get("minimum", kind.get("exclusiveMinimum", low))
+        high = kind.get("maximum", high)
+    if low is not None:
+        yield low - 1, f" {low}"
+    if high is not None:
+        yield high + 1, f"to {high}"
+    if "enum" in schema:
+        yield "no-such-word", ", ".join(f"`{v}`" for v in schema["enum"])
 
 
 def test_exactly_what_is_trained_asks_for_gradients(name: str, tiny_model_dir: Path) -> None:

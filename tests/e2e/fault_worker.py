@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from tunewright.core import durable, events
-from tunewright.train import checkpoint, loop, rows, run, worker
+from tunewright.train import checkpoint, loop, meter, rows, run, worker
 
 
 def count_calls(fault, counts):
@@ -114,7 +114,7 @@ def fill_disk(fault):
 
 
 def work(fault):
-    counts = {}
+    counts = {"bytes at the start": meter.resident()}
     fill_disk(fault)
     spoil_steps(fault)
     count_calls(fault, counts)

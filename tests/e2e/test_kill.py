@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,9 @@ import pytest
 from faults import STEPS, Machine, story
 
 import tiny
+from tunewright.core.home import Home
+from tunewright.core.run import list_recipes, read_artefact
+from tunewright.engine.recipes.base import read_rows
 from tunewright.ops.kernels import Kernels
 
 pytestmark = pytest.mark.slow
@@ -167,3 +172,45 @@ def test_deltas_and_whole_weights_are_as_exact(machine: Machine, tuner: dict[str
     """Killed in the saves (the first is that of what was chosen) and between steps."""
     golden = Golden(machine, {"tuner": tuner, "optimizer": {"name": "adamw", "weight_decay": 0.1}})
     golden.check({"kill": ["save", 1]}, killed(golden, "save", 1), killed(golden, "pack", 1))
+
+
+KILLED_RECIPE = """
+import os, signal, sys
+
+left = int(sys.argv.pop(1))
+
+def counted(function):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+
+for name in ("fsync", "rename", "replace"):
+    setattr(os, name, counted(getattr(os, name)))
+from tunewright.cli.main import main
+sys.exit(main())
+"""
+
+
+def test_a_recipe_is_there_whole_or_not_at_all(tiny_home: Home, sft_file: Any, tmp_path: Path) -> None:
+    """Killed before every call that makes its files durable, then made to the end; what was there before stays."""
+    data = sft_file(tmp_path, 12)
+    command = ["recipe", "create", "few_shot", "--model", "tiny", "--data", str(data), "--home", str(tiny_home.root)]
+
+    def make(n: int) -> subprocess.CompletedProcess[str]:
+        script = [sys.executable, "-c", KILLED_RECIPE, str(n), *command]
+        return subprocess.run(script, capture_output=True, text=True, check=False)
+
+    assert make(0).returncode == 0
+    whole, killed = list_recipes(tiny_home), 0
+    while (done := make(killed + 1)).returncode == -signal.SIGKILL:
+        killed += 1
+        found = list_recipes(tiny_home)
+        assert set(whole) <= set(found) and len(found) <= len(whole) + 1
+        whole = found
+        assert all(read_artefact(f).kind == "recipe" and len(read_rows(f)) == 12 for f in whole)
+    assert killed >= 5 and done.returncode == 0, done.stderr
+    assert len(list_recipes(tiny_home)) == len(whole) + 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from faults import Machine, story
@@ -39,19 +38,6 @@ def test_predicted_and_measured_are_close_and_the_base_is_known(machine: Machine
     assert 0 < plan["predicted_seconds"] == end.data["predicted_seconds"]
     assert plan["base"]["source"] == "validation" and plan["base"]["loss"] > 0
     assert any(e.message.startswith("Before training: loss=") for e in run.events())
-
-
-SELECTING = [{"name": "bitfit", "add_biases": True}, *({"name": n} for n in ("half", "child_f", "child_d", "fishmask"))]
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("tuner", SELECTING, ids=[t["name"] for t in SELECTING])
-def test_so_with_tuners_of_selected_parameters(machine: Machine, tuner: dict[str, Any]) -> None:
-    run = machine.new_run(**JOB, tuner=tuner)
-    machine.finish(run)
-    end = run.end()
-    assert end is not None
-    assert end.data["predicted_peak_memory_bytes"] == pytest.approx(end.data["peak_memory_bytes"], rel=0.15)
 
 
 def test_what_does_not_fit_is_refitted_and_gives_the_same(machine: Machine) -> None:

@@ -15,7 +15,8 @@ import pytest
 
 import tiny
 from tunewright.core.home import Home
-from tunewright.core.run import list_runs
+from tunewright.core.run import list_runs, read_artefact
+from tunewright.tuners import TUNERS
 
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-m", "tunewright.cli.main"]
@@ -124,3 +125,23 @@ def test_preferences_from_a_job_file(env: dict[str, str], tmp_path: Path, tiny_h
     for name in (dpo, kto):
         last = [e.data for e in runs[name].events() if e.type == "metrics"][-1]
         assert last["train_reward_margin"] > 0
+
+
+OPTIONS = {"bitfit": "add_biases: true", "last_layers": "layers: 1", "fishmask": "k: 300, examples: 6"}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("tuner", list(TUNERS))
+def test_every_tuner_from_a_yaml_file(env: dict[str, str], job: Path, tiny_home: Home, tuner: str) -> None:
+    """The real command; its result says which tuner made it and is asked through the command line."""
+    options = f", {OPTIONS[tuner]}" if tuner in OPTIONS else ""
+    job.write_text(f"{job.read_text()}n_epochs: 1\ntuner: {{name: {tuner}{options}}}\n")
+    done = subprocess.run([*COMMAND, "train", str(job)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = list_runs(tiny_home)
+    record = read_artefact(run.result)
+    assert record.tuner["name"] == tuner and record.kind == TUNERS.load(tuner).card.artefact
+    assert record.name in done.stdout
+    chat = [*COMMAND, "chat", record.name, "--max-tokens", "4"]
+    said = subprocess.run(chat, env=env, input="what colour is the sky?\n", capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr

@@ -90,6 +90,47 @@ def test_pruning_keeps_a_share_and_all_of_it_is_linear_s(two: list[Path], tiny_m
     assert all(torch.equal(t, same[k]) for k, t in made.items())
 
 
+def factors(weights: tuple[float, ...]) -> list[float]:
+    """Of A and of B alike, so that their product has weight * scale."""
+    return [(w * s) ** 0.5 for w, s in zip(weights, SCALES, strict=True)]
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_ties_is_the_paper_s_formula_in_float64(two: list[Path], tiny_model_dir: Path, side: str) -> None:
+    """Yadav et al. 2023, algorithm 1: trim to the largest entries, elect signs by mass, mean of those that agree."""
+    weights, density, key = (0.5, 1.0), 0.4, f"{LAYER}.lora_{side}.weight"
+    made = load_file(combined(two, tiny_model_dir, how="ties", density=density, weights=weights) / FILE)[key].double()
+    trimmed = []
+    for folder in two:
+        t = load_file(folder / FILE)[key].double()
+        least = t.abs().flatten().topk(int(density * t.numel())).values[-1]
+        trimmed.append(torch.where(t.abs() >= least, t, 0.0))
+    elected = torch.where(sum(trimmed) >= 0, 1.0, -1.0)
+    agree = [(t.sign() == elected) for t in trimmed]
+    total = sum(f * t * a for f, t, a in zip(factors(weights), trimmed, agree, strict=True))
+    torch.testing.assert_close(made, total / sum(a.double() for a in agree).clamp_min(1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_dare_keeps_an_entry_scaled_up_or_drops_it(two: list[Path], tiny_model_dir: Path) -> None:
+    """Yu et al. 2023, equation 3: each entry is 0 or itself / density; the mean over draws is linear's."""
+    key, draws = f"{LAYER}.lora_A.weight", 40
+    original = load_file(two[0] / FILE)[key].double() * factors((1.0, 0.0))[0]
+    mean = torch.zeros_like(original)
+    for seed in range(draws):
+        target = two[0].parent / f"draw{seed}"
+        target.mkdir()
+        combine(load_model(tiny_model_dir), two, target, how="dare", density=0.5, weights=[1.0, 1e-12], seed=seed)
+        made = load_file(target / FILE)[key].double()
+        kept = (made - original / 0.5).abs() < 1e-4
+        assert (kept | (made.abs() < 1e-4)).all() and 0.35 < kept.double().mean() < 0.65
+        mean += made / draws
+    assert (mean - original).abs().mean() < 3 * original.abs().mean() / draws**0.5
+
+
+FILE = "adapter_model.safetensors"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

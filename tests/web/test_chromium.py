@@ -10,151 +10,22 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from stack import Program, api_program, web_program
+from stack import Program
 
 import tiny
 
 pytest.importorskip("selenium")
-from selenium.common.exceptions import StaleElementReferenceException
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.by import By
+from chromium import MARKS, Browser
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.browser,
-    pytest.mark.skipif(not BROWSER or not DRIVER, reason="needs chromium and chromium-driver (Debian's packages)"),
-]
-
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
-SHOOT = os.environ.get("TUNEWRIGHT_SCREENSHOTS") == "1"
+pytestmark = MARKS
 REAL_DATA = os.environ.get("TUNEWRIGHT_SCREENSHOT_DATA")
 MODEL = os.environ.get("TUNEWRIGHT_SCREENSHOT_MODEL", "tiny")
 EPOCHS = 3 if REAL_DATA else 30  # long enough to be watched
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1280,800 --force-device-scale-factor=1 --lang=en"
-)
 TRAIN_SECONDS = 3600 if REAL_DATA else 400
-
-
-@dataclass
-class Browser:
-    """Chromium, and words for what the tests do with it."""
-
-    driver: Chrome
-    url: str
-
-    def open(self, path: str) -> None:
-        self.driver.get(self.url + path)
-
-    def all(self, name: str) -> list[WebElement]:
-        return self.driver.find_elements(By.CSS_SELECTOR, f"[data-testid='{name}']")
-
-    def get(self, name: str, seconds: float = 60) -> WebElement:
-        """The first visible element of this name, waited for."""
-        return self.until(lambda: next((e for e in self.all(name) if e.is_displayed()), None), name, seconds)
-
-    def until(self, found: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-        """Wait for something true."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            try:
-                value = found()
-            except StaleElementReferenceException:
-                value = None
-            if value:
-                return value
-            time.sleep(0.1)
-        self.driver.save_screenshot("/tmp/tunewright-test-failed.png")
-        page = self.driver.find_element(By.TAG_NAME, "body").text
-        raise AssertionError(f"waited {seconds} s for {what}. The page says:\n{page}")
-
-    def click(self, name: str, seconds: float = 60) -> None:
-        def done() -> bool:
-            element = self.get(name, seconds)
-            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-            element.click()
-            return True
-
-        self.until(done, f"a click on {name}", seconds)
-
-    def type(self, name: str, text: str) -> None:
-        element = self.get(name)
-        element.send_keys(Keys.CONTROL, "a")
-        element.send_keys(text)
-
-    def upload(self, role: str, path: Path) -> None:
-        zone = self.get(f"upload-{role}", 240)
-        zone.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(path))
-
-    def text(self, name: str) -> str:
-        return self.get(name).text
-
-    def status(self) -> str:
-        """The status of the job on the right side."""
-        chips = self.get("job").find_elements(By.CSS_SELECTOR, "[data-testid='status']")
-        return chips[0].get_attribute("data-status") or "" if chips else ""
-
-    def drawn_points(self) -> int:
-        """Points that ECharts itself holds for the training loss."""
-        script = """
-            const plot = document.querySelector("[data-testid='loss-chart'] .tw-plot");
-            const chart = plot && getElement(parseInt(plot.id.slice(1))).chart;
-            return chart ? chart.getModel().getSeriesByIndex(0).getData().count() : 0;
-        """
-        return self.driver.execute_script(script)
-
-    def shoot(self, name: str) -> None:
-        if SHOOT:
-            IMAGES.mkdir(parents=True, exist_ok=True)
-            time.sleep(0.7)
-            self.driver.save_screenshot(str(IMAGES / f"{name}.png"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    root = tmp_path_factory.mktemp("browser")
-    tiny.install_tiny_model(root / "home", "tiny", built=tiny_model_dir)
-    return root
-
-
-@pytest.fixture(scope="module")
-def api(folder: Path) -> Iterator[Program]:
-    with api_program(folder / "home", "--open") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def web(folder: Path, api: Program) -> Iterator[Program]:
-    with web_program(folder, api.url, "--open") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser(folder: Path, web: Program) -> Iterator[Browser]:
-    os.environ["SE_OFFLINE"] = "true"
-    options = ChromeOptions()
-    assert BROWSER and DRIVER
-    options.binary_location = BROWSER
-    for flag in [*FLAGS.split(), f"--user-data-dir={folder / 'profile'}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = Chrome(options=options, service=Service(DRIVER))
-    size = {"width": 1280, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    driver.set_script_timeout(120)
-    yield Browser(driver, web.url)
-    driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +73,7 @@ def job_path(browser: Browser, train_file: Path, valid_file: Path, folder: Path)
     browser.until(lambda: "every line can be used" in browser.text("check-training_file"), "the check of the file")
     browser.upload("validation_file", valid_file)
     browser.until(lambda: valid_file.name in browser.text("validation_file"), "the second file")
-    choose(browser, "model", MODEL)
+    browser.choose("model", MODEL)
     browser.type("suffix", "clinic-triage")
     browser.type("n_epochs", str(EPOCHS))
     if REAL_DATA:
@@ -215,14 +86,6 @@ def job_path(browser: Browser, train_file: Path, valid_file: Path, folder: Path)
     browser.click("create-job")
     browser.until(lambda: "/jobs/ftjob-" in browser.driver.current_url, "the page of the new job")
     return browser.driver.current_url.removeprefix(browser.url)
-
-
-def choose(browser: Browser, name: str, value: str) -> None:
-    """Take an entry of a drop-down."""
-    browser.click(name)
-    items = lambda: browser.driver.find_elements(By.CSS_SELECTOR, ".q-menu .q-item")  # noqa: E731
-    browser.until(lambda: next((i for i in items() if i.text == value), None), f"{value} in {name}").click()
-    browser.until(lambda: not items(), "the list to close")
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +163,7 @@ def test_a_dashboard_that_dies_comes_back_to_the_same_page(browser: Browser, web
 
 def test_the_browser_had_nothing_to_complain_about_and_asked_nobody_else(browser: Browser, finished: str) -> None:
     browser.driver.get_log("browser")
-    for path in ("/jobs", finished, "/jobs/new", "/playground"):
+    for path in ("/jobs", finished, "/jobs/new", "/recipes", "/playground"):
         browser.open(path)
         time.sleep(2)
         script = "return performance.getEntriesByType('resource').map(e => e.name)"

@@ -23,6 +23,7 @@ from nicegui.testing.user_simulation import user_simulation
 from stack import Program, api_program, web_program
 
 import tiny
+from tunewright.web import kit
 from tunewright.web.client import Api
 from tunewright.web.desk import Desk
 from tunewright.web.shell import root_of
@@ -274,6 +275,40 @@ def test_the_draft_survives_a_reload(api: Program, key: str) -> None:
             assert isinstance(element, ui.input) and element.value == value
 
     visit(api, key, steps)
+
+
+def selected(user: User, name: str) -> kit.Choices:
+    (element,) = user.find(name).elements
+    assert isinstance(element, kit.Choices)
+    return element
+
+
+@pytest.mark.slow
+def test_every_tuner_can_be_chosen_and_what_clashes_is_closed(api: Program, key: str) -> None:
+    described = httpx.get(f"{api.url}/v1/tunewright/describe", headers={"authorization": f"Bearer {key}"}, timeout=180)
+    parts = described.json()["parts"]
+
+    async def steps(user: User) -> None:
+        await user.open("/jobs/new")
+        await sees(user, "tuner", "quantization", "add-retain", "add-mix", seconds=CHECK_SECONDS)
+        tuner, held = selected(user, "tuner"), selected(user, "quantization")
+        assert list(tuner.options) == sorted(parts["tuner"])
+        for name, row in parts["tuner"].items():
+            tuner.set_value(name)
+            await sees(user, f"usual learning rate {row['card']['default_lr']:g}")
+            marks = [f"tuner-{option}" for option in row["schema"].get("properties", {})]
+            assert all(len(user.find(mark).elements) == 1 for mark in marks), name
+            assert ("nf4" in held.unfit) == (bool(parts["quantization"]["nf4"]["missing"]) or name in OF_THE_BASE)
+        tuner.set_value("lora")
+        held.set_value("nf4")
+        assert set(tuner.unfit) == OF_THE_BASE and "freezes" in tuner.unfit["full"]
+        closed = [o["label"] for o in tuner.props["options"] if o["disable"]]
+        assert len(closed) == len(OF_THE_BASE) and all("trains the base itself" in label for label in closed)
+
+    visit(api, key, steps)
+
+
+OF_THE_BASE = {"full", "half", "child_f", "child_d", "fishmask", "last_layers"}
 
 
 def test_a_result_file_comes_through_the_dashboard(

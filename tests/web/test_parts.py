@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.web import chat, forms, series
+from tunewright.web import chat, forms, rules, series
 from tunewright.web.client import Api, ApiDown, ApiError, delta_from, error_from, multipart_frame
 from tunewright.web.desk import Desk
 from tunewright.web.feeds import Feed
@@ -65,19 +65,47 @@ SCHEMA = {
     },
 }
 DEFAULTS = {"r": 16, "alpha": None, "bias": "none", "targets": "all-linear", "rslora": False}
+LORA = {"schema": SCHEMA, "defaults": DEFAULTS, "card": {"works_on_nf4": True}}
+
+
+def row(**card: Any) -> dict[str, Any]:
+    return {"schema": {}, "defaults": {}, "card": card, "missing": None}
+
+
+FILE_OPTION = {"file": {"type": "string"}, "share": {"type": "number", "minimum": 0, "maximum": 4}}
 DESCRIBE: dict[str, Any] = {
-    "tuner": {"lora": {"schema": SCHEMA, "defaults": DEFAULTS, "card": {}}},
+    "tuner": {"lora": LORA, "full": row(works_on_nf4=False), "bitfit": row(works_on_nf4=True)},
+    "quantization": {
+        "auto": row(frozen=False),
+        "nf4": row(frozen=True),
+        "int8": {**row(frozen=True), "missing": "bnb"},
+    },
+    "retain": {
+        "replay": {
+            "schema": {"properties": FILE_OPTION},
+            "defaults": {"file": "", "share": 0.25},
+            "card": {"title": "Replay", "rows": "required"},
+        },
+        "l2sp": row(title="L2-SP", rows="none"),
+    },
+    "recipe": {
+        "prompt": {**row(models=[], data=""), "schema": {"properties": {"system": {"type": "string"}}}},
+        "proxy": row(models=["tuned", "small"], data=""),
+        "mixture": row(models=["proposers"], data=""),
+        "few_shot": row(models=[], data="rows"),
+        "retrieval": row(models=[], data="documents"),
+    },
     "objective": {
         "sft": {"schema": {}, "defaults": {}, "card": {"openai_method": "supervised"}},
         "own": {"schema": {}, "defaults": {}, "card": {"openai_method": None}},
     },
-    "optimizer": {"adamw": {"schema": {}, "defaults": {}, "card": {}}},
+    "optimizer": {"adamw": row(), "adamw8bit": {**row(needs="bnb"), "missing": "bnb"}},
     "schedule": {"linear": {"schema": {}, "defaults": {}, "card": {}}},
 }
 
 
 def test_fields_follow_the_schema() -> None:
-    found = {f.name: f for f in forms.fields(SCHEMA, DEFAULTS)}
+    found = {f.name: f for f in forms.fields(LORA)}
     kinds = {name: f.kind for name, f in found.items()}
     assert kinds == {"r": "int", "alpha": "float", "bias": "choice", "targets": "json", "rslora": "bool"}
     assert (found["r"].low, found["r"].high, found["r"].help) == (1, 512, "Rank.")
@@ -95,14 +123,14 @@ def test_fields_follow_the_schema() -> None:
     ],
 )
 def test_text_becomes_a_value(name: str, text: str, value: Any) -> None:
-    field = next(f for f in forms.fields(SCHEMA, DEFAULTS) if f.name == name)
+    field = next(f for f in forms.fields(LORA) if f.name == name)
     assert forms.parsed(field, text) == value
     assert forms.parsed(field, forms.shown(field, value)) == value
 
 
 @pytest.mark.parametrize("text", ["", "0", "513", "eight", "1.5"])
 def test_a_wrong_number_says_what_is_allowed(text: str) -> None:
-    field = forms.fields(SCHEMA, DEFAULTS)[0]
+    field = forms.fields(LORA)[0]
     with pytest.raises(ValueError, match=r"R (needs a value|is '?.*allowed: a whole number from 1 to 512)"):
         forms.parsed(field, text)
 
@@ -145,6 +173,95 @@ def test_all_problems_of_a_draft_come_at_once() -> None:
     text = "\n".join(problems)
     for words in ("training file", "base model", "Epochs is 99; allowed: auto, or", "Seed is 'x'", "R is 0"):
         assert words in text
+
+
+# --- what does not go together ---------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_chosen_is_closed_with_one_reason() -> None:
+    assert rules.unfit("tuner", {"quantization": "nf4"}, DESCRIBE) == {
+        "full": "trains the base itself, which nf4 freezes"
+    }
+    assert rules.unfit("tuner", {}, DESCRIBE) == {}
+    closed = rules.unfit("quantization", {"tuner": "full"}, DESCRIBE)
+    assert closed["nf4"] == "full trains the base itself" and "pip install bnb" in closed["int8"]
+    assert set(rules.unfit("quantization", {}, DESCRIBE)) == {"int8"}
+    assert set(rules.unfit("optimizer", {}, DESCRIBE)) == {"adamw8bit"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tuner": "full", "quantization": "nf4"}, "Quantization 'nf4' cannot be used: full trains the base itself."),
+        ({"quantization": "int8"}, "Quantization 'int8' cannot be used: needs the package bnb"),
+        ({"optimizer": "adamw8bit"}, "Optimizer 'adamw8bit' cannot be used: needs the package bnb"),
+        ({"retain": [{"id": 1, "name": "replay"}]}, "Replay needs rows of what must not be forgotten"),
+        ({"mix": {"ids": [1]}}, "Choose a file for further training file 1"),
+        ({"mix": {"ids": [2], "weights": {"2": "x"}}, "mix-2": {"id": "file-2"}}, "Weight is 'x'"),
+        ({"mix": {"ids": [2], "weights": {"0": "2"}, "temperature": "2"}, "mix-2": {"id": "file-2"}}, "one of them"),
+    ],
+)
+def test_an_illegal_draft_is_refused_with_its_reason_once(changes: dict[str, Any], said: str) -> None:
+    _, problems = forms.job_request(draft(**changes), DESCRIBE)
+    assert len(problems) == 1 and said in problems[0], problems
+
+
+def test_retain_mix_and_quantization_become_the_request() -> None:
+    body, problems = forms.job_request(
+        draft(
+            tuner="bitfit",
+            quantization="nf4",
+            retain=[{"id": 4, "name": "replay"}, {"id": 6, "name": "l2sp"}],
+            mix={"ids": [5, 9], "weights": {"0": "2", "9": "0.5"}},
+            options={"retain-4.replay": {"share": "0.5"}},
+            **{"retain-4": {"id": "file-old"}, "mix-5": {"id": "file-b"}, "mix-9": {"id": "file-c"}},
+        ),
+        DESCRIBE,
+    )
+    assert problems == []
+    own = body["tunewright"]
+    assert own["tuner"] == {"name": "bitfit"} and own["quantization"] == "nf4"
+    assert own["retain"] == [{"name": "replay", "share": 0.5, "file": "file-old"}, {"name": "l2sp"}]
+    assert own["mix"] == {"files": [{"file": "file-b"}, {"file": "file-c", "weight": 0.5}], "weight": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "body"),
+    [
+        (
+            {
+                "recipe": "prompt",
+                "options": {"recipe.prompt": {"system": "Be short."}},
+                "temperature": "0",
+                "suffix": "s",
+            },
+            {"recipe": {"name": "prompt", "system": "Be short."}, "suffix": "s", "decoding": {"temperature": 0.0}},
+        ),
+        (
+            {"recipe": "proxy", "options": {"recipe.proxy": {"tuned": "ft:a", "small": "b"}}},
+            {"recipe": {"name": "proxy", "tuned": "ft:a", "small": "b"}},
+        ),
+        (
+            {"recipe": "mixture", "options": {"recipe.mixture": {"proposers": ["a", "b"]}}},
+            {"recipe": {"name": "mixture", "proposers": ["a", "b"]}},
+        ),
+        ({"recipe": "few_shot", "rows": {"id": "file-1"}}, {"recipe": {"name": "few_shot"}, "data": ["file-1"]}),
+        (
+            {"recipe": "retrieval", "documents": [1, 3], "document-1": {"id": "f1"}, "document-3": {"id": "f3"}},
+            {"recipe": {"name": "retrieval"}, "data": ["f1", "f3"]},
+        ),
+    ],
+)
+def test_a_draft_becomes_a_recipe(changes: dict[str, Any], body: dict[str, Any]) -> None:
+    assert forms.recipe_request({"model": "tiny", **changes}, DESCRIBE) == ({"model": "tiny", **body}, [])
+
+
+def test_all_that_a_recipe_lacks_comes_at_once() -> None:
+    _, problems = forms.recipe_request({"recipe": "proxy", "max_tokens": "0"}, DESCRIBE)
+    text = "\n".join(problems)
+    for words in ("Tuned: choose a model", "Small: choose a model", "model below", "Longest answer is 0"):
+        assert words in text
+    assert forms.recipe_request({"recipe": "few_shot", "model": "m"}, DESCRIBE)[1] == ["Choose a file of solved rows."]
 
 
 # --- the guard -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tunewright.api import jobspec
@@ -11,15 +12,23 @@ from tunewright.api.lookup import find_data_file, find_start
 from tunewright.api.requests import CreateJob
 from tunewright.api.state import ORG, Server
 from tunewright.core.durable import discard
-from tunewright.core.spec import extra_files
+from tunewright.core.spec import JobSpec, extra_files
 from tunewright.jobs.prepare import create_run
-from tunewright.jobs.rows import JobRow
+from tunewright.jobs.rows import FileRow, JobRow
 
 
-def create(
-    server: Server, request: CreateJob, describe: Mapping[str, Any], idempotency_key: str | None, body: Any
-) -> JobRow:
-    """Check everything, write the run folder, index it. Raises UserError; then nothing was made."""
+@dataclass(frozen=True)
+class Checked:
+    """A request that can become a job. more: the data files of other roles (core.spec.extra_files)."""
+
+    spec: JobSpec
+    train: FileRow
+    validation: FileRow | None
+    more: dict[str, FileRow]
+
+
+def check(server: Server, request: CreateJob, describe: Mapping[str, Any]) -> Checked:
+    """Everything that can be known before a job is made. Raises UserError."""
     jobspec.refuse_wandb(request)
     spec = jobspec.build_spec(request, describe, find_start(server, request.model))
     teacher = spec.objective.options.get("teacher")
@@ -32,6 +41,15 @@ def create(
         role: find_data_file(server, file, f"tunewright.{role.partition('-')[0]}")
         for role, file in extra_files(spec).items()
     }
+    return Checked(spec, train, validation, more)
+
+
+def create(
+    server: Server, request: CreateJob, describe: Mapping[str, Any], idempotency_key: str | None, body: Any
+) -> JobRow:
+    """Check everything, write the run folder, index it. Raises UserError; then nothing was made."""
+    found = check(server, request, describe)
+    spec, train, validation, more = found.spec, found.train, found.validation, found.more
     with server.changing:
         job_id = job_id_for(server.home, idempotency_key, body)
         known = server.store.get_job(job_id)

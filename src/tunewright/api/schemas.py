@@ -229,6 +229,15 @@ class FileReport(BaseModel):
     message: str
 
 
+class JobReport(BaseModel):
+    """Whether a create request could become a job. message, param: what is wrong with it, all at once."""
+
+    object: Literal["tunewright.job_check"] = "tunewright.job_check"
+    usable: bool
+    message: str = ""
+    param: str | None = None
+
+
 class MetricPoints(BaseModel):
     """Points of the charts of a job, in the order of steps."""
 
@@ -270,7 +279,8 @@ class BaseModelInfo(BaseModel):
 
 
 class Description(BaseModel):
-    """spec: JSON Schema of a job spec. parts: kind -> name -> {schema, defaults, card, doc}; and versions."""
+    """spec: JSON Schema of a job spec. parts: kind -> name -> {schema, defaults, card, doc} of what jobs and recipes
+    are made of, and versions. `missing` in a row: the package that it needs and this server has not."""
 
     object: Literal["tunewright.description"] = "tunewright.description"
     spec: dict[str, Any]

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import jsonschema
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
+from tunewright.core.allowed import QUANTIZATIONS, bad_option
 from tunewright.core.errors import SpecError, did_you_mean
 
 Auto = Literal["auto"]
@@ -372,8 +373,7 @@ def _problems(kind: str, part: Part, rows: dict[str, Any], head: str) -> Iterato
                     f" Its options: {', '.join(sorted(known)) or 'none'}"
                 )
         else:
-            path = ".".join(str(p) for p in error.absolute_path)
-            yield f"{kind} '{part.name}', option '{path}': {error.message}"
+            yield f"{kind} '{part.name}', {bad_option(error, row)}"
     if card.get("rows") == "required" and not part.options.get("file"):
         yield f"{kind} '{part.name}' needs rows of what must not be forgotten; give its option 'file'"
     for name in card.get("required", ()):
@@ -389,13 +389,14 @@ def _problems(kind: str, part: Part, rows: dict[str, Any], head: str) -> Iterato
 
 def _not_over_quantised(spec: JobSpec, tuners: dict[str, Any]) -> list[str]:
     """What keeps the job from running over a quantised base, if it asks for one."""
-    if spec.quantization in ("auto", "none"):
+    asked = QUANTIZATIONS[spec.quantization]
+    if not asked.frozen:
         return []
     found = []
-    if find_spec("bitsandbytes") is None:
+    if asked.needs and find_spec(asked.needs) is None:
         found.append(
-            f"quantization {spec.quantization} needs the package bitsandbytes, which is not installed; pip install "
-            "bitsandbytes"
+            f"quantization {spec.quantization} needs the package {asked.needs}, which is not installed; pip install "
+            f"{asked.needs}"
         )
     works = {name: row["card"]["works_on_nf4"] for name, row in tuners.items()}
     if not works.get(spec.tuner.name, True):

@@ -24,7 +24,7 @@ from tunewright.core.home import Home
 from tunewright.models import gguf
 from tunewright.models.catalogue import ModelInfo, check_config, resolve
 from tunewright.models.heads import Head, auto_class, head_names
-from tunewright.models.probe import settle_layout
+from tunewright.models.probe import presume_layout, settle_layout
 from tunewright.models.stored import stored_weights
 from tunewright.ops.quant import NONE, quantise
 from tunewright.ops.runtime import derive_seed, quiet
@@ -117,6 +117,19 @@ def load_model(
     return model
 
 
+def bare_model(folder: Path, head: Head | None = None) -> nn.Module:
+    """The modules of the model in a folder, on meta tensors: no weights, whatever its size. For names and shapes.
+
+    Raises UserError if transformers cannot make such a model.
+    """
+    with _clear_errors(folder), quiet(), torch.random.fork_rng(), torch.device("meta"):
+        config = _config(folder, head)
+        model = auto_class(head, config).from_config(config)
+    model.name_or_path = str(folder)
+    presume_layout(model)
+    return model
+
+
 def _quantise(model: Any, name: str, dtype: torch.dtype, head: Head | None) -> None:
     """Quantise the linear layers below the head, and bring the rest to `dtype` in memory of its own."""
     heads = [model.get_output_embeddings()] if head is None else [model.get_submodule(n) for n in head_names(model)]
@@ -145,28 +158,37 @@ def _open(folder: Path, dtype: torch.dtype | str, head: Head | None, opener: Any
 
     opener: transformers' class; None: the one that the head asks for.
     """
+    with _clear_errors(folder), quiet(), torch.random.fork_rng():
+        config = _config(folder, head)
+        _without_dropout(config)
+        with torch.device("meta"):
+            kind = type((opener or auto_class(head, config)).from_config(config))
+        torch.manual_seed(derive_seed("head", head.seed if head else 0))
+        # in the file's own dtype the weights stay views of it, which come and go with what is read of them
+        views = dtype == "auto"
+        return kind.from_pretrained(
+            folder if views else None,
+            config=config,
+            state_dict=None if views else stored_weights(folder),
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=head is not None,
+        )
+
+
+def _config(folder: Path, head: Head | None) -> Any:
+    more = {} if head is None else head.config
+    return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **more)
+
+
+@contextmanager
+def _clear_errors(folder: Path) -> Iterator[None]:
+    """transformers' errors within the block turned into ours."""
     try:
-        with quiet(), torch.random.fork_rng():
-            config = transformers.AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, **({} if head is None else head.config)
-            )
-            _without_dropout(config)
-            with torch.device("meta"):
-                kind = type((opener or auto_class(head, config)).from_config(config))
-            torch.manual_seed(derive_seed("head", head.seed if head else 0))
-            # in the file's own dtype the weights stay views of it, which come and go with what is read of them
-            views = dtype == "auto"
-            return kind.from_pretrained(
-                folder if views else None,
-                config=config,
-                state_dict=None if views else stored_weights(folder),
-                dtype=dtype,
-                attn_implementation="eager",
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=head is not None,
-            )
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         first = (str(e).strip().splitlines() or [type(e).__name__])[0].replace(str(folder), folder.name)
         if "allocate memory" in str(e) or "out of memory" in str(e):

@@ -57,6 +57,11 @@ def settle_layout(model: nn.Module, scores: bool = False) -> str:
     )
 
 
+def presume_layout(model: nn.Module) -> None:
+    """Set the attention that a model without weights will most likely have; only its numbers can tell for sure."""
+    use_attention(model, REFERENCE if _must_be_padded(model) else attention.register())
+
+
 def _must_be_padded(model: nn.Module) -> bool:
     config: Any = causal_lm(model).config
     chunked = getattr(config, "attention_chunk_size", None)  # local attention that our implementation has not

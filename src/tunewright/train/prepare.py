@@ -5,6 +5,7 @@ What it chose is kept in the run folder (`prepared/`), so that every later attem
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -68,13 +69,14 @@ def row_gradients(
 
     Without noise, so it is a function of weights and data alone. change: makes another batch of a row's.
     """
-    rows = order(seed, 0, len(groups))[:n].tolist()
+    rows, started = order(seed, 0, len(groups))[:n].tolist(), time.monotonic()
     for i, row in enumerate(rows):
         if stop():
             raise Interrupted(f"Stopped before step 1 ({doing[:1].lower()}{doing[1:]}); nothing but this is lost.")
         if i % TOLD_EVERY == 0:
-            text = f"{doing}: {i} of {len(rows)} rows"
-            events.write("phase", text, {"name": phase, "done": i, "total": len(rows)})
+            left = (time.monotonic() - started) / i * (len(rows) - i) if i else None
+            text = f"{doing}: {i} of {len(rows)} rows" + ("" if left is None else f", about {left:.0f} s left")
+            events.write("phase", text, {"name": phase, "done": i, "total": len(rows), "seconds_left": left})
         batch = collate([groups[row]]).to(policy.device)
         terms = objective(policy, batch if change is None else change(batch, row))
         torch.stack([term.total * term.coef for term in terms.values() if term.coef]).sum().backward()

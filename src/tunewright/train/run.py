@@ -29,7 +29,7 @@ from tunewright.data.rendered import StoredGroups
 from tunewright.data.tokenizer import Tokenizer
 from tunewright.models.heads import Head
 from tunewright.models.layouts import PADDED, causal_lm
-from tunewright.models.loader import context_length, load_model, materialise
+from tunewright.models.loader import bare_model, context_length, load_model, materialise
 from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
 from tunewright.ops.noise import neftune
@@ -107,19 +107,20 @@ def run_once(
     groups = training_groups(job, load)
     valid: Sequence[Group] = load("validation") if job.validation else []
 
+    head = job_head(run, spec, objective)
     quantization = NONE if earlier is None else earlier.quantization
     teacher = None
     if job.teacher:
         teacher = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events)
         check_teacher(spec, teacher, tokenizer)
     if earlier is None:
+        part(TUNERS, spec.tuner).refuse(bare_model(start.weights, head))
         beside = retain.extra_bytes(spec, tuner.card, dtype.itemsize, start.over is not None)
         beside += 0 if teacher is None else teacher_bytes(teacher, start, dtype)
         dtype, quantization = room_to_load(start.weights, tuner.card, dtype, spec, beside)
     if quantization != NONE:
         events.write("message", held_text(quantization, spec.quantization), {"quantization": quantization})
     events.write("phase", "Loading the model", {"name": "loading", "done": 0, "total": 1})
-    head = job_head(run, spec, objective)
     model = attach(start, tuner, spec, dtype, head, quantization)
     autocast = None if dtype == torch.float32 else dtype
     wanted, room = (earlier.path, math.inf) if earlier else (spec.path, room_left(spec.max_memory))

@@ -44,9 +44,9 @@ class Tuner:
     (and at most one class between, for what several share: PeftTuner, Full, WholeTensors, Entries; SoftPrompt is a
     PeftTuner).
 
-    Order in a run: attach (once), [load (continuing from an artefact)], [prepare], begin, then per step before_step,
-    penalty (added once a step), on_gradients (after the last backward, before clipping), update and after_step (not
-    when the update is skipped); save at checkpoints.
+    Order in a run: [refuse], attach (once), [load (continuing from an artefact)], [prepare], begin, then per step
+    before_step, penalty (added once a step), on_gradients (after the last backward, before clipping), update and
+    after_step (not when the update is skipped); save at checkpoints.
     """
 
     card: ClassVar[TunerCard]
@@ -59,6 +59,12 @@ class Tuner:
     def n_virtual(self) -> int:
         """Tokens that the tuner puts in front of every row: they take room in a micro-batch and of the context."""
         return 0
+
+    def refuse(self, model: nn.Module) -> None:
+        """Raise SpecError if the tuner cannot train such a model: asked before the weights are loaded.
+
+        model: its modules without weights (on meta tensors), which nobody needs afterwards.
+        """
 
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """Prepare `model` (in place) for training: add modules, set requires_grad. Returns the model to run."""

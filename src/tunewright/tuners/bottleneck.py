@@ -81,6 +81,9 @@ class Bottleneck(base.Tuner):
     form: ClassVar[str]
     model: nn.Module
 
+    def refuse(self, model: nn.Module) -> None:
+        places(model, self.form)
+
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """Put the bottlenecks in by name. Raises SpecError if the model's layers have other names."""
         self.model = model

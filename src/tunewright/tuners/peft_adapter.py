@@ -32,6 +32,9 @@ class PeftTuner(base.Tuner):
         """peft's configuration for the model. Raises SpecError if the model has no such layers."""
         raise NotImplementedError
 
+    def refuse(self, model: nn.Module) -> None:
+        self.config(model, 0)
+
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """Wrap the layers; dropout is ours, so that it does not depend on how a step is cut. Raises SpecError."""
         config = self.config(model, seed)

@@ -29,6 +29,10 @@ class WholeTensors(base.Tuner):
         """Add tensors that the base has not, as zeros; returns their names."""
         return []
 
+    def refuse(self, model: nn.Module) -> None:
+        self.add(model)
+        self.choose(model)
+
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         self.model = model.requires_grad_(False)
         self._added = set(self.add(model))

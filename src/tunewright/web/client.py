@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -43,11 +44,13 @@ class ApiDown(ApiError):
 
 @dataclass(frozen=True)
 class ChatDelta:
-    """One piece of a streamed answer. finish_reason and usage arrive once, near the end."""
+    """One piece of a streamed answer. finish_reason and usage arrive once, near the end; of a recipe also `extra`, its
+    passages or proposals."""
 
     text: str = ""
     finish_reason: str | None = None
     usage: dict[str, int] | None = None
+    extra: dict[str, Any] | None = None
 
 
 class Api:
@@ -120,9 +123,10 @@ class Api:
         return (await self.request("POST", "/v1/tunewright/sessions", json={"token": token}))["key"]
 
     async def describe(self) -> dict[str, Any]:
-        """kind -> name -> {schema, defaults, card, doc} of everything a job can be made of."""
+        """parts: kind -> name -> {schema, defaults, card, doc} of all that jobs and recipes are made of. models: what
+        is known of each base model."""
         # a server asked for the first time has to find out, which takes it a while
-        return (await self.request("GET", "/v1/tunewright/describe", timeout=180.0))["parts"]
+        return await self.request("GET", "/v1/tunewright/describe", timeout=180.0)
 
     async def models(self) -> list[dict[str, Any]]:
         return (await self.request("GET", "/v1/models"))["data"]
@@ -138,6 +142,21 @@ class Api:
         # a key of ours, so that a click repeated after a broken connection cannot start a second job
         headers = {"Idempotency-Key": secrets.token_hex(16)}
         return await self.request("POST", "/v1/fine_tuning/jobs", json=body, headers=headers)
+
+    async def check_job(self, body: dict[str, Any]) -> dict[str, Any]:
+        """{usable, message, param}: what creating a job would say to this body."""
+        return await self.request("POST", "/v1/tunewright/jobs/check", json=body, timeout=60.0)
+
+    async def recipes(self) -> list[dict[str, Any]]:
+        """Models made without training, newest first."""
+        return (await self.request("GET", "/v1/tunewright/recipes"))["data"]
+
+    async def create_recipe(self, body: dict[str, Any]) -> dict[str, Any]:
+        # encoding many documents takes a while
+        return await self.request("POST", "/v1/tunewright/recipes", json=body, timeout=1800.0)
+
+    async def delete_model(self, name: str) -> None:
+        await self.request("DELETE", f"/v1/models/{quote(name, safe=':')}")
 
     async def act(self, job_id: str, action: str) -> dict[str, Any]:
         """action: `cancel`, `pause` or `resume`. The job as it is afterwards."""
@@ -155,10 +174,10 @@ class Api:
         params = {"after_step": after_step}
         return (await self.request("GET", f"/v1/tunewright/jobs/{job_id}/metrics", params=params))["data"]
 
-    async def files(self) -> list[dict[str, Any]]:
-        """Files that a job can train on, newest first."""
+    async def files(self, *purposes: str) -> list[dict[str, Any]]:
+        """Files of these purposes (`fine-tune` if none is named), newest first."""
         found = await self.pages("/v1/files")
-        return [f for f in found if f["purpose"] == "fine-tune"]
+        return [f for f in found if f["purpose"] in (purposes or ("fine-tune",))]
 
     async def file(self, file_id: str) -> dict[str, Any]:
         return await self.request("GET", f"/v1/files/{file_id}")
@@ -169,9 +188,11 @@ class Api:
             "POST", f"/v1/tunewright/files/{file_id}/check", json={"min_examples": min_examples}, timeout=600.0
         )
 
-    async def upload(self, name: str, size: int, chunks: AsyncIterator[bytes]) -> dict[str, Any]:
-        """Send a training file without ever holding it whole. size: bytes that `chunks` will yield."""
-        head, tail, kind = multipart_frame(name, {"purpose": "fine-tune"})
+    async def upload(
+        self, name: str, size: int, chunks: AsyncIterator[bytes], purpose: str = "fine-tune"
+    ) -> dict[str, Any]:
+        """Send a file without ever holding it whole. size: bytes that `chunks` will yield."""
+        head, tail, kind = multipart_frame(name, {"purpose": purpose})
 
         async def body() -> AsyncIterator[bytes]:
             yield head
@@ -214,7 +235,7 @@ def delta_from(chunk: dict[str, Any]) -> ChatDelta:
         raise ApiError(str(error.get("message")), status=500, code=error.get("code"), param=error.get("param"))
     choice = (chunk.get("choices") or [{}])[0]
     text = (choice.get("delta") or {}).get("content") or ""
-    return ChatDelta(text, choice.get("finish_reason"), chunk.get("usage"))
+    return ChatDelta(text, choice.get("finish_reason"), chunk.get("usage"), chunk.get("tunewright"))
 
 
 def multipart_frame(name: str, fields: dict[str, str]) -> tuple[bytes, bytes, str]:

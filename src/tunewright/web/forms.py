@@ -1,4 +1,4 @@
-"""The create form as data: fields from JSON Schema, text to values, a draft to the request that creates the job."""
+"""The create forms as data: fields from JSON Schema, text to values, a draft to the request that creates something."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from tunewright.web.rules import unfit
+
 AUTO = "auto"
+FILE = "file"  # the option of a method against forgetting that holds a data file
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,12 @@ class FormField:
     high: float | None = None
 
 
-def fields(schema: dict[str, Any], defaults: dict[str, Any]) -> list[FormField]:
-    """The fields of an option block, in the schema's order."""
-    return [form_field(n, resolve(p, schema), defaults.get(n)) for n, p in schema.get("properties", {}).items()]
+def fields(row: dict[str, Any]) -> list[FormField]:
+    """The options of a table's row, in the schema's order; those that hold files or models have inputs of their own."""
+    schema, defaults = row["schema"], row["defaults"]
+    named = {FILE, *row.get("card", {}).get("models", ())}
+    shown = {n: p for n, p in schema.get("properties", {}).items() if n not in named}
+    return [form_field(n, resolve(p, schema), defaults.get(n)) for n, p in shown.items()]
 
 
 def resolve(prop: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -124,43 +130,74 @@ HYPERPARAMETERS = {
     "batch_size": ("Batch size", int, 1, 256),
     "learning_rate_multiplier": ("Learning-rate multiplier", float, 1e-6, 1e6),
 }
+KINDS = ("objective", "tuner", "optimizer", "schedule")
+DEFAULT_PARTS = {"objective": "sft", "tuner": "lora", "optimizer": "adamw", "schedule": "linear", "quantization": AUTO}
 
 
-def job_request(draft: dict[str, Any], describe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(body of POST /v1/fine_tuning/jobs, problems) from a draft of input texts; with problems nothing is sent."""
-    problems: list[str] = []
+def default_part(kind: str, describe: dict[str, Any]) -> str:
+    wanted = DEFAULT_PARTS.get(kind, "")
+    return wanted if wanted in describe[kind] else sorted(describe[kind])[0]
 
-    def attempt(read: Any, *args: Any) -> Any:
+
+class Reader:
+    """Reads a draft of input texts; what cannot be read is kept as a problem, so that all come at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def __call__(self, read: Any, *args: Any) -> Any:
         try:
             return read(*args)
         except ValueError as e:
-            problems.append(str(e))
+            self.problems.append(str(e))
             return None
 
-    if not draft.get("training_file"):
-        problems.append("Choose a training file.")
-    if not draft.get("model"):
-        problems.append("Choose a base model.")
-    hyper = {k: attempt(auto_or, row[0], draft.get(k), *row[1:]) for k, row in HYPERPARAMETERS.items()}
-    body: dict[str, Any] = {"model": draft.get("model"), "training_file": (draft.get("training_file") or {}).get("id")}
+    def need(self, value: Any, problem: str) -> Any:
+        if not value:
+            self.problems.append(problem)
+        return value
+
+
+def job_request(draft: dict[str, Any], describe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(body of POST /v1/fine_tuning/jobs, problems) from a draft; with problems nothing is sent."""
+    read = Reader()
+    training = read.need(draft.get("training_file"), "Choose a training file.") or {}
+    model = read.need(draft.get("model"), "Choose a base model.")
+    hyper = {k: read(auto_or, row[0], draft.get(k), *row[1:]) for k, row in HYPERPARAMETERS.items()}
+    body: dict[str, Any] = {"model": model, "training_file": training.get("id")}
     if draft.get("validation_file"):
         body["validation_file"] = draft["validation_file"]["id"]
     if draft.get("suffix"):
         body["suffix"] = draft["suffix"].strip()
     if str(draft.get("seed") or "").strip():
-        body["seed"] = attempt(numeric, "Seed", str(draft["seed"]).strip(), int, 0, 2_147_483_647)
-    objective = draft.get("objective") or "sft"
-    method = method_of(objective, describe)
-    extra = {kind: attempt(part_of, kind, draft, describe) for kind in ("objective", "tuner", "optimizer", "schedule")}
-    rate = attempt(auto_or, "Learning rate", draft.get("learning_rate"), float, 1e-12, 10.0)
-    if rate != AUTO:
-        extra["learning_rate"] = rate
+        body["seed"] = read(numeric, "Seed", str(draft["seed"]).strip(), int, 0, 2_147_483_647)
+    method = method_of(draft.get("objective") or "sft", describe)
+    extra = {kind: read(part_of, kind, draft, describe) for kind in KINDS}
+    rate = read(auto_or, "Learning rate", draft.get("learning_rate"), float, 1e-12, 10.0)
+    more = {
+        "learning_rate": None if rate == AUTO else rate,
+        "quantization": None if (draft.get("quantization") or AUTO) == AUTO else draft["quantization"],
+        "retain": [read(retained, entry, draft, describe) for entry in draft.get("retain") or []],
+        "mix": mixed(draft, read),
+    }
     if method:
         body["method"] = {"type": method, method: {"hyperparameters": hyper}}
     else:
         body["hyperparameters"] = hyper
-    body["tunewright"] = extra
-    return body, problems
+    body["tunewright"] = {**extra, **{name: value for name, value in more.items() if value}}
+    return body, read.problems + clashes(draft, describe)
+
+
+def clashes(draft: dict[str, Any], describe: dict[str, Any]) -> list[str]:
+    """What is chosen and does not go together, in the words of rules.py; of two that clash the first is said."""
+    for kind in ("quantization", *KINDS):
+        if kind not in describe:
+            continue
+        name = draft.get(kind) or default_part(kind, describe)
+        why = unfit(kind, draft, describe).get(name)
+        if why:
+            return [f"{kind.capitalize()} '{name}' cannot be used: {why}."]
+    return []
 
 
 def method_of(objective: str, describe: dict[str, Any]) -> str | None:
@@ -171,28 +208,81 @@ def method_of(objective: str, describe: dict[str, Any]) -> str | None:
 def part_of(kind: str, draft: dict[str, Any], describe: dict[str, Any]) -> dict[str, Any]:
     """{"name", options that differ from their defaults} of one part. Raises ValueError with everything wrong."""
     name = draft.get(kind) or default_part(kind, describe)
-    row = describe[kind][name]
-    texts = draft.get("options", {}).get(f"{kind}.{name}", {})
-    found: dict[str, Any] = {"name": name}
-    problems = []
-    for field in fields(row["schema"], row["defaults"]):
-        if field.name not in texts:
-            continue
-        try:
-            value = parsed(field, texts[field.name])
-        except ValueError as e:
-            problems.append(str(e))
-            continue
-        if value != field.default:
-            found[field.name] = value
-    if problems:
-        raise ValueError(" ".join(problems))
-    return found
+    return {"name": name, **options_of(describe[kind][name], draft.get("options", {}).get(f"{kind}.{name}", {}))}
 
 
-DEFAULT_PARTS = {"objective": "sft", "tuner": "lora", "optimizer": "adamw", "schedule": "linear"}
+def options_of(row: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
+    """The options whose inputs were touched and differ from their defaults. Raises ValueError with everything wrong."""
+    read = Reader()
+    values = {f.name: read(parsed, f, texts[f.name]) for f in fields(row) if f.name in texts}
+    if read.problems:
+        raise ValueError(" ".join(read.problems))
+    return {f.name: values[f.name] for f in fields(row) if f.name in values and values[f.name] != f.default}
 
 
-def default_part(kind: str, describe: dict[str, Any]) -> str:
-    wanted = DEFAULT_PARTS[kind]
-    return wanted if wanted in describe[kind] else sorted(describe[kind])[0]
+def retained(entry: dict[str, Any], draft: dict[str, Any], describe: dict[str, Any]) -> dict[str, Any]:
+    """One method against forgetting. Raises ValueError with what it lacks."""
+    row, role = describe["retain"][entry["name"]], f"retain-{entry['id']}"
+    file, rows = draft.get(role), row["card"].get("rows")
+    if rows == "required" and not file:
+        raise ValueError(f"{row['card']['title']} needs rows of what must not be forgotten: choose a file for it.")
+    options = options_of(row, draft.get("options", {}).get(f"{role}.{entry['name']}", {}))
+    return {"name": entry["name"], **options, **({FILE: file["id"]} if file and rows != "none" else {})}
+
+
+def mixed(draft: dict[str, Any], read: Reader) -> dict[str, Any] | None:
+    """`mix`: the further files, and by which rule they share an epoch."""
+    chosen = draft.get("mix") or {}
+    ids = chosen.get("ids") or []
+    if not ids:
+        return None
+    weights, files = chosen.get("weights") or {}, []
+    for number, i in enumerate(ids, 1):
+        file = read.need(draft.get(f"mix-{i}"), f"Choose a file for further training file {number}, or remove it.")
+        files.append({"file": (file or {}).get("id"), **_weight(weights.get(str(i)), read)})
+    rule = {**_weight(weights.get("0"), read)}
+    heat = str(chosen.get("temperature") or "").strip()
+    if heat:
+        rule["temperature"] = read(numeric, "Temperature of the mix", heat, float, 1e-6, 100.0)
+    if heat and (rule.get("weight") or any("weight" in f for f in files)):
+        read.problems.append("Weights and a temperature both say how large the parts of the mix are; give one of them.")
+    return {"files": files, **rule}
+
+
+def _weight(text: Any, read: Reader) -> dict[str, Any]:
+    text = str(text or "").strip()
+    return {"weight": read(numeric, "Weight", text, float, 1e-6, 1e6)} if text else {}
+
+
+def recipe_request(draft: dict[str, Any], describe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(body of POST /v1/tunewright/recipes, problems) from a draft."""
+    read = Reader()
+    name = draft.get("recipe") or default_part("recipe", describe)
+    row = describe["recipe"][name]
+    card, kept = row["card"], draft.get("options", {}).get(f"recipe.{name}", {})
+    part = {"name": name, **(read(options_of, row, kept) or {})}
+    for field in card["models"]:
+        part[field] = read.need(kept.get(field), f"{field.capitalize()}: choose a model.")
+    files = [draft[key] for key in data_keys(draft, card["data"]) if draft.get(key)]
+    if card["data"]:
+        read.need(files, {"rows": "Choose a file of solved rows.", "documents": "Choose a document."}[card["data"]])
+    body = {"recipe": part, "model": read.need(draft.get("model"), "Choose the model below.")}
+    if files:
+        body["data"] = [file["id"] for file in files]
+    if draft.get("suffix"):
+        body["suffix"] = draft["suffix"].strip()
+    decoding = {
+        k: read(numeric, row[0], str(draft[k]).strip(), *row[1:]) for k, row in DECODING.items() if draft.get(k)
+    }
+    return {**body, **({"decoding": decoding} if decoding else {})}, read.problems
+
+
+def data_keys(draft: dict[str, Any], data: str) -> list[str]:
+    """Where a recipe's draft keeps its files. data: what its card asks for."""
+    return {"rows": ["rows"], "documents": [f"document-{i}" for i in draft.get("documents") or [0]]}.get(data, [])
+
+
+DECODING = {
+    "temperature": ("Temperature", float, 0, 2),
+    "max_tokens": ("Longest answer", int, 1, 8192),
+}

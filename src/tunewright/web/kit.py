@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 from nicegui import app, background_tasks, events, ui
 from nicegui.element import Element
-from nicegui.elements.mixins.text_element import TextElement
 from nicegui.elements.sub_pages import SubPages
 
 from tunewright.core.errors import TunewrightError
 from tunewright.web.client import ApiDown
+from tunewright.web.elements import Choices, Text
 
 E = TypeVar("E", bound=Element)
 
@@ -47,14 +47,6 @@ def tag(element: E, name: str) -> E:
 def box(classes: str = "", kind: str = "div") -> Element:
     """A plain HTML element without NiceGUI's own spacing."""
     return ui.element(kind).classes(classes)
-
-
-class Text(TextElement):
-    """Text in any HTML element; never interpreted."""
-
-    def __init__(self, text: Any, classes: str = "", kind: str = "span") -> None:
-        super().__init__(tag=kind, text=str(text))
-        self.classes(classes)
 
 
 def heading(text: str, level: int = 2, classes: str = "") -> Text:
@@ -210,12 +202,28 @@ def text_area(
 
 
 def select(
-    label: str, options: dict[Any, str], value: Any, on_change: Callable[[Any], Any], *, name: str, search: bool = False
-) -> ui.select:
+    label: str,
+    options: dict[Any, str],
+    value: Any,
+    on_change: Callable[[Any], Any],
+    *,
+    name: str,
+    search: bool = False,
+    unfit: dict[Any, str] | None = None,
+) -> Choices:
     """A drop-down. A value that is not among the options is shown as nothing chosen."""
     chosen = value if value in options else None
-    made = ui.select(options, value=chosen, with_input=search, on_change=lambda e: on_change(e.value))
+    made = Choices(options, chosen, unfit or {}, with_input=search, on_change=lambda e: on_change(e.value))
     return dress(made.props("options-dense"), label, name)
+
+
+def select_many(
+    label: str, options: dict[Any, str], values: Sequence[Any], on_change: Callable[[Any], Any], *, name: str
+) -> Choices:
+    """A drop-down of which several entries can be chosen."""
+    chosen = [v for v in values if v in options]
+    made = Choices(options, chosen, {}, multiple=True, on_change=lambda e: on_change(e.value))
+    return dress(made.props("options-dense use-chips"), label, name)
 
 
 def drop_zone(

@@ -16,10 +16,10 @@ from tunewright.web import kit
 from tunewright.web.client import Api, ApiDown, ApiError
 from tunewright.web.desk import Desk, Session
 from tunewright.web.guard import HostOriginGuard, allowed_hosts
-from tunewright.web.pages import create, jobs, playground, signin
+from tunewright.web.pages import create, jobs, playground, recipes, signin
 
 SESSION_SECONDS = 14 * 24 * 3600
-NAVIGATION = (("Jobs", "/jobs"), ("Playground", "/playground"))
+NAVIGATION = (("Jobs", "/jobs"), ("Recipes", "/recipes"), ("Playground", "/playground"))
 FILE_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
@@ -125,6 +125,7 @@ def root_of(desk: Desk) -> Any:
                     "/": lambda: home(session),
                     "/jobs": lambda: jobs.build(session),
                     "/jobs/new": lambda: create.build(session),
+                    "/recipes": lambda: recipes.build(session),
                     "/playground": lambda model="", base="": playground.build(session, model, base),
                 }
             )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -10,23 +13,27 @@ from fastapi.concurrency import run_in_threadpool
 from tunewright import __version__
 from tunewright.api import present
 from tunewright.api.body import json_body
+from tunewright.api.create_job import check
 from tunewright.api.errors import parse
 from tunewright.api.filecheck import check_training_file
 from tunewright.api.lookup import base_models, find_file, find_job
-from tunewright.api.requests import CheckFile, CreateKey, CreateSession
+from tunewright.api.requests import CheckFile, CreateJob, CreateKey, CreateSession
 from tunewright.api.schemas import (
     BaseModelInfo,
     Description,
     EngineState,
     FileReport,
+    JobReport,
     Key,
     MetricPoints,
     Session,
     WhoAmI,
 )
 from tunewright.api.state import ORGANIZATION_ID, server_of
-from tunewright.core.errors import AuthError
+from tunewright.core.allowed import QUANTIZATIONS
+from tunewright.core.errors import AuthError, UserError
 from tunewright.core.spec import JobSpec
+from tunewright.engine.recipes.base import describe_recipes
 
 router = APIRouter()
 OURS = "/v1/tunewright"
@@ -41,7 +48,22 @@ async def describe(request: Request) -> Description:
     parts = await server.describe()
     infos = await run_in_threadpool(base_models, server)
     shown = [BaseModelInfo(id=m.name, **{f: getattr(m, f) for f in BaseModelInfo.FACTS}) for m in infos.values()]
-    return Description(spec=JobSpec.model_json_schema(), parts=parts, models=shown)
+    return Description(spec=JobSpec.model_json_schema(), parts=all_parts(parts), models=shown)
+
+
+def all_parts(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The describe file's tables with those that need no torch, and in each row the package that is missing here."""
+    held = {name: {"schema": {}, "defaults": {}, "card": asdict(q), "doc": q.doc} for name, q in QUANTIZATIONS.items()}
+    tables = {**described, "quantization": held, "recipe": describe_recipes()}
+    return {
+        kind: rows if kind == "versions" else {name: with_missing(row) for name, row in rows.items()}
+        for kind, rows in tables.items()
+    }
+
+
+def with_missing(row: Mapping[str, Any]) -> dict[str, Any]:
+    needs = row["card"].get("needs")
+    return {**row, "missing": needs if needs and find_spec(needs) is None else None}
 
 
 @router.post(OURS + "/sessions")
@@ -88,6 +110,18 @@ def check_file(request: Request, file_id: str, body: Body) -> FileReport:
     server = server_of(request)
     row = find_file(server, file_id)
     return check_training_file(server.home.blob(row.sha256), row, parse(CheckFile, body))
+
+
+@router.post(OURS + "/jobs/check")
+async def check_job(request: Request, body: Body) -> JobReport:
+    """What POST /v1/fine_tuning/jobs would say to this body; nothing is made."""
+    server = server_of(request)
+    described = await server.describe()
+    try:
+        await run_in_threadpool(check, server, parse(CreateJob, body), described)
+    except UserError as e:
+        return JobReport(usable=False, message=e.message, param=e.param)
+    return JobReport(usable=True)
 
 
 @router.get(OURS + "/jobs/{job_id}/metrics")

@@ -77,7 +77,9 @@ def check_word(option: str, value: str, allowed: tuple[str, ...]) -> None:
     from tunewright.core.errors import SpecError, did_you_mean
 
     if value not in allowed:
-        raise SpecError(f"{option} is '{value}'; use one of: {', '.join(allowed)}.{did_you_mean(value, allowed)}")
+        more = " Every other tuner is measured by its job's preflight, before step 1." if option == "--tuner" else ""
+        near = did_you_mean(value, allowed)
+        raise SpecError(f"{option} is '{value}'; use one of: {', '.join(allowed)}.{near}{more}")
 
 
 def read_device(text: str) -> tuple[bool, int]:

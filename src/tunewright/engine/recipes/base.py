@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,6 +68,22 @@ def make_recipe(part: Part) -> Any:
         return entry(entry.Options(**part.options))
     except ValidationError as e:
         raise SpecError(explain_validation(e, entry.Options, f"recipe '{part.name}'"), param="recipe") from e
+
+
+def describe_recipes() -> dict[str, Any]:
+    """{name: {"schema", "defaults", "card", "doc"}} as the describe file has it of a job's parts. A default that is
+    missing is one that must be given."""
+    return {name: _described(RECIPES.load(name)) for name in RECIPES}
+
+
+def _described(entry: Any) -> dict[str, Any]:
+    fields = entry.Options.model_fields
+    return {
+        "schema": entry.Options.model_json_schema(),
+        "defaults": {n: f.get_default(call_default_factory=True) for n, f in fields.items() if not f.is_required()},
+        "card": asdict(entry.card),
+        "doc": (entry.__doc__ or "").strip().split("\n")[0],
+    }
 
 
 def recipe_of(record: Artefact) -> Any:
