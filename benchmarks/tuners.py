@@ -77,8 +77,12 @@ def write_configs(bench: Bench, tuners: Sequence[str]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
+    from tunewright.models.layouts import use_attention
+    from tunewright.ops import attention
+
+    with torch.device("meta"):  # its shapes are enough
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(bench.folder))
+    use_attention(model, attention.NAME)
     for name in tuners:
         part = TUNERS.load(name)
         config = part(part.Options(**OPTIONS.get(name, {}))).config(model, 1)

@@ -76,7 +76,7 @@ def test_the_student_comes_nearer_and_resumes_exactly(home_with_teacher: Home) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tuner", ["full", "lora"])
+@pytest.mark.parametrize("tuner", ["lora", pytest.param("full", marks=pytest.mark.nightly)])
 def test_every_kind_and_a_tuned_teacher(home_with_teacher: Home, tuner: str) -> None:
     """A teacher that is an `ft:` model comes along in the run folder: deleting it afterwards changes nothing."""
     home = home_with_teacher

@@ -109,7 +109,10 @@ def test_a_reward_model(tiny_home: Home) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "tuner"), [("bert", "full"), ("bert", "lora"), ("tiny", "full")])
+@pytest.mark.parametrize(
+    ("model", "tuner"),
+    [("bert", "full"), *(pytest.param(*c, marks=pytest.mark.nightly) for c in [("bert", "lora"), ("tiny", "full")])],
+)
 def test_reward_models_of_every_kind_open_elsewhere(tiny_home: Home, model: str, tuner: str) -> None:
     tiny.build_reader(tiny_home.models / "bert", "bert")
     rate = 1e-2 if tuner == "lora" else 2e-3
