@@ -156,6 +156,7 @@ def test_the_data_formats_page_is_up_to_date_and_its_rows_are_valid() -> None:
             "chat",
             "preference",
             "unpaired",
+            "prompt",
             "text",
             "labelled",
         )
