@@ -152,7 +152,13 @@ def test_the_data_formats_page_is_up_to_date_and_its_rows_are_valid() -> None:
     for name in FORMATS:
         found = FORMATS.load(name)
         assert f"```json\n{found.example}\n```" in text
-        assert found.convert(json.loads(found.example), 1).shape in ("chat", "preference", "unpaired", "text", "labelled")
+        assert found.convert(json.loads(found.example), 1).shape in (
+            "chat",
+            "preference",
+            "unpaired",
+            "text",
+            "labelled",
+        )
 
 
 def test_the_http_page_lists_every_route_and_no_other() -> None:
