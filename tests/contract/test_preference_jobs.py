@@ -87,8 +87,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+NIGHTLY = ("on the plain modules", "dropout", "some weights", "chosen by the data")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.nightly) if c in NIGHTLY else c for c in SETTINGS])
 def test_dpo_begins_at_ln_2_and_margin_0_exactly(tiny_home: Home, case: str) -> None:
     """From the base and, with the same tuner, from what that left; there dropout moves what the reference has not."""
     from_base = new_run(tiny_home, "dpo", tiny.pair_rows(ROWS), n_epochs=1, **SETTINGS[case])
@@ -104,14 +107,15 @@ def test_dpo_begins_at_ln_2_and_margin_0_exactly(tiny_home: Home, case: str) -> 
     assert (again.plan() or {})["base"]["loss"] == pytest.approx(LN_2, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
         ("dpo", {}),
-        pytest.param(("dpo", {"tuner": "full"}), marks=pytest.mark.slow),
-        pytest.param(("dpo", {"path": "plain", "tuner": {"name": "lora", "dropout": 0.1}}), marks=pytest.mark.slow),
-        pytest.param(("kto", {}), marks=pytest.mark.slow),
-        pytest.param(("orpo", {}), marks=[pytest.mark.slow, pytest.mark.nightly]),
+        ("dpo", {"tuner": "full"}),
+        pytest.param(("dpo", {"path": "plain", "tuner": {"name": "lora", "dropout": 0.1}}), marks=pytest.mark.nightly),
+        ("kto", {}),
+        pytest.param(("orpo", {}), marks=pytest.mark.nightly),
     ],
     ids=str,
 )
@@ -160,7 +164,7 @@ def test_continued_from_an_adapter_resume_is_exact_and_the_reference_is_the_star
 @pytest.mark.parametrize(
     "case",
     [
-        ("kto", "lora"),
+        pytest.param(("kto", "lora"), marks=pytest.mark.nightly),
         pytest.param(("dpo", "full"), marks=pytest.mark.nightly),
         pytest.param(("dpo", "fishmask"), marks=pytest.mark.nightly),
     ],
@@ -185,6 +189,7 @@ def test_crashed_everywhere_and_continued_is_uninterrupted(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["dpo", "kto", "orpo"])
 @pytest.mark.parametrize("path", ["auto", "plain"])
 def test_any_cut_and_any_path_of_a_step_is_the_step(tiny_home: Home, name: str, path: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,15 +26,26 @@ MB = 1_000_000
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux resets the mark")
 def test_the_peak_is_seen_forgotten_and_kept_by_the_one_who_asked() -> None:
-    peak = meter.Peak()
-    meter.release()
-    before = meter.reset() and meter.resident()
-    block = np.ones(100 * MB, np.uint8)
-    del block
-    assert meter.peak() - before > 90 * MB
-    peak.restart()
-    assert meter.peak() - before < 50 * MB
-    assert peak.so_far() - before > 90 * MB
+    """In a process of its own: what other tests did to the allocator decides whether memory is given back."""
+    found = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, timeout=120, check=True)
+    seen, forgotten, kept = (int(word) for word in found.stdout.split())
+    assert seen > 90 * MB and kept > 90 * MB
+    assert forgotten < 50 * MB
+
+
+PEAKS = """
+import numpy as np
+from tunewright.train import meter
+
+peak = meter.Peak()
+meter.release()
+before = meter.reset() and meter.resident()
+block = np.ones(100_000_000, np.uint8)
+del block
+seen = meter.peak() - before
+peak.restart()
+print(seen, meter.peak() - before, peak.so_far() - before)
+"""
 
 
 def test_the_job_s_own_limit_counts_when_it_is_the_smallest() -> None:
