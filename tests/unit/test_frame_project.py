@@ -14,6 +14,7 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 from packaging.requirements import Requirement
@@ -144,6 +145,7 @@ def test_a_page_that_is_not_up_to_date_is_found(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_data_formats_page_is_up_to_date_and_its_rows_are_valid() -> None:
+    from tunewright.core.conversation import Shape
     from tunewright.data.formats import FORMATS
 
     tool = load_tool("reference")
@@ -152,14 +154,7 @@ def test_the_data_formats_page_is_up_to_date_and_its_rows_are_valid() -> None:
     for name in FORMATS:
         found = FORMATS.load(name)
         assert f"```json\n{found.example}\n```" in text
-        assert found.convert(json.loads(found.example), 1).shape in (
-            "chat",
-            "preference",
-            "unpaired",
-            "prompt",
-            "text",
-            "labelled",
-        )
+        assert found.convert(json.loads(found.example), 1).shape in get_args(Shape)
 
 
 def test_the_http_page_lists_every_route_and_no_other() -> None:

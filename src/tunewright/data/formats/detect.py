@@ -77,7 +77,7 @@ def _nearest(fields: Collection[str], formats: list[Format]) -> tuple[list[str],
     """The format that the most fields come close to, and how to rename them."""
     best: tuple[tuple[float, float], list[str], str] = ((0.0, 0.0), [], "")
     for f in formats:
-        for needed in f.needs:
+        for needed in () if f.alone else f.needs:
             renames, score = [], 0.0
             for want in needed:
                 have = _stand_in(want, fields)
