@@ -138,8 +138,13 @@ class Browser:
         self.close_list() if many else self.until(self.closed, "the list to close")
 
     def unfold(self, name: str) -> None:
-        """Open a folded block of options."""
-        self.get(name).find_element(By.CSS_SELECTOR, ".q-item").click()
+        """Open a folded block of options, and wait until nothing moves any more."""
+        block = self.get(name)
+        block.find_element(By.CSS_SELECTOR, ".q-item").click()
+        heights: list[int] = [0]
+        while heights[-1] != (height := block.size["height"]) or len(heights) < 3:
+            heights.append(height)
+            time.sleep(0.3)
 
     def value(self, name: str) -> str:
         return self.get(name).get_attribute("value") or ""

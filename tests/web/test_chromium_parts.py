@@ -92,7 +92,7 @@ def test_what_does_not_go_together_cannot_be_taken(browser: Browser) -> None:
 
 def test_recipes_are_made_compared_and_deleted_by_hand(browser: Browser, train_file: Path) -> None:
     browser.open("/recipes")
-    assert "No recipes yet" in browser.text("no-recipes")
+    assert "No recipes yet" in browser.get("no-recipes", 240).text
     browser.choose("recipe", "few_shot")
     browser.click("create-recipe")
     assert browser.text("recipe-error").endswith("Choose a file of solved rows.")
@@ -120,10 +120,10 @@ def test_recipes_are_made_compared_and_deleted_by_hand(browser: Browser, train_f
         browser.choose("compare-models", name, many=True)
     browser.type("compare-question", "what colour is the sky?")
     browser.click("compare-ask")
-    said = browser.until(lambda: browser.text("compare-answers"), "the answers", 300)
+    said = browser.get("compare-answers", 300).text
     assert ":shots:" in said and ":colour:" in said and "no recipe" not in said
     browser.driver.refresh()
-    browser.until(lambda: browser.text("compare-answers") == said, "the answers after a reload")
+    browser.until(lambda: browser.get("compare-answers", 240).text == said, "the answers after a reload")
     for left in (1, 0):
         browser.click("delete-recipe")
         browser.click("confirm-yes")

@@ -27,7 +27,7 @@ MODEL_HELP = {
     "mixture": "The model that writes the answer.",
 }
 MOST_DOCUMENTS = 50
-ASK_TOKENS = 256  # of an answer in the comparison
+ASK_TOKENS = 128  # of an answer in the comparison
 
 
 def build(session: Session) -> None:
@@ -114,6 +114,7 @@ def build_compare(form: Form) -> None:
         asked = kit.text_area(
             "Question", kept.get("question") or "", lambda v: keep(question=v or ""), name="compare-question"
         )
+    asking = kit.box("tw-actions")
     place = kit.box()
 
     async def ask() -> None:
@@ -135,7 +136,8 @@ def build_compare(form: Form) -> None:
             if kept.get("answers"):
                 build_answers(kept["answers"])
 
-    kit.button("Ask all", ask, icon="send", kind="plain", name="compare-ask")
+    with asking:
+        kit.button("Ask all", ask, icon="send", kind="plain", name="compare-ask")
     draw()
 
 
@@ -160,8 +162,12 @@ def build_answers(answers: list[dict[str, Any]]) -> None:
 
 def answer_row(answer: dict[str, Any]) -> tuple[Any, ...]:
     usage = answer.get("usage") or {}
-    tokens = (usage.get("prompt_tokens", "–"), usage.get("completion_tokens", "–"))
-    return (answer["model"], lambda: build_text(answer), *tokens, duration(answer.get("seconds")))
+    costs = (usage.get("prompt_tokens", "–"), usage.get("completion_tokens", "–"), duration(answer.get("seconds")))
+    return (answer["model"], lambda: build_text(answer), *map(short_cell, costs))
+
+
+def short_cell(value: Any) -> Callable[[], Any]:
+    return lambda: kit.Text(value, "tw-nowrap")
 
 
 def build_text(answer: dict[str, Any]) -> None:
