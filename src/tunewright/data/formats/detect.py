@@ -75,7 +75,7 @@ def _unknown(fields: Collection[str], formats: list[Format]) -> str:
 
 def _nearest(fields: Collection[str], formats: list[Format]) -> tuple[list[str], str]:
     """The format that the most fields come close to, and how to rename them."""
-    best: tuple[tuple[float, float], list[str], str] = ((0.0, 0.0), [], "")
+    best: tuple[float, list[str], str] = (0.0, [], "")
     for f in formats:
         for needed in () if f.alone else f.needs:
             renames, score = [], 0.0
@@ -84,8 +84,8 @@ def _nearest(fields: Collection[str], formats: list[Format]) -> tuple[list[str],
                 score += 0 if have is None else 1 if have == want else 0.8
                 if have and have != want:
                     renames.append(f"'{have}' to '{want}'")
-            if (score / len(needed), score) > best[0]:  # of equal shares the one that explains more fields
-                best = ((score / len(needed), score), renames, f.name)
+            if score / len(needed) > best[0]:
+                best = (score / len(needed), renames, f.name)
     return best[1], best[2]
 
 
