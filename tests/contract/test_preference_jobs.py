@@ -23,7 +23,8 @@ from tunewright.objectives import OBJECTIVES
 from tunewright.train.describe import describe
 from tunewright.tuners import TUNERS
 
-NAMES = [n for n in OBJECTIVES if set(OBJECTIVES.load(n).card.shapes) & {"preference", "unpaired"}]
+CARDS = {name: OBJECTIVES.load(name).card for name in OBJECTIVES}
+NAMES = [n for n, card in CARDS.items() if card.head == "lm" and set(card.shapes) & {"preference", "unpaired"}]
 ROWS = 18
 LN_2 = math.log(2)
 

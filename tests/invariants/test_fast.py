@@ -290,6 +290,23 @@ def test_full_tuning_of_each_family_served(tmp_path: Path, tiny_model_dir: Path,
     assert_relative(grads, want_grads, 1e-4)
 
 
+def test_what_was_loaded_and_frozen_before_the_first_step_is_read(
+    tiny_model_dir: Path, groups: list[Group], kernels: Kernels
+) -> None:
+    """As half fine-tuning resumes: a checkpoint comes after the path was chosen, then the round's half is frozen."""
+    model = full(tiny_model_dir)
+    policy = fast(model, kernels)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    for i, p in enumerate(model.parameters()):
+        p.requires_grad_(i % 9 == 0)
+    want, want_grads = step(Policy(model), groups)
+    got, grads = step(policy, groups)
+    assert got == pytest.approx(want, abs=1e-5)
+    assert_relative(grads, want_grads, 1e-4)
+
+
 def test_only_the_upper_layers(tiny_model_dir: Path, groups: list[Group], kernels: Kernels) -> None:
     """Some weights of one product, one norm; nothing below is run backward."""
     model = full(tiny_model_dir).requires_grad_(False)

@@ -283,7 +283,8 @@ class Values:
         self._norms = [*(own for layer in layers for own in layer.norms), norm]
         self._heads = [head] if head is not None and head.weight.requires_grad else []
         self._own = [p for part in (*self._linears, *self._norms) for p in part.own]
-        self._parts: list[Any] = []
+        # a checkpoint may be loaded, and what is trained may be frozen, before the first call
+        self._parts: list[Any] = [part for part in (*self._linears, *self._norms) if part.trained]
         self._trained: list[Tensor] = []
         self.seen: tuple[Any, ...] = ()
 
