@@ -67,26 +67,37 @@ class Browser:
         page = self.driver.find_element(By.TAG_NAME, "body").text
         raise AssertionError(f"waited {seconds} s for {what}. The page says:\n{page}")
 
-    def click(self, name: str, seconds: float = 60) -> None:
+    def act(self, name: str, do: Callable[[WebElement], None], seconds: float = 60) -> None:
+        """Do something with an element; once more if the page put another in its place meanwhile."""
+
         def done() -> bool:
-            element = self.get(name, seconds)
-            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-            element.click()
+            do(self.get(name, seconds))
             return True
 
-        self.until(done, f"a click on {name}", seconds)
+        self.until(done, f"something to do with {name}", seconds)
+
+    def click(self, name: str, seconds: float = 60) -> None:
+        def click(element: WebElement) -> None:
+            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+            element.click()
+
+        self.act(name, click, seconds)
 
     def type(self, name: str, text: str) -> None:
-        element = self.get(name)
-        element.send_keys(Keys.CONTROL, "a")
-        element.send_keys(text)
+        def enter(element: WebElement) -> None:
+            element.send_keys(Keys.CONTROL, "a")
+            element.send_keys(text)
+
+        self.act(name, enter)
 
     def upload(self, role: str, path: Path) -> None:
-        zone = self.get(f"upload-{role}", 240)
-        zone.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(path))
+        def give(zone: WebElement) -> None:
+            zone.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(path))
+
+        self.act(f"upload-{role}", give, 240)
 
     def text(self, name: str) -> str:
-        return self.get(name).text
+        return self.until(lambda: (self.get(name).text,), f"the text of {name}")[0]
 
     def status(self) -> str:
         """The status of the job on the right side."""
