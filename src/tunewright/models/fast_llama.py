@@ -85,7 +85,7 @@ class FastLlama:
         pack = self._pack(batch, inputs)
         keep = torch.is_grad_enabled() and (pack.below or bool(parameters))
         with torch.autocast("cpu", enabled=False):  # each product has its dtype; autocast would change torch's
-            if rows is not None and padded(rows.numel()) >= padded(batch.n_tokens):
+            if rows is not None and not 0 < padded(rows.numel()) < padded(batch.n_tokens):
                 return _Hidden.apply(self, pack, None, keep, inputs, *parameters)[rows]
             return _Hidden.apply(self, pack, rows, keep, inputs, *parameters)
 

@@ -128,21 +128,24 @@ def run_once(
     events.write("message", path.why)
     policy = Policy(model, autocast, fast=path.forward, embedding_noise=neftune(model, spec.neftune_alpha))
 
+    def frozen(beside: nn.Module, wanted: str, room: float = math.inf) -> tuple[Policy, str]:
+        """A further model that is only asked, on the path `wanted` where it can be, and that path's name."""
+        beside = beside.requires_grad_(False).eval()
+        chosen = choose_path(beside, dtype, threads, home.cache / "kernels", wanted, room)
+        return Policy(beside, autocast, fast=chosen.forward), chosen.name
+
     def second() -> Policy:
         """The policy at step 0, loaded again. On the same path, or it would round otherwise."""
-        frozen = attach(start, part(TUNERS, spec.tuner), spec, dtype, head, quantization).requires_grad_(False).eval()
-        other = choose_path(frozen, dtype, threads, home.cache / "kernels", path.name, math.inf)
-        return Policy(frozen, autocast, fast=other.forward)
+        return frozen(attach(start, part(TUNERS, spec.tuner), spec, dtype, head, quantization), path.name)[0]
 
     reference = cache(partial(find_reference, tuner, policy, start.over is not None, second))
     if objective.card.needs_reference:
         objective.reference = reference()
         events.write("message", f"The reference, the model at step 0, is {objective.reference.how}")
+    teacher_path = ""
     if teacher is not None:
-        taught = load_teacher(teacher, dtype, MERGE).to(device())
-        room = math.inf if earlier else room_left(spec.max_memory)
-        other = choose_path(taught, dtype, threads, home.cache / "kernels", path.name, room)
-        objective.teacher = Policy(taught, autocast, fast=other.forward)
+        asked = (earlier.teacher_path, math.inf) if earlier else (path.name, room_left(spec.max_memory))
+        objective.teacher, teacher_path = frozen(load_teacher(teacher, dtype, MERGE).to(device()), *asked)
     prepare(run, tuner, policy, objective, groups, spec.seed or 0, events, stop)
     plan = earlier or resolve(
         spec,
@@ -151,6 +154,7 @@ def run_once(
         tuner.card,
         dtype=str(dtype).removeprefix("torch."),
         path=path.name,
+        teacher_path=teacher_path,
         quantization=quantization,
         threads=threads,
         context=context,
