@@ -347,6 +347,9 @@ def check_parts(spec: JobSpec, describe: dict[str, Any]) -> JobSpec:
             updates[kind].append(checked)
         else:
             updates[kind] = checked
+    objective = describe["objective"].get(spec.objective.name)
+    if objective and objective["card"].get("needs_rollouts") and spec.format == "auto":
+        updates["format"] = "reinforcement"
     unfit = _not_over_quantised(spec, describe["tuner"])
     if problems or unfit:
         text = "; ".join(dict.fromkeys([*problems, *unfit]))

@@ -163,6 +163,10 @@ class Policy:
             ]
         return batch.targets_T.index_copy(0, rows, torch.cat(drawn)) if drawn else batch.targets_T
 
+    def computing(self) -> AbstractContextManager[Any]:
+        """Within this the model's own modules, whoever runs them (the engine), compute in the policy's dtype."""
+        return self._cast()
+
     def _cast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
             return nullcontext()

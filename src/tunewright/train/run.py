@@ -35,7 +35,7 @@ from tunewright.objectives import OBJECTIVES
 from tunewright.ops.noise import neftune
 from tunewright.ops.quant import NONE, PACKAGE, count
 from tunewright.ops.runtime import be_deterministic, choose_dtype, device, set_threads
-from tunewright.train import meter
+from tunewright.train import meter, reinforce
 from tunewright.train.asking import ask_teacher
 from tunewright.train.balance import balanced
 from tunewright.train.checkpoint import State, load_newest
@@ -51,6 +51,7 @@ from tunewright.train.preflight import Build, preflight
 from tunewright.train.prepare import prepare
 from tunewright.train.reference import find_reference
 from tunewright.train.retain import build as retain
+from tunewright.train.rollouts import Imagined
 from tunewright.train.room import held_text, room_left, room_to_load
 from tunewright.train.rows import load_groups, training_groups
 from tunewright.train.teacher import check_teacher, load_teacher, teacher_bytes
@@ -97,6 +98,8 @@ def run_once(
     tuner: Tuner = part(TUNERS, spec.tuner)
     context = context_left(start.weights, tuner)
     limit = context if spec.max_length == "auto" else min(spec.max_length, context)
+    rolls = objective.card.needs_rollouts
+    limit = reinforce.prompt_limit(objective, limit) if rolls else limit
 
     if objective.card.asks:
         ask_teacher(run, job, spec, objective, home, events, stop)
@@ -143,10 +146,14 @@ def run_once(
         room = math.inf if earlier else room_left(spec.max_memory)
         other = choose_path(taught, dtype, threads, home.cache / "kernels", path.name, room)
         objective.teacher = Policy(taught, autocast, fast=other.forward)
+    rollouts = None
+    if rolls:
+        given = (run, home, objective, policy, tuner, tokenizer, groups, context, events, stop)
+        rollouts = reinforce.rollouts_of(*given)
     prepare(run, tuner, policy, objective, groups, spec.seed or 0, events, stop)
     plan = earlier or resolve(
         spec,
-        groups,
+        Imagined(groups, objective) if rolls else groups,
         valid,
         tuner.card,
         dtype=str(dtype).removeprefix("torch."),
@@ -184,6 +191,7 @@ def run_once(
         write_artefact=artefact_writer(job, spec, tuner, start, head, quantization),
         stop=stop,
         retain=kept,
+        rollouts=rollouts,
         advised={e.data["advice"] for e in run.stream() if "advice" in e.data},
     )
     if policy.layout == PADDED:
@@ -282,7 +290,10 @@ def attach(
 
 def decide(parts: Parts, build: Build, peak: meter.Peak) -> Plan:
     """Measure, write plan.json and say what was decided."""
-    plan = preflight(parts, build, peak)
+    if parts.rollouts is None:
+        plan = preflight(parts, build, peak)
+    else:
+        plan = reinforce.with_sampling(preflight(reinforce.imagined(parts), build, peak), parts)
     parts.run.write_plan(plan.to_json())
     if (plan.micro_batch_tokens, plan.checkpointing) != (parts.plan.micro_batch_tokens, parts.plan.checkpointing):
         text = (
