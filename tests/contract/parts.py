@@ -76,7 +76,8 @@ def numbers_of(example: Example, rng: random.Random) -> dict[str, tuple[float, .
     """What a rollout's tokens come with, near what the tiny model makes of random tokens."""
     n, advantage = len(example.ids), rng.uniform(-2, 2)
     old = tuple(rng.uniform(-7.0, -5.5) for _ in range(n))
-    return {"advantage": (advantage,) * n, "old_logp": old}
+    values = {k: tuple(rng.uniform(-1, 1) for _ in range(n)) for k in ("old_value", "return")}
+    return {"advantage": (advantage,) * n, "old_logp": old, "reference_logp": old, **values}
 
 
 def with_adapter(model: Any, folder: Path) -> Any:

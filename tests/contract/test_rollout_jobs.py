@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from job_kit import attempt, greedy, stop_after, weights
+from safetensors.torch import load_file
 from test_crash import Crash
 
 import tiny
 from tunewright.core.errors import DataError, EndpointDown, Interrupted, SpecError
 from tunewright.core.home import Home
-from tunewright.core.run import Run
+from tunewright.core.run import Run, read_artefact
 from tunewright.core.spec import check_parts, parse_spec
 from tunewright.engine.engine import Engine
-from tunewright.engine.request import parse_request
+from tunewright.engine.request import RowsRequest, parse_request
+from tunewright.engine.rows import RowModels
 from tunewright.jobs.prepare import create_run
 from tunewright.train import loop, rollouts
 from tunewright.train.describe import describe
@@ -43,8 +46,10 @@ def rows(n: int = ROWS) -> list[dict[str, Any]]:
 def new_run(home: Home, objective: dict[str, Any] | None = None, data: Any = None, **spec: Any) -> Run:
     train = tiny.write_rows(home.root / "train.jsonl", rows() if data is None else data)
     valid = tiny.write_rows(home.root / "valid.jsonl", rows(3))
+    asked = objective or {}
+    sizes = {} if asked.get("name") == "ppo" else {"group_size": ANSWERS}
     part = {
-        "name": "grpo", "grader": HAS_AN_A, "group_size": ANSWERS, "max_completion_tokens": LONG, **(objective or {})
+        "name": "grpo", "grader": HAS_AN_A, "max_completion_tokens": LONG, **sizes, **asked
     }  # fmt: skip
     fields = {
         "model": "tiny", "training_file": "train", "dtype": "float32", "threads": 1, "seed": 1, "n_epochs": 2,
@@ -93,6 +98,47 @@ def test_the_reward_rises_and_every_answer_is_kept(tiny_home: Home, name: str) -
     assert "train_mean_reward" in run.metrics_csv.read_text().splitlines()[0]
     events = [e for e in run.events() if e.type == "metrics"]
     assert events[0].message.startswith(f"Step 1/18 , train mean reward={first['train_mean_reward']:.2f}")
+
+
+@pytest.mark.slow
+def test_ppo_raises_the_reward_with_a_grader_and_its_head_stays_in_the_checkpoints(tiny_home: Home) -> None:
+    run = new_run(tiny_home, {"name": "ppo"}, n_epochs=25, batch_size=12, learning_rate=1e-2)
+    attempt(run, tiny_home)
+    found = steps(run)
+    rewards = [s["train_mean_reward"] for s in found]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
+    assert {"train_kl", "train_entropy", "train_clip_share", "train_value_loss"} <= set(found[-1])
+    assert max(s["train_clip_share"] for s in found) > 0
+    (checkpoint, *_) = sorted(run.checkpoints.iterdir(), reverse=True)
+    saved = load_file(checkpoint / "tuner.safetensors")
+    assert saved["value_head.linear.weight"].abs().max() > 0
+    for path in (run.result, checkpoint / "artefact"):
+        assert not any("value_head" in key for f in path.glob("*.safetensors") for key in load_file(f))
+
+
+@pytest.mark.slow
+def test_ppo_learns_from_a_reward_model_of_its_own(tiny_home: Home) -> None:
+    """The rewards are what the reward model, asked by itself, says of the same conversations."""
+    fields = {"model": "tiny", "training_file": "pairs", "dtype": "float32", "threads": 1, "seed": 1, "n_epochs": 1}
+    pairs = tiny.write_rows(tiny_home.root / "pairs.jsonl", tiny.pair_rows(12))
+    judge = create_run(
+        tiny_home, check_parts(parse_spec({**fields, "objective": "reward"}), describe()), train_path=pairs
+    )
+    attempt(judge, tiny_home)
+    name = read_artefact(judge.result).name
+    run = new_run(tiny_home, {"name": "ppo", "grader": None, "reward_model": name}, n_epochs=1)
+    attempt(run, tiny_home)
+    prompts = {i: row["messages"][:2] for i, row in enumerate(rows(), 1)}
+    models = RowModels(tiny_home, torch.float32, 1)
+    for x in lines(run):
+        messages = [*prompts[x["row"]], {"role": "assistant", "content": x["text"]}]
+        asked = RowsRequest.model_validate({"artefact": str(judge.result), "rows": [{"messages": messages}]})
+        assert x["reward"] == pytest.approx(models.judge(asked)["results"][0]["score"], rel=1e-4, abs=1e-5)
+    lm = new_run(tiny_home, n_epochs=1)
+    attempt(lm, tiny_home)
+    other = new_run(tiny_home, {"name": "ppo", "grader": None, "reward_model": read_artefact(lm.result).name})
+    with pytest.raises(SpecError, match="is no reward model"):
+        attempt(other, tiny_home)
 
 
 def test_the_training_model_answers_as_the_engine_with_its_own_copy(tiny_home: Home) -> None:
@@ -159,6 +205,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "rloo": {"name": "rloo"},
     "several updates": {"updates": 2},
+    "ppo": {"name": "ppo", "updates": 2},
 }
 
 
@@ -246,6 +293,8 @@ def test_what_cannot_be_done_is_refused_with_one_error(tiny_home: Home, case: st
 def test_a_grader_must_be_given(tiny_home: Home) -> None:
     with pytest.raises(SpecError, match="needs its option 'grader'"):
         new_run(tiny_home, {"grader": None})
+    with pytest.raises(SpecError, match=r"needs one of its options 'grader'.*'reward_model'"):
+        new_run(tiny_home, {"name": "ppo", "grader": None})
 
 
 def test_rows_without_a_prompt_are_refused(tiny_home: Home) -> None:

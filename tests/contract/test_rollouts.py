@@ -21,9 +21,12 @@ from tunewright.core.example import Example, Group
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
+from tunewright.objectives.ppo import gae
 from tunewright.objectives.rollouts import Rolled
 from tunewright.ops.packing import pack
+from tunewright.ops.types import Batch
 from tunewright.train.reference import Reference
+from tunewright.train.value import ValueHead
 
 VOCAB, LONGEST = 470, 9
 Sides = tuple[Tensor, Tensor, Tensor, Tensor]  # of an answer's tokens: log p, of the reference, before, advantage
@@ -148,20 +151,112 @@ def test_a_loss_over_rollouts_is_its_papers(case: str, fresh: bool, models: tupl
         assert means["kl"] == pytest.approx((torch.exp(far) - far - 1).mean().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+class Valued(Given):
+    """With what a value head says of each token, too."""
+
+    def __init__(self, logp_T: Tensor, value_T: Tensor) -> None:
+        super().__init__(logp_T)
+        self.value_T = value_T
+
+    def token_stats(self, batch: Batch, want: set[str], value: Any = None) -> dict[str, Tensor]:
+        return {**super().token_stats(batch, want), "value": self.value_T}
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo"])
 def test_the_gradient_is_that_of_finite_differences(name: str, models: tuple[nn.Module, nn.Module]) -> None:
     """Of the whole loss by each of about 20 token log-probabilities, away from where the clipping has its corners."""
     objective, g = instance(OBJECTIVES, name), torch.Generator().manual_seed(0)
     (batch,) = pack(rollouts(models[0], n=2, members=2), 10**6)
     assert 8 <= batch.weights_T.count_nonzero() <= 25
     logp_T = batch.per_token["old_logp"].double() + 0.1 * torch.randn(batch.n_tokens, generator=g, dtype=torch.float64)
-    objective.reference = Given(logp_T + 0.3 * torch.randn(batch.n_tokens, generator=g, dtype=torch.float64))
+    other_T = logp_T + 0.3 * torch.randn(batch.n_tokens, generator=g, dtype=torch.float64)
+    objective.reference, objective.value_head = Given(other_T), lambda h: h
+    batch.per_token.update({"reference_logp": other_T, "old_value": other_T, "return": other_T + 0.5})
 
     def loss(x_T: Tensor) -> Tensor:
-        terms = objective(Given(x_T), batch).values()
+        terms = objective(Valued(x_T, 0.1 * x_T), batch).values()
         return torch.stack([t.coef * t.total for t in terms if t.coef]).sum()
 
     assert torch.autograd.gradcheck(loss, logp_T.requires_grad_(), eps=1e-6, atol=1e-6)
+
+
+def test_ppo_is_its_papers(models: tuple[nn.Module, nn.Module]) -> None:
+    """Loss, value loss and both gradients; the head's loss leaves the model alone."""
+    model, rng = models[0], random.Random(7)
+    groups, known = [], []
+    for group in rollouts(model, members=1):
+        (e,) = group.examples
+        start, n = group.prefix, len(e.ids)
+        more = {
+            k: (0.0,) * start + tuple(rng.uniform(-1, 1) for _ in range(n - start)) for k in ("old_value", "return")
+        }
+        varied = (0.0,) * start + tuple(rng.uniform(-2, 2) for _ in range(n - start))
+        numbers = {
+            **(e.per_token or {}),
+            **more,
+            "advantage": varied,
+            "reference_logp": (e.per_token or {})["old_logp"],
+        }
+        numbers = {k: tuple(torch.tensor(v).tolist()) for k, v in numbers.items()}
+        groups.append(replace(group, examples=(replace(e, per_token=numbers),)))
+        known.append((e, start, {k: torch.tensor(v[start:], dtype=torch.float64) for k, v in numbers.items()}))
+    objective = instance(OBJECTIVES, "ppo")
+    head = objective.value_head = ValueHead(64, torch.device("cpu"))
+    nn.init.normal_(head.linear.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    losses, values, n = [], [], 0
+    for e, start, had in known:
+        logp = logps(model, e)
+        ratio = torch.exp(logp - had["old_logp"])
+        losses.append(-pessimist(ratio, had["advantage"], 0.2, 0.2).sum())
+        with torch.no_grad():
+            h = model.model(input_ids=torch.tensor([e.ids])).last_hidden_state[0, start - 1 : -1]
+        v = h.float() @ head.linear.weight[0] + head.linear.bias
+        near = had["old_value"] + torch.clip(v.double() - had["old_value"], -0.2, 0.2)
+        values.append(0.5 * torch.maximum((v - had["return"]) ** 2, (near - had["return"]) ** 2).sum())
+        n += len(logp)
+    expected = sum(losses) / n + 0.1 * sum(values) / n
+    loss, means = step(objective, model, groups, 25)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert means["value"] == pytest.approx(sum(values).item() / n, rel=1e-5)
+    grads = []
+    for total in (loss, expected):
+        head.zero_grad()
+        of_model = gradient(model, total)
+        assert head.linear.weight.grad is not None
+        grads.append((of_model, head.linear.weight.grad.clone()))
+    for found, wanted in zip(*grads, strict=True):
+        assert (found - wanted).norm() <= 1e-4 * wanted.norm() and wanted.norm() > 0
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 1.0), (0.9, 0.0)])
+def test_generalised_advantages_are_the_sum_of_the_paper(gamma: float, lam: float) -> None:
+    """A_t = sum_l (gamma lam)^l d_(t+l), written out; lam 1 is the return less the value, lam 0 one step's surprise."""
+    rng = random.Random(1)
+    r, v = ([rng.uniform(-1, 1) for _ in range(5)] for _ in range(2))
+    d = [r[t] + gamma * (v[t + 1] if t < 4 else 0.0) - v[t] for t in range(5)]
+    expected = [sum((gamma * lam) ** (k - t) * d[k] for k in range(t, 5)) for t in range(5)]
+    found = gae(torch.tensor(r, dtype=torch.float64), torch.tensor(v, dtype=torch.float64), gamma, lam).tolist()
+    assert found == pytest.approx(expected)
+    if lam == 1.0:
+        returns = [sum(gamma ** (k - t) * r[k] for k in range(t, 5)) for t in range(5)]
+        assert found == pytest.approx([a - b for a, b in zip(returns, v, strict=True)])
+
+
+def test_what_a_token_is_worth_to_ppo() -> None:
+    """The reward comes with the last token, each token pays for its distance from the start, and over the step the
+    advantages have mean 0 and deviation 1."""
+    objective = instance(OBJECTIVES, "ppo", kl_coefficient=0.1, lam=1.0)
+    value = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    rewards, far = [1.0, -0.5], 0.4
+    group = [[replace(x, value=value)] for x in rolled(rewards, far=far)]
+    found = [own for (own,) in objective.credit(group)]
+    returns = [[-0.1 * far * i * (3 - t) + r for t in range(3)] for i, r in enumerate(rewards)]
+    assert [x["return"].tolist() for x in found] == [pytest.approx(r) for r in returns]
+    raw = torch.cat([torch.tensor(r, dtype=torch.float64) - value for r in returns])
+    assert torch.cat([x["advantage"] for x in found]).tolist() == pytest.approx(
+        ((raw - raw.mean()) / raw.std(correction=0)).tolist()
+    )
+    assert torch.equal(found[1]["old_logp"], group[1][0].logp) and torch.equal(found[0]["old_value"], value)
 
 
 def rolled(rewards: list[float], *, far: float = 0.0) -> list[Rolled]:

@@ -382,6 +382,10 @@ def _problems(kind: str, part: Part, rows: dict[str, Any], head: str) -> Iterato
     for name in card.get("required", ()):
         if not part.options.get(name):
             yield f"{kind} '{part.name}' needs its option '{name}': {known[name].get('description', '')}"
+    either = card.get("either", ())
+    if either and not any(part.options.get(name) for name in either):
+        said = "; ".join(f"'{name}': {known[name].get('description', '')}" for name in either)
+        yield f"{kind} '{part.name}' needs one of its options {said}"
     if kind == "objective" and card.get("head", head) != head:
         fits = [name for name, other in rows.items() if other["card"].get("head", "lm") == head]
         yield (

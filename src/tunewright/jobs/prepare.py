@@ -67,7 +67,7 @@ def create_run(
     origin = find_origin(spec.model, home)
     if spec.objective.options.get("endpoint"):
         find_endpoint(spec.objective.options["endpoint"])
-    named = spec.objective.options.get("teacher")
+    named = spec.objective.options.get("teacher") or spec.objective.options.get("reward_model")
     teacher = find_origin(named, home) if isinstance(named, str) else None
     run = Run(home.runs / job_id)
     _make_way(run)

@@ -14,6 +14,7 @@ OBJECTIVES = Table(
         "kto": "tunewright.objectives.kto:KTO",
         "multilabel": "tunewright.objectives.multilabel:Multilabel",
         "orpo": "tunewright.objectives.orpo:ORPO",
+        "ppo": "tunewright.objectives.ppo:PPO",
         "pretrain": "tunewright.objectives.pretrain:Pretrain",
         "regress": "tunewright.objectives.regress:Regress",
         "reward": "tunewright.objectives.reward:Reward",

@@ -43,6 +43,7 @@ class RLOO:
         lr_factor=0.1,
     )
     compares: ClassVar[bool] = True
+    numbers: ClassVar[tuple[str, ...]] = (ADVANTAGE,)
     reference: TokenModel | None = None
 
     def __init__(self, options: Any) -> None:

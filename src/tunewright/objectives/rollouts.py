@@ -58,13 +58,16 @@ class Rolled:
 
 
 class Rollout(base.Objective, Protocol):
-    """An objective over rollouts. looks: the fields of Rolled that credit() needs, filled in a pass without gradient.
+    """An objective over rollouts.
 
-    n_answers: to each prompt. compares: whether a group whose rewards are all equal says nothing and is left out.
+    looks: the fields of Rolled that credit() needs, filled in a pass without gradient. n_answers: to each prompt.
+    numbers: what the loss needs of each token (`old_logp` may be missing). compares: whether a group whose rewards are
+    all equal says nothing and is left out. One that has the attribute `value_head` is given a head (train/value.py).
     """
 
     options: Any
     compares: ClassVar[bool]
+    numbers: ClassVar[tuple[str, ...]]
 
     @property
     def looks(self) -> set[str]: ...

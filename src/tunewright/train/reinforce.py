@@ -10,13 +10,14 @@ from tunewright.core.errors import SpecError
 from tunewright.core.events import EventWriter
 from tunewright.core.example import Group
 from tunewright.core.home import Home
-from tunewright.core.run import Run
+from tunewright.core.run import Run, read_artefact
 from tunewright.data.tokenizer import Tokenizer
+from tunewright.engine.rows import RowModels
 from tunewright.graders.base import Seams, parse_grader
 from tunewright.models.policy import Policy
 from tunewright.train.loop import Parts
 from tunewright.train.plan import Plan, step_rows
-from tunewright.train.rollouts import Imagined, Rollouts, by_grader, fields_of, refuse
+from tunewright.train.rollouts import Imagined, Judge, Rollouts, by_grader, by_reward_model, fields_of, refuse
 from tunewright.train.samples import Samples
 from tunewright.tuners.base import Tuner
 
@@ -49,10 +50,29 @@ def rollouts_of(
 ) -> Rollouts:
     """Raises SpecError for a tuner or model that cannot be sampled from, or a grader that does not fit the rows."""
     refuse(policy, tuner)
-    seams = Seams(cache=home.cache / "answers")
-    grader = parse_grader(objective.options.grader, fields_of(prompts), "objective.grader", seams)
-    judge = by_grader(grader)
+    judge = judge_of(run, home, objective, policy, prompts)
     return Rollouts(objective, policy, tokenizer, judge, Samples(run.folder), home, context, events, stop)
+
+
+def judge_of(run: Run, home: Home, objective: Any, policy: Policy, prompts: Sequence[Group]) -> Judge:
+    """Who gives the rewards: a grader, or the reward model that lies in the run folder. Raises SpecError."""
+    if objective.options.grader is not None and getattr(objective.options, "reward_model", None):
+        raise SpecError("Rewards come from a grader or from a reward model; give one of them.", param="objective")
+    if objective.options.grader is not None:
+        seams = Seams(cache=home.cache / "answers")
+        return by_grader(parse_grader(objective.options.grader, fields_of(prompts), "objective.grader", seams))
+    job, dtype = run.job(), next(policy.model.parameters()).dtype
+    folder = run.folder / job.teacher.get("over", "")
+    head = read_artefact(folder).head if "over" in job.teacher else "lm"
+    if head != "reward":
+        raise SpecError(
+            f"'{objective.options.reward_model}' is no reward model. Train one first, with objective: reward, and name "
+            "its ft: model.",
+            param="objective",
+        )
+    models = RowModels(home, dtype, kept=1)
+    models.open(folder)  # before the preflight, which counts what is held
+    return by_reward_model(models, folder)
 
 
 def imagined(parts: Parts) -> Parts:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -26,7 +27,8 @@ from tunewright.data.rendered import SQUARES, SUPERVISED, TOKENS, Groups, sizes
 from tunewright.data.tokenizer import Tokenizer
 from tunewright.engine.engine import EngineError
 from tunewright.engine.held import NAME, engine_over, serving
-from tunewright.engine.request import GenerateRequest
+from tunewright.engine.request import MAX_ROWS, AskedRow, GenerateRequest, RowsRequest
+from tunewright.engine.rows import RowModels
 from tunewright.engine.scheduler import Limits
 from tunewright.graders.base import Grade, Grader, Sample
 from tunewright.models.layouts import PACKED
@@ -237,6 +239,26 @@ def by_grader(grader: Grader) -> Judge:
     return judge
 
 
+def by_reward_model(models: RowModels, folder: Path) -> Judge:
+    """Grades from a reward model that lies in a folder. Raises UserError for a row that it cannot read."""
+
+    def judge(pairs: Sequence[tuple[Example, Answer]]) -> list[Grade]:
+        rows = [asked_row(prompt, answer) for prompt, answer in pairs]
+        parts = (rows[at : at + MAX_ROWS] for at in range(0, len(rows), MAX_ROWS))
+        asked = (RowsRequest(artefact=str(folder), rows=part) for part in parts)
+        return [Grade(found["score"]) for one in asked for found in models.judge(one)["results"]]
+
+    return judge
+
+
+def asked_row(prompt: Example, answer: Answer) -> AskedRow:
+    """The conversation that a reward model reads."""
+    item = json.loads(prompt.item or "{}")
+    before = item.get("messages") or item.get("prompt") or ""
+    messages = [{"role": "user", "content": before}] if isinstance(before, str) else before
+    return AskedRow(messages=[*messages, {"role": "assistant", "content": answer.text}])
+
+
 def fields_of(groups: Sequence[Group]) -> list[str]:
     """What graders may know of these rows: the fields that any of them has."""
     return sorted({name for g in groups for name in json.loads(g.examples[0].item or "{}")})
@@ -312,7 +334,7 @@ def look(
         seen = {}
         if "reference" in objective.looks:
             seen["reference"] = objective.reference.token_stats(on, {"logp"})["logp"]
-        seen["logp"] = policy.token_stats(on, {"logp"})["logp"]
+        seen |= policy.token_stats(on, {"logp"}, objective.value_head if "value" in objective.looks else None)
         for s, place in zip(segments.examples(batch).tolist(), segments.places(batch).tolist(), strict=True):
             found[int(batch.source_S[s]), place] = {k: of_answer(x, batch, s) for k, x in seen.items()}
     return found
@@ -329,7 +351,7 @@ class Imagined(Groups):
 
     def __init__(self, prompts: Sequence[Group], objective: Any) -> None:
         self._prompts, self._n = prompts, objective.n_answers
-        self._most = objective.options.max_completion_tokens
+        self._most, self._names = objective.options.max_completion_tokens, objective.numbers
         whole = sizes(prompts)[:, TOKENS] + self._most
         self.sizes = np.empty((len(prompts), 3), np.int64)
         self.sizes[:, TOKENS], self.sizes[:, SQUARES] = self._n * whole, self._n * whole**2
@@ -342,5 +364,5 @@ class Imagined(Groups):
         prompt = self._prompts[i].examples[0]
         tokens = (prompt.ids * (self._most // len(prompt.ids) + 1))[: self._most]
         group = group_of(prompt, [Answer(tokens, "", "length")] * self._n)
-        sides = ({"advantage": torch.full((self._most,), 1.0 if k % 2 else -1.0)} for k in range(self._n))
-        return with_numbers(group, list(sides))
+        sides = (torch.full((self._most,), 1.0 if k % 2 else -1.0) for k in range(self._n))
+        return with_numbers(group, [dict.fromkeys(self._names, values) for values in sides])

@@ -55,6 +55,7 @@ from tunewright.train.rollouts import Imagined
 from tunewright.train.room import held_text, room_left, room_to_load
 from tunewright.train.rows import load_groups, training_groups
 from tunewright.train.teacher import check_teacher, load_teacher, teacher_bytes
+from tunewright.train.value import with_value_head
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
 from tunewright.tuners.delta import merge_delta
@@ -113,7 +114,7 @@ def run_once(
     head = job_head(run, spec, objective)
     quantization = NONE if earlier is None else earlier.quantization
     teacher = None
-    if job.teacher:
+    if job.teacher and hasattr(objective, "teacher"):
         teacher = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events)
         check_teacher(spec, teacher, tokenizer)
     if earlier is None:
@@ -168,6 +169,7 @@ def run_once(
     )
     tuner.begin(plan.total_steps, plan.total_steps // plan.n_epochs)
     kept = retain.begin(run, job, spec, plan, tuner, policy, load, reference, events, stop)
+    tuner = with_value_head(objective, policy, tuner)
     optimizer_class, optimizer_options = row(OPTIMIZERS, spec.optimizer)
     build = partial(optimizer_class.build, lr=plan.learning_rate, options=optimizer_options)
     schedule, schedule_options = row(SCHEDULES, spec.schedule)

@@ -1,7 +1,7 @@
 """Prompts whose answers are graded: {"messages": [...], "answer": "Paris"}, as OpenAI's reinforcement method has them.
 
-What a row has beside its messages is for graders: `{{ item.answer }}`. An assistant message at the end is no part of
-the prompt; graders know it as `{{ item.reference_answer }}`, unless the row has such a field itself.
+What a row has is for graders: `{{ item.answer }}`, and `{{ item.messages }}`, the prompt. An assistant message at the
+end is no part of that; graders know it as `{{ item.reference_answer }}`, unless the row has such a field itself.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def convert(row: Row, line: int) -> Conversation:
     else:
         messages = read_list(row, key, found)
     tools, parallel = read_options(row, found)
-    item = {name: value for name, value in row.items() if name not in (*KEYS, key)}
+    item = {name: value for name, value in row.items() if name not in KEYS[1:]}
     if messages and messages[-1].role == "assistant":
-        item = {REFERENCE: messages[-1].content or "", **item}
+        item = {REFERENCE: messages[-1].content or "", **item, key: row[key][:-1]}
         messages = messages[:-1]
     if not found.problems and (not messages or messages[-1].role == "assistant"):
         found.add("has no message to answer; end the prompt with a user message.", key)
