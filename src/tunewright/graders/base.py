@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from tunewright.core.asking import BACK_OFF, Post
 from tunewright.core.errors import SpecError, did_you_mean
+from tunewright.core.outbound import post_json
 from tunewright.core.spec import parse_as
 from tunewright.graders import GRADERS
 from tunewright.graders.templates import Scope, Template, Unknown, parse_template
@@ -74,7 +77,8 @@ class Grade:
     reward: a finite number; 0 when it could not be graded.
     errors: names of ERRORS that are set, with True or their details; empty when all went well.
     sub_rewards: of the graders of a `multi`. scores: what OpenAI's `metadata.scores` has.
-    why: the errors in words. usage: tokens that judges used, {model: {"prompt_tokens", …}}. seconds: of grading.
+    why: the errors in words, or what a judge concluded. seconds: of grading.
+    usage: tokens that judges used, {model: {"prompt_tokens": …}}.
     """
 
     reward: float
@@ -110,12 +114,18 @@ Ask = Callable[..., Said]
 
 @dataclass(frozen=True)
 class Seams:
-    """What graders are given from outside. ask: answers for a judge model without an endpoint. cache: the folder of
-    kept answers of judges, or None. back_off: seconds before each further try of an endpoint; None is the usual."""
+    """What graders are given from outside.
+
+    ask: answers for a judge model without an endpoint. cache: the folder of kept answers of endpoints; None keeps none.
+    back_off: seconds before each further try of an endpoint. halt: set, it ends the waiting. post: how endpoints are
+    asked.
+    """
 
     ask: Ask | None = None
     cache: Path | None = None
-    back_off: tuple[float, ...] | None = None
+    back_off: tuple[float, ...] = BACK_OFF
+    halt: Event = field(default_factory=Event)
+    post: Post = post_json
 
 
 class Work(Protocol):
@@ -176,13 +186,16 @@ class Grader:
     def grade(self, item: Item, sample: Sample) -> Grade:
         """Grade one sample of one row. Raises only EndpointDown, when a judge stays away after several tries."""
         begun = time.perf_counter()
-        scope = {"item": item, "sample": sample.scope()}
+        grade = self.graded({"item": item, "sample": sample.scope()})
+        return replace(grade, seconds=time.perf_counter() - begun)
+
+    def graded(self, scope: Scope) -> Grade:
+        """grade() of {"item": …, "sample": …}, not timed."""
         try:
-            grade = self.work(scope)
+            return self.work(scope)
         except Unknown as e:
             kind = "sample_parse_error" if e.path[:2] == ("sample", "output_json") else "invalid_variable_error"
-            grade = failed(str(e), **{kind: True})
-        return replace(grade, seconds=time.perf_counter() - begun)
+            return failed(str(e), **{kind: True})
 
     def close(self) -> None:
         """End what it keeps running."""
