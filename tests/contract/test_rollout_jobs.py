@@ -45,7 +45,7 @@ def rows(n: int = ROWS) -> list[dict[str, Any]]:
 
 def new_run(home: Home, objective: dict[str, Any] | None = None, data: Any = None, **spec: Any) -> Run:
     train = tiny.write_rows(home.root / "train.jsonl", rows() if data is None else data)
-    valid = tiny.write_rows(home.root / "valid.jsonl", rows(3))
+    valid = tiny.write_rows(home.root / "valid.jsonl", (rows() if data is None else data)[:3])
     asked = objective or {}
     sizes = {} if asked.get("name") == "ppo" else {"group_size": ANSWERS}
     part = {
@@ -75,14 +75,16 @@ def lines(run: Run) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
 def test_the_reward_rises_and_every_answer_is_kept(tiny_home: Home, name: str) -> None:
-    run = new_run(tiny_home, {"name": name}, n_epochs=6, learning_rate=1e-2, validation_file="valid")
+    data = [{**row, "wanted": "z"} for row in rows()]
+    run = new_run(tiny_home, {"name": name}, data, n_epochs=6, learning_rate=3e-2, validation_file="valid")
     attempt(run, tiny_home)
     found = steps(run)
     first, last = found[0], found[-1]
     rewards = [s["train_mean_reward"] for s in found]
-    assert len(found) == 18 and sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
-    assert first["train_kl"] == pytest.approx(0, abs=1e-9) and last["train_kl"] > 0
-    assert last["full_valid_mean_reward"] > first["train_mean_reward"]
+    assert len(found) == 18 and sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.4
+    known = [s["train_kl"] for s in found if "train_kl" in s]
+    assert known[0] == pytest.approx(0, abs=1e-9) and known[-1] > 0
+    assert last["full_valid_mean_reward"] > 0.5
     assert 0 < last["train_completion_tokens_mean"] <= LONG and last["train_mean_parse_error"] == 0
     kept = lines(run)
     trained = [x for x in kept if x["role"] == "train"]
@@ -93,7 +95,7 @@ def test_the_reward_rises_and_every_answer_is_kept(tiny_home: Home, name: str) -
         assert {(x["row"], x["sample"]) for x in own} == {
             (r, i) for r in {x["row"] for x in own} for i in range(ANSWERS)
         }
-    assert all(x["reward"] == float("a" in x["text"].lower()) for x in kept)
+    assert all(x["reward"] == float("z" in x["text"].lower()) for x in kept)
     assert all(len(x["tokens"]) == x["n_tokens"] <= LONG and x["prompt"].endswith("assistant\n") for x in kept)
     assert "train_mean_reward" in run.metrics_csv.read_text().splitlines()[0]
     events = [e for e in run.events() if e.type == "metrics"]
@@ -174,6 +176,14 @@ def test_without_a_signal_nothing_is_updated(tiny_home: Home) -> None:
     assert weights(run) != weights(base)
 
 
+PLACES: dict[str, tuple[Any, str]] = {
+    "sampling": (Engine, "step"),
+    "committed": (Samples, "append"),
+    "graded": (rollouts, "figures"),
+    "training": (loop, "step_loss"),
+}
+
+
 def crash_in(what: str, at: int) -> Callable[[pytest.MonkeyPatch], None]:
     """Crash at the `at`-th call of a place, before (or, of `committed`, after) it has done its work."""
     calls = iter(range(1, 10**6))
@@ -194,13 +204,7 @@ def crash_in(what: str, at: int) -> Callable[[pytest.MonkeyPatch], None]:
     return arm
 
 
-PLACES: dict[str, tuple[Any, str]] = {
-    "sampling": (Engine, "step"),
-    "committed": (Samples, "append"),
-    "graded": (rollouts, "figures"),
-    "training": (loop, "step_loss"),
-}
-CRASHES = (("sampling", 20), ("committed", 2), ("graded", 3), ("training", 3))
+CRASHES = (("sampling", 20), ("committed", 2), ("graded", 3), ("training", 2))
 KINDS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "rloo": {"name": "rloo"},
@@ -215,13 +219,15 @@ def test_crashed_in_and_after_a_rollout_and_continued_is_uninterrupted(
 ) -> None:
     golden, crashed = (new_run(tiny_home, KINDS[kind], save_every_steps=2) for _ in range(2))
     attempt(golden, tiny_home)
-    number = 0
-    for number, (what, at) in enumerate(CRASHES, 1):
+    number = 1
+    with pytest.raises(Interrupted, match="while the model answered"):
+        attempt(crashed, tiny_home, number, stop_after(14))
+    for number, (what, at) in enumerate(CRASHES, 2):
         with monkeypatch.context() as patch, pytest.raises(Crash):
             crash_in(what, at)(patch)
             attempt(crashed, tiny_home, number)
     with pytest.raises(Interrupted):
-        attempt(crashed, tiny_home, number + 1, stop_after(12))
+        attempt(crashed, tiny_home, number + 1, stop_after(1))
     attempt(crashed, tiny_home, number + 2)
     assert len(story(golden)) == 6
     assert story(crashed) == story(golden)

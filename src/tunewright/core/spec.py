@@ -129,8 +129,8 @@ class JobSpec(BaseModel):
     mix: further training files and their shares of an epoch: `[b.jsonl]` or `{files: [{file: b.jsonl, weight: 2}]}`;
         with `order: in_turn` first all epochs of training_file, then of each file.
     n_epochs: passes over the data. batch_size: groups (rows) in one optimizer step.
-    learning_rate: absolute; `auto` is the tuner's default, for preferences a tenth of it (ORPO: a fifth), times
-        learning_rate_multiplier.
+    learning_rate: absolute; `auto` is the tuner's default, for preferences and rewards a tenth of it (ORPO: a
+        fifth), times learning_rate_multiplier.
     learning_rate_multiplier: a factor on the learning rate; `auto` is 1.
     max_grad_norm: gradients are scaled down to this norm; 0 never clips.
     max_length: tokens a row may have; `auto` is the model's context, and 1024 (or the context) for the blocks into

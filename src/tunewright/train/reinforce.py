@@ -17,7 +17,7 @@ from tunewright.graders.base import Seams, parse_grader
 from tunewright.models.policy import Policy
 from tunewright.train.loop import Parts
 from tunewright.train.plan import Plan, step_rows
-from tunewright.train.rollouts import Imagined, Judge, Rollouts, by_grader, by_reward_model, fields_of, refuse
+from tunewright.train.rollouts import ByGrader, ByRewardModel, Imagined, Judge, Rollouts, fields_of, refuse
 from tunewright.train.samples import Samples
 from tunewright.tuners.base import Tuner
 
@@ -60,7 +60,7 @@ def judge_of(run: Run, home: Home, objective: Any, policy: Policy, prompts: Sequ
         raise SpecError("Rewards come from a grader or from a reward model; give one of them.", param="objective")
     if objective.options.grader is not None:
         seams = Seams(cache=home.cache / "answers")
-        return by_grader(parse_grader(objective.options.grader, fields_of(prompts), "objective.grader", seams))
+        return ByGrader(parse_grader(objective.options.grader, fields_of(prompts), "objective.grader", seams))
     job, dtype = run.job(), next(policy.model.parameters()).dtype
     folder = run.folder / job.teacher.get("over", "")
     head = read_artefact(folder).head if "over" in job.teacher else "lm"
@@ -70,9 +70,7 @@ def judge_of(run: Run, home: Home, objective: Any, policy: Policy, prompts: Sequ
             "its ft: model.",
             param="objective",
         )
-    models = RowModels(home, dtype, kept=1)
-    models.open(folder)  # before the preflight, which counts what is held
-    return by_reward_model(models, folder)
+    return ByRewardModel(RowModels(home, dtype, kept=1), folder)
 
 
 def imagined(parts: Parts) -> Parts:

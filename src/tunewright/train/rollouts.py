@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -58,8 +58,16 @@ class Answer:
 
 
 Graded = list[tuple[Answer, Grade]]
-# (prompt, answer) pairs -> a grade for each, in order
-Judge = Callable[[Sequence[tuple[Example, Answer]]], list[Grade]]
+
+
+class Judge(Protocol):
+    """Who gives the rewards. close: ends what it keeps running."""
+
+    def grades(self, pairs: Sequence[tuple[Example, Answer]]) -> list[Grade]:
+        """A grade for each prompt and answer, in order."""
+        ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,9 @@ class Rollouts:
     def __post_init__(self) -> None:
         limits = Limits(max_running=AT_ONCE, max_waiting=1 << 20)
         self._engine = engine_over(self.policy.model, self.tokenizer, self.context, self.home, limits)
+
+    def close(self) -> None:
+        self.judge.close()
 
     def roll(self, step: int, prompts: Sequence[Group], plan: Plan) -> Rollout:
         """Answer, grade and commit a step's prompts, or read what an earlier attempt committed.
@@ -133,7 +144,7 @@ class Rollouts:
     def _graded(self, asked: Sequence[Example], n: int, seed: int, key: tuple[Any, ...]) -> list[Graded]:
         answers = self._sample(asked, n, seed, key, self.objective.options.max_completion_tokens)
         pairs = [(prompt, answer) for prompt, own in zip(asked, answers, strict=True) for answer in own]
-        grades = self.judge(pairs)
+        grades = self.judge.grades(pairs)
         self._tell(grades)
         graded = list(zip((answer for _, answer in pairs), grades, strict=True))
         return [graded[i * n : (i + 1) * n] for i in range(len(asked))]
@@ -222,33 +233,39 @@ def refuse(policy: Policy, tuner: Tuner) -> None:
         )
 
 
-def by_grader(grader: Grader) -> Judge:
+class ByGrader:
     """Grades from a grader, several answers at a time."""
 
-    def one(pair: tuple[Example, Answer]) -> Grade:
-        prompt, answer = pair
-        return grader.grade(json.loads(prompt.item or "{}"), Sample(answer.text))
+    def __init__(self, grader: Grader) -> None:
+        self.grader, self.close = grader, grader.close
 
-    def judge(pairs: Sequence[tuple[Example, Answer]]) -> list[Grade]:
+    def grades(self, pairs: Sequence[tuple[Example, Answer]]) -> list[Grade]:
         with ThreadPoolExecutor(GRADED_AT_ONCE) as pool:
             try:
-                return list(pool.map(one, pairs))
+                return list(pool.map(self._grade, pairs))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    return judge
+    def _grade(self, pair: tuple[Example, Answer]) -> Grade:
+        prompt, answer = pair
+        return self.grader.grade(json.loads(prompt.item or "{}"), Sample(answer.text))
 
 
-def by_reward_model(models: RowModels, folder: Path) -> Judge:
-    """Grades from a reward model that lies in a folder. Raises UserError for a row that it cannot read."""
+class ByRewardModel:
+    """Grades from the reward model in a folder. Raises UserError for a conversation that it cannot read."""
 
-    def judge(pairs: Sequence[tuple[Example, Answer]]) -> list[Grade]:
+    def __init__(self, models: RowModels, folder: Path) -> None:
+        self.models, self.folder = models, str(folder)
+        models.open(folder)  # now, because the preflight counts what is held
+
+    def grades(self, pairs: Sequence[tuple[Example, Answer]]) -> list[Grade]:
         rows = [asked_row(prompt, answer) for prompt, answer in pairs]
         parts = (rows[at : at + MAX_ROWS] for at in range(0, len(rows), MAX_ROWS))
-        asked = (RowsRequest(artefact=str(folder), rows=part) for part in parts)
-        return [Grade(found["score"]) for one in asked for found in models.judge(one)["results"]]
+        asked = (RowsRequest(artefact=self.folder, rows=part) for part in parts)
+        return [Grade(found["score"]) for one in asked for found in self.models.judge(one)["results"]]
 
-    return judge
+    def close(self) -> None:
+        self.models.unload()
 
 
 def asked_row(prompt: Example, answer: Answer) -> AskedRow:

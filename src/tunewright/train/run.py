@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import cache, partial
@@ -208,7 +209,8 @@ def run_once(
     state = resume(parts, rolled_back)
     if events.attempt == 1 and not rolled_back:
         events.write("message", "Fine-tuning job started")
-    state = train(parts, state)
+    with closing(rollouts) if rollouts else nullcontext():
+        state = train(parts, state)
     parts.optimizer.zero_grad(set_to_none=True)
     meter.release()  # else reading the result back would come on top of the memory that training used
     finish(parts, state)
