@@ -213,7 +213,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [k if k == "grpo" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_crashed_in_and_after_a_rollout_and_continued_is_uninterrupted(
     tiny_home: Home, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +222,7 @@ def test_crashed_in_and_after_a_rollout_and_continued_is_uninterrupted(
     attempt(golden, tiny_home)
     number = 1
     with pytest.raises(Interrupted, match="while the model answered"):
-        attempt(crashed, tiny_home, number, stop_after(14))
+        attempt(crashed, tiny_home, number, stop_after(10))
     for number, (what, at) in enumerate(CRASHES, 2):
         with monkeypatch.context() as patch, pytest.raises(Crash):
             crash_in(what, at)(patch)
@@ -238,6 +239,7 @@ def test_crashed_in_and_after_a_rollout_and_continued_is_uninterrupted(
     ] == texts
 
 
+@pytest.mark.slow
 def test_a_judge_that_is_down_pauses_the_job_and_nothing_is_lost(
     tiny_home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
