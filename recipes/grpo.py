@@ -54,7 +54,7 @@ def answers(engine: Engine, policy: Policy, prompts: list[Group], o: GRPO.Option
         for prompt in prompts:
             (one,) = prompt.examples
             how = {"n": o.group_size, "max_tokens": o.max_completion_tokens, "seed": seed * 1_000_003 + one.source}
-            asked = GenerateRequest(base=NAME, prompt=list(one.ids), **how)
+            asked = GenerateRequest.model_validate({"base": NAME, "prompt": list(one.ids), **how})
             running.append(engine.requests[engine.add_request(asked, lambda event: None)])
         while engine.step():
             pass

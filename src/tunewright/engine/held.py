@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,11 +30,11 @@ class Held(Artefacts):
 
     def __init__(self, home: Home, net: nn.Module, tokenizer: Tokenizer, context: int, limits: Limits) -> None:
         super().__init__(home, next(net.parameters()).dtype, limits)
-        self._target = Target(Path(NAME), NAME, None, "", False, tokenizer, context, 0, {})
+        self._only = Target(Path(NAME), NAME, None, "", False, tokenizer, context, 0, {})
         self.models[NAME] = Model(net, linear.Routing(), KVCache(context), None)
 
     def resolve(self, base: str | None, artefact: str | None) -> Target:
-        return self._target
+        return self._only
 
     def acquire(self, target: Target) -> Model | None:
         return self.models[NAME]
@@ -55,7 +56,8 @@ def engine_over(model: nn.Module, tokenizer: Tokenizer, context: int, home: Home
 @contextmanager
 def serving(model: nn.Module) -> Iterator[None]:
     """Within this the model answers: its attention is the engine's, and no layer is in training."""
-    before, trained = causal_lm(model).config._attn_implementation, model.training  # type: ignore[union-attr]
+    config: Any = causal_lm(model).config
+    before, trained = config._attn_implementation, model.training
     use_attention(model, attention.register())
     model.eval()
     try:

@@ -167,9 +167,8 @@ def train(parts: Parts, state: State) -> State:
         step = state.step + 1
         groups = [parts.groups[i] for i in step_rows(parts.plan, step)]
         rolled = answered(parts, step, groups, state)
-        groups = groups if rolled is None else rolled.groups
-        for _ in range(1 if rolled is None else rolled.updates):
-            means, grad_norm = optimize(parts, step, groups, state)
+        groups, updates = (groups, 1) if rolled is None else (rolled.groups, rolled.updates)
+        *_, (means, grad_norm) = (optimize(parts, step, groups, state) for _ in range(updates))
         state.step = step
         state.tokens += sum(g.n_tokens for g in groups)
         state.supervised += sum(w > 0 for g in groups for e in g.examples for w in e.weights[1:])

@@ -154,16 +154,11 @@ class Rollouts:
     ) -> list[list[Answer]]:
         """n answers to each prompt, sampled from the present weights."""
         engine, failed, waiting = self._engine, [], []
+        how = {"base": NAME, "n": n, "max_tokens": most, "temperature": self.objective.options.temperature}
         with self.policy.computing(), serving(self.policy.model):
             for prompt in asked:
-                request = GenerateRequest(
-                    base=NAME,
-                    prompt=list(prompt.ids),
-                    n=n,
-                    max_tokens=most,
-                    temperature=self.objective.options.temperature,
-                    seed=derive_seed(*key, seed, prompt.source),
-                )
+                own = {"prompt": list(prompt.ids), "seed": derive_seed(*key, seed, prompt.source)}
+                request = GenerateRequest.model_validate({**how, **own})
                 number = engine.add_request(request, lambda e: failed.append(e) if e["type"] == "error" else None)
                 waiting.append((number, engine.requests[number]))
             while engine.step() and not failed:

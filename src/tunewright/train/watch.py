@@ -66,9 +66,9 @@ class Alarm:
 
 
 def of_rollouts(metrics: dict[str, float | None]) -> dict[str, float | None]:
-    """What the rules about rollouts look at, from a step's metrics; None for any other job."""
+    """What the rules about rollouts look at, from a step's metrics; nothing for any other job."""
     reward = metrics.get("train_mean_reward")
-    return {"kl": metrics.get("train_kl"), "lost_reward": None if reward is None else -reward}
+    return {} if reward is None else {"kl": metrics.get("train_kl"), "lost_reward": -reward}
 
 
 def look(
