@@ -16,7 +16,7 @@ from tunewright.core.durable import discard, disk_full_is_clear, fsync_path, sha
 from tunewright.core.errors import NotFound, SpecError, StateError
 from tunewright.core.home import Home
 from tunewright.core.ids import ModelName, new_id, parse_model_name, random_part
-from tunewright.core.outbound import find_endpoint
+from tunewright.core.outbound import find_endpoint, named_endpoints
 from tunewright.core.run import JobFile, Run, base_of, find_artefact, read_artefact
 from tunewright.core.spec import JobSpec, extra_files
 from tunewright.models.catalogue import resolve
@@ -65,9 +65,9 @@ def create_run(
     seed = secrets.randbelow(1 << 31) if spec.seed is None else spec.seed
     spec = spec.model_copy(update={"seed": seed})
     origin = find_origin(spec.model, home)
-    if spec.objective.options.get("endpoint"):
-        find_endpoint(spec.objective.options["endpoint"])
-    named = spec.objective.options.get("teacher")
+    for url in named_endpoints(spec.objective.options):
+        find_endpoint(url)
+    named = spec.objective.options.get("teacher") or spec.objective.options.get("reward_model")
     teacher = find_origin(named, home) if isinstance(named, str) else None
     run = Run(home.runs / job_id)
     _make_way(run)
