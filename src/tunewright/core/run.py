@@ -46,6 +46,8 @@ class JobFile(BaseModel):
     sources: {"train": {"name", "sha256", "bytes"}, "validation": …}.
     teacher: of a job that learns from another model: {"base": catalogue name or folder of its weights, and "over": what
         lies over them, or the weights themselves, if it is a tuned model}.
+    stages: of a chain: {name: job spec}, in order; its data files are in `more`, as `NAME/train` …
+    chain: of a job that is a stage of a chain: {"id": the chain's, "stage": name}.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,6 +62,8 @@ class JobFile(BaseModel):
     sources: dict[str, dict[str, Any]] = {}
     start: str | None = None
     teacher: dict[str, str] = {}
+    stages: dict[str, JobSpec] = {}
+    chain: dict[str, str] = {}
 
     def file(self, role: str) -> str:
         """The data file of a role: `train`, `validation` or one of `more`."""

@@ -16,6 +16,7 @@ OBJECTIVES = Table(
         "pretrain": "tunewright.objectives.pretrain:Pretrain",
         "regress": "tunewright.objectives.regress:Regress",
         "reward": "tunewright.objectives.reward:Reward",
+        "rlaif": "tunewright.objectives.rlaif:RLAIF",
         "sft": "tunewright.objectives.sft:SFT",
         "simpo": "tunewright.objectives.simpo:SimPO",
     },

@@ -19,7 +19,8 @@ class ObjectiveCard:
     lr_factor: what the tuner's default learning rate, which is made for supervised training, is multiplied by.
     beside: further shapes that validation files and the files of `mix` may have.
     required: options that must be given. One with the option `teacher` compares with that model, which it is given as
-    its attribute `teacher`. asks: its rows are answered by another server first (train/asking.py).
+    its attribute `teacher`. asks: who on another server makes its rows first: a `teacher` that answers them
+    (train/asking.py), or a `judge` of two answers (train/judging.py).
     """
 
     title: str
@@ -28,7 +29,7 @@ class ObjectiveCard:
     needs_reference: bool = False
     needs_rollouts: bool = False
     required: tuple[str, ...] = ()
-    asks: bool = False
+    asks: str = ""
     openai_method: str | None = None
     head: str = "lm"
     lr_factor: float = 1.0

@@ -9,11 +9,10 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tunewright.core.conversation import Conversation
 from tunewright.core.durable import commit_folder
-from tunewright.core.errors import SpecError
+from tunewright.core.errors import DataReport, SpecError
 from tunewright.core.events import EventWriter
 from tunewright.core.home import Home
 from tunewright.core.outbound import find_endpoint
@@ -21,10 +20,12 @@ from tunewright.core.run import JobFile, Run
 from tunewright.core.spec import JobSpec
 from tunewright.data.asking import Asked, Teacher, answered_rows
 from tunewright.data.validate import check_file, raise_for, read_conversations
+from tunewright.train.finish import Start
 from tunewright.train.prepare import is_kept
 
 ROWS = "rows.jsonl"
 TOLD_EVERY = 20  # rows
+Row = TypeVar("Row")
 
 
 def answers_of(run: Run, role: str) -> Path:
@@ -33,7 +34,14 @@ def answers_of(run: Run, role: str) -> Path:
 
 
 def ask_teacher(
-    run: Run, job: JobFile, spec: JobSpec, objective: Any, home: Home, events: EventWriter, stop: Callable[[], bool]
+    run: Run,
+    job: JobFile,
+    spec: JobSpec,
+    objective: Any,
+    home: Home,
+    events: EventWriter,
+    stop: Callable[[], bool],
+    start: Start,
 ) -> None:
     """Have the training and the validation file answered, if an earlier attempt has not.
 
@@ -48,12 +56,10 @@ def ask_teacher(
         if is_kept(folder, "teacher's answers", events):
             continue
         asked = Asked()
-        path, name = run.folder / job.file(role), job.sources.get(role, {}).get("name", job.file(role))
-        report = check_file(path, format=spec.format, purpose_shapes=objective.card.shapes, min_examples=1, name=name)
-        raise_for(report, what="training" if role == "train" else role)
-        rows = _told(read_conversations(path, report.format, name), report.n_rows, asked, o.model, events)
+        path, name, report = checked(run, job, spec, objective, role)
+        rows = told(read_conversations(path, report.format, name), report.n_rows, asked, o.model, events)
         found = answered_rows(rows, teacher, asked, budget=o.budget, concurrency=o.concurrency, stop=stop)
-        commit_folder(folder, lambda tmp, found=found: _write(tmp / ROWS, found), {"teacher": o.model})
+        commit_folder(folder, lambda tmp, found=found: write_rows(tmp / ROWS, found), {"teacher": o.model})
         events.write("message", summary(asked, name, o.model), {"answers": asdict(asked)})
         least = spec.min_examples if role == "train" else 1
         if asked.answered < least:
@@ -65,6 +71,14 @@ def ask_teacher(
             )
 
 
+def checked(run: Run, job: JobFile, spec: JobSpec, objective: Any, role: str) -> tuple[Path, str, DataReport]:
+    """A role's data file, what it is called, and what it holds. Raises DataError."""
+    path, name = run.folder / job.file(role), job.sources.get(role, {}).get("name", job.file(role))
+    report = check_file(path, format=spec.format, purpose_shapes=objective.card.shapes, min_examples=1, name=name)
+    raise_for(report, what="training" if role == "train" else role)
+    return path, name, report
+
+
 def summary(asked: Asked, name: str, model: str) -> str:
     """What became of a file's rows, in words."""
     kept = f" ({asked.kept} of them kept from before)" if asked.kept else ""
@@ -74,9 +88,8 @@ def summary(asked: Asked, name: str, model: str) -> str:
     return text + (f"; {asked.left_out} rows were not asked for: the budget is spent" if asked.left_out else "")
 
 
-def _told(
-    rows: Iterator[Conversation], total: int, asked: Asked, model: str, events: EventWriter
-) -> Iterator[Conversation]:
+def told(rows: Iterator[Row], total: int, asked: Asked, model: str, events: EventWriter) -> Iterator[Row]:
+    """Pass rows on, with a `phase` event now and then."""
     for i, row in enumerate(rows):
         if i % TOLD_EVERY == 0:
             text = f"Asking {model}: {i} of {total} rows, {asked.tokens:,} tokens"
@@ -84,7 +97,7 @@ def _told(
         yield row
 
 
-def _write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8") as f:
         for row in rows:
             f.write(json.dumps(row, ensure_ascii=False) + "\n")

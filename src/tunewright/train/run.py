@@ -43,6 +43,7 @@ from tunewright.train.describe import describe
 from tunewright.train.fast import choose_path
 from tunewright.train.finish import Start, artefact_writer, finish
 from tunewright.train.heads import copy_body, load_with_new_head
+from tunewright.train.judging import ask_judge
 from tunewright.train.labels import job_head
 from tunewright.train.loop import Parts, announce_checkpoint, train
 from tunewright.train.optim import OPTIMIZERS, SCHEDULES
@@ -61,6 +62,7 @@ from tunewright.tuners.peft_adapter import merge_adapter
 
 LEAST_CONTEXT = 16  # tokens
 MERGE = {"adapter": merge_adapter, "delta": merge_delta}
+ASK = {"teacher": ask_teacher, "judge": ask_judge}  # an objective's `asks` -> who makes its rows
 
 
 def run_job(run: Run, home: Home, events: EventWriter, stop: Callable[[], bool]) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def run_once(
     limit = context if spec.max_length == "auto" else min(spec.max_length, context)
 
     if objective.card.asks:
-        ask_teacher(run, job, spec, objective, home, events, stop)
+        ASK[objective.card.asks](run, job, spec, objective, home, events, stop, start)
 
     def load(role: str) -> StoredGroups:
         return load_groups(run, job, spec, tokenizer, objective, limit, role, events)
