@@ -121,5 +121,31 @@ def test_given_pairs_are_judged_anew_and_a_judge_of_places_is_refused(
         with pytest.raises(SpecError, match=r"judge gave a verdict on 0 pairs of train\.jsonl.*came first"):
             attempt(biased, tiny_home)
     assert any(e.level == "warn" and "More than half of the pairs are ties" in e.message for e in biased.events())
-    with pytest.raises(SpecError, match="needs its option 'model'"):
+    with pytest.raises(SpecError, match="needs its option 'model' or 'judge'"):
         new_run(tiny_home, server.url, model=None)
+
+
+@pytest.mark.slow
+def test_a_model_of_this_machine_judges(tiny_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model names no number: it is asked both ways in the engine, gives ties, and none is no training."""
+    told: list[Any] = []
+
+    def generate(self: Any, asked: Any) -> dict[str, Any]:
+        told.append(asked)
+        first, second = map(len, answers_in({"messages": asked.messages}))
+        text = "1" if first < second else "2" if len(told) > 4 else "neither"
+        return {"choices": [{"text": text, "finish_reason": "stop"}], "usage": {"total_tokens": 5}}
+
+    pairs = tiny.pair_rows(12)
+    real = new_run(tiny_home, "", pairs, model=None, endpoint=None, judge="tiny", judge_tokens=3)
+    with pytest.raises(SpecError, match=r"tiny gave a verdict on 0 pairs of train\.jsonl.*neither 1 nor 2|cut off"):
+        attempt(real, tiny_home)
+    monkeypatch.setattr(train_judging.Engine, "generate", generate)
+    run = new_run(tiny_home, "", pairs, model=None, endpoint=None, judge="tiny", principles="Be brief.")
+    attempt(run, tiny_home)
+    assert (told[0].base, told[0].temperature, told[0].max_tokens) == ("tiny", 0.0, 512)
+    rows = lines(answers_of(run, "train"))
+    assert len(rows) >= 10
+    for row in rows:
+        better, worse = (row[k][0]["content"] for k in ("preferred_output", "non_preferred_output"))
+        assert len(better) < len(worse)

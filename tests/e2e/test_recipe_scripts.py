@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -45,6 +46,22 @@ def test_dpo_by_hand(tiny_model_dir: Path, tmp_path: Path) -> None:
     steps = re.findall(r"^step \d+: loss ([\d.]+), margin (-?[\d.]+)$", said, re.MULTILINE)
     assert len(steps) == 6 and steps[0] == ("0.6931", "0.0000")
     assert float(steps[-1][0]) < 0.6 and float(steps[-1][1]) > 0.2
+    assert (out / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_rlaif_by_hand(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The rule labels the sampled pairs, and the adapter that it leaves prefers the shorter answers."""
+    prompts = [{"prompt": f"Question {i}: what colour is {tiny.THINGS[i % 8]}?"} for i in range(24)]
+    data, out = tiny.write_rows(tmp_path / "prompts.jsonl", prompts), tmp_path / "adapter"
+    options = ("--tokens", "12", "--epochs", "3", "--rate", "1e-3", "--out", out)
+    said = run("rlaif.py", tmp_path, tiny_model_dir, data, *options)
+    pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    assert f"{len(pairs)} of 24 pairs judged" in said and len(pairs) >= 8
+    for row in pairs:
+        assert len(row["preferred_output"][0]["content"]) < len(row["non_preferred_output"][0]["content"])
+    steps = re.findall(r"^epoch \d: loss ([\d.]+), margin (-?[\d.]+)$", said, re.MULTILINE)
+    assert steps[0] == ("0.6931", "0.0000") and float(steps[-1][1]) > 0.1
     assert (out / "adapter_model.safetensors").exists()
 
 

@@ -113,8 +113,8 @@ def test_after_the_budget_no_more_is_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "choice"),
     [
-        ("1", "1"), ("2.", "2"), ("**Answer 2**", "2"), ("[[1]]", "1"), ("Answer 1 is better because it is short.", "1"),
-        ("", ""), ("neither", ""), ("1 is worse than 2", ""), ("12", ""), ("1.5", ""), ("2.1", ""), ("v2", ""), ("3", ""),
+        ("1", "1"), ("2.", "2"), ("**Answer 2**", "2"), ("[[1]]", "1"), ("Answer 1 is better: it is short.", "1"),
+        ("", ""), ("neither", ""), ("1 or 2", ""), ("12", ""), ("1.5", ""), ("2.1", ""), ("v2", ""), ("3", ""),
     ],
 )  # fmt: skip
 def test_a_choice_is_one_number(text: str, choice: str) -> None:

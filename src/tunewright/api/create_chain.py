@@ -72,7 +72,7 @@ def _inherited(spec: JobSpec, server: Server) -> JobSpec:
 
 def _find_models(server: Server, spec: JobSpec) -> None:
     options = spec.objective.options
-    named = {"model": spec.model, **{f"objective.{key}": options.get(key) for key in ("teacher", *HEAD_OF)}}
+    named = {"model": spec.model, **{f"objective.{key}": options.get(key) for key in ("teacher", "judge", *HEAD_OF)}}
     for param, name in named.items():
         if isinstance(name, str) and name and not name.startswith(PREFIX):
             find_start(server, name, param)

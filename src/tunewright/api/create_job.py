@@ -31,9 +31,10 @@ def check(server: Server, request: CreateJob, describe: Mapping[str, Any]) -> Ch
     """Everything that can be known before a job is made. Raises UserError."""
     jobspec.refuse_wandb(request)
     spec = jobspec.build_spec(request, describe, find_start(server, request.model))
-    teacher = spec.objective.options.get("teacher")
-    if teacher:
-        find_start(server, teacher, "tunewright.objective.teacher")
+    for option in ("teacher", "judge"):
+        named = spec.objective.options.get(option)
+        if named:
+            find_start(server, named, f"tunewright.objective.{option}")
     train = find_data_file(server, request.training_file, "training_file")
     other = request.validation_file
     validation = find_data_file(server, other, "validation_file") if other else None

@@ -15,11 +15,12 @@ from tunewright.cli.commands.jobs import status_of
 from tunewright.cli.commands.train import check_all_data
 from tunewright.cli.progress import resume_command, run_foreground
 from tunewright.core.chain import check_stages, files_of, in_stage, parse_chain
-from tunewright.core.durable import Lock
-from tunewright.core.errors import StateError, UserError
+from tunewright.core.durable import Lock, is_locked
+from tunewright.core.errors import Busy, StateError, TunewrightError, UserError
 from tunewright.core.events import Event, EventWriter
 from tunewright.core.home import Home
 from tunewright.core.run import Run
+from tunewright.jobs import journal
 from tunewright.jobs.chain import (
     Child,
     Next,
@@ -31,6 +32,7 @@ from tunewright.jobs.chain import (
     next_stage,
 )
 from tunewright.jobs.describe import load_describe
+from tunewright.jobs.rows import WITH_WORKER
 
 ENDED = ("succeeded", "failed", "cancelled")
 
@@ -72,6 +74,8 @@ def train_chain(home: Home, chain: Run, console: Console) -> tuple[Run, Event]:
     A stage that failed before is done again, once. Raises StateError if nothing is left, Busy if another process works
     on the chain.
     """
+    if _is_driven(home, chain):
+        raise Busy(f"The chain {chain.id} is under way in the server of {home.root}; watch, pause or cancel it there.")
     with Lock(chain.lock, "tunewright train"):
         todo = look(home, chain)
         if todo.what == "done" and todo.child is not None:
@@ -86,8 +90,20 @@ def train_chain(home: Home, chain: Run, console: Console) -> tuple[Run, Event]:
                 if todo.what in ("done", "failed", "wait"):
                     events.write("end", end.message, {"status": end.data.get("status"), "stage": todo.stage})
                     return run, end
+        except TunewrightError as e:
+            events.write("end", e.message, {"status": "failed", "code": e.code, "stage": todo.stage}, "error")
+            raise
         finally:
             events.close()
+
+
+def _is_driven(home: Home, chain: Run) -> bool:
+    """Whether a living server makes the chain's jobs."""
+    known: dict[str, Any] = {}
+    for event in journal.read(chain)[0]:
+        known |= journal.changes_of(event) or {}
+    active = known.get("status") in ("validating_files", "queued", *WITH_WORKER)
+    return active and known["started_by"] == "api" and is_locked(home.root / "server.lock")
 
 
 def _attempt(home: Home, chain: Run, todo: Next) -> int:

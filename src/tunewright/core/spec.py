@@ -376,9 +376,11 @@ def _problems(kind: str, part: Part, rows: dict[str, Any], head: str) -> Iterato
             yield f"{kind} '{part.name}', {bad_option(error, row)}"
     if card.get("rows") == "required" and not part.options.get("file"):
         yield f"{kind} '{part.name}' needs rows of what must not be forgotten; give its option 'file'"
-    for name in card.get("required", ()):
-        if not part.options.get(name):
-            yield f"{kind} '{part.name}' needs its option '{name}': {known[name].get('description', '')}"
+    for either in card.get("required", ()):
+        names = either.split("|")
+        if not any(part.options.get(name) for name in names):
+            wanted = " or ".join(f"'{name}'" for name in names)
+            yield f"{kind} '{part.name}' needs its option {wanted}: {known[names[0]].get('description', '')}"
     if kind == "objective" and card.get("head", head) != head:
         fits = [name for name, other in rows.items() if other["card"].get("head", "lm") == head]
         yield (

@@ -190,7 +190,10 @@ def resume(boss: Supervisor, chain: JobRow) -> None:
     if chain.status not in ("paused", "failed"):
         raise StateError(f"The chain {chain.id} is {chain.status}; only a paused or failed one can be resumed.")
     chain = replace(chain, started_by="api")
-    todo, _ = look(boss.store, chain)
+    todo, made = look(boss.store, chain)
+    if chain.status == "failed" and not made:
+        why = (chain.error or {}).get("message", "")
+        raise StateError(f"The chain {chain.id} failed before its first stage began; create it anew. {why}")
     if todo.what == "wait" and todo.child is not None and todo.child.status == "paused":
         boss.resume(todo.child.id)
     elif todo.what == "failed":

@@ -98,12 +98,14 @@ def create_run(
 
 
 def find_names(home: Home, spec: JobSpec) -> tuple[Origin, Origin | None]:
-    """What the job starts from, and the local model that it learns from. Raises ModelNotFound, SpecError (also for an
-    endpoint that may not be called)."""
+    """What the job starts from, and the local model that it learns from or that judges for it.
+
+    Raises ModelNotFound, SpecError (also for an endpoint that may not be called).
+    """
     origin = find_origin(spec.model, home)
     if spec.objective.options.get("endpoint"):
         find_endpoint(spec.objective.options["endpoint"])
-    named = spec.objective.options.get("teacher")
+    named = spec.objective.options.get("teacher") or spec.objective.options.get("judge")
     return origin, find_origin(named, home) if isinstance(named, str) else None
 
 

@@ -18,9 +18,9 @@ class ObjectiveCard:
     head: which of the model's outputs it trains: `lm` (the next token), or one for whole rows (models/heads.py).
     lr_factor: what the tuner's default learning rate, which is made for supervised training, is multiplied by.
     beside: further shapes that validation files and the files of `mix` may have.
-    required: options that must be given. One with the option `teacher` compares with that model, which it is given as
-    its attribute `teacher`. asks: who on another server makes its rows first: a `teacher` that answers them
-    (train/asking.py), or a `judge` of two answers (train/judging.py).
+    required: options that must be given; `a|b` is one of the two. One with the option `teacher` compares with that
+    model, which it is given as its attribute `teacher`. asks: who makes its rows first: a `teacher` on another server
+    that answers them (train/asking.py), or a `judge` of two answers, there or here (train/judging.py).
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""RLAIF: a judge on another server says which of two answers is better, and DPO learns from what it says."""
+"""RLAIF: a judge (another server, or a model of this machine) says which of two answers is better; DPO learns that."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ class RLAIF(DPO):
     class Options(DPO.Options):
         endpoint: str | None = Field(None, description="base URL of an OpenAI-compatible server, such as https://…/v1")
         model: str | None = Field(None, description="what the judge is called there")
+        judge: str | None = Field(
+            None, description="a model of this machine as the judge, in the place of endpoint and model"
+        )
         principles: str = Field(
             "", max_length=100_000, description="what makes an answer the better one; empty: usual ones"
         )
@@ -38,7 +41,7 @@ class RLAIF(DPO):
         shapes=("prompt", "chat", "preference"),
         group_size=2,
         needs_reference=True,
-        required=("endpoint", "model"),
+        required=("endpoint|judge", "model|judge"),
         asks="judge",
         lr_factor=0.1,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,35 +33,42 @@ def answers_of(run: Run, role: str) -> Path:
     return run.folder / "answers" / role / ROWS
 
 
-def ask_teacher(
-    run: Run,
-    job: JobFile,
-    spec: JobSpec,
-    objective: Any,
-    home: Home,
-    events: EventWriter,
-    stop: Callable[[], bool],
-    start: Start,
-) -> None:
+@dataclass(frozen=True)
+class Asking:
+    """What is needed to make a job's rows. start: what the job starts from. judge: a model of this machine that judges,
+    if one does."""
+
+    run: Run
+    job: JobFile
+    spec: JobSpec
+    objective: Any
+    home: Home
+    events: EventWriter
+    stop: Callable[[], bool]
+    start: Start
+    judge: Start | None = None
+
+
+def ask_teacher(a: Asking) -> None:
     """Have the training and the validation file answered, if an earlier attempt has not.
 
     Raises DataError, SpecError (too few answers that can be learned), UserError, EndpointDown, Interrupted.
     """
-    o = objective.options
+    o = a.objective.options
     endpoint = find_endpoint(o.endpoint)
     given = {"max_tokens": o.max_tokens, **({} if o.temperature is None else {"temperature": o.temperature})}
-    teacher = Teacher(endpoint, o.model, home.cache / "answers", o.system, given)
-    for role in ("train", *(["validation"] if job.validation else [])):
-        folder = answers_of(run, role).parent
-        if is_kept(folder, "teacher's answers", events):
+    teacher = Teacher(endpoint, o.model, a.home.cache / "answers", o.system, given)
+    for role in ("train", *(["validation"] if a.job.validation else [])):
+        folder = answers_of(a.run, role).parent
+        if is_kept(folder, "teacher's answers", a.events):
             continue
         asked = Asked()
-        path, name, report = checked(run, job, spec, objective, role)
-        rows = told(read_conversations(path, report.format, name), report.n_rows, asked, o.model, events)
-        found = answered_rows(rows, teacher, asked, budget=o.budget, concurrency=o.concurrency, stop=stop)
+        path, name, report = checked(a.run, a.job, a.spec, a.objective, role)
+        rows = told(read_conversations(path, report.format, name), report.n_rows, asked, o.model, a.events)
+        found = answered_rows(rows, teacher, asked, budget=o.budget, concurrency=o.concurrency, stop=a.stop)
         commit_folder(folder, lambda tmp, found=found: write_rows(tmp / ROWS, found), {"teacher": o.model})
-        events.write("message", summary(asked, name, o.model), {"answers": asdict(asked)})
-        least = spec.min_examples if role == "train" else 1
+        a.events.write("message", summary(asked, name, o.model), {"answers": asdict(asked)})
+        least = a.spec.min_examples if role == "train" else 1
         if asked.answered < least:
             raise SpecError(
                 f"{o.model} gave {asked.answered} answers to {name} that can be learned, and the job needs {least}"

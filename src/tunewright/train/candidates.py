@@ -20,7 +20,7 @@ from tunewright.core.durable import disk_full_is_clear, write_json
 from tunewright.core.errors import Interrupted, TunewrightError, UserError
 from tunewright.core.events import EventWriter
 from tunewright.core.home import Home
-from tunewright.core.run import ARTEFACT, BASE_IS_START, JobFile, Run
+from tunewright.core.run import ARTEFACT, BASE_IS_START, Run
 from tunewright.data.judging import Pair
 from tunewright.engine.engine import Engine
 from tunewright.engine.request import GenerateRequest
@@ -110,21 +110,22 @@ def engine_of(home: Home, dtype: str) -> Engine:
     return Engine(home, dtype if dtype in ("float32", "bfloat16") else "auto", torch.get_num_threads())
 
 
-def place_of(run: Run, job: JobFile, start: Start) -> dict[str, str]:
-    """The fields of a request that name the model that the job starts from."""
+def place_of(run: Run, base: str, start: Start, name: str) -> dict[str, str]:
+    """The fields of a request that name a model that lies in the run folder. base: below it. name: what it is called
+    under answers/ if a copy is needed."""
     if start.base == BASE_IS_START:
         return {"artefact": str(start.weights)}
     if start.over is None or start.record is None:
-        return {"base": job.base}
+        return {"base": base}
     if start.record.base != BASE_IS_START:
         return {"artefact": str(start.over)}
-    return {"artefact": str(_with_base(start.over, run.folder / "answers" / "start", job.base))}
+    return {"artefact": str(_with_base(start.over, run.folder / "answers" / name, base))}
 
 
 def _with_base(over: Path, place: Path, base: str) -> Path:
     """The same adapter or delta, saying by name which base it belongs to."""
     if not place.exists():
-        tmp = place.with_name("start.tmp")
+        tmp = place.with_name(f"{place.name}.tmp")
         shutil.rmtree(tmp, ignore_errors=True)
         shutil.copytree(over, tmp, copy_function=os.link)
         record = json.loads((tmp / ARTEFACT).read_bytes())

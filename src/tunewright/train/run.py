@@ -36,7 +36,7 @@ from tunewright.ops.noise import neftune
 from tunewright.ops.quant import NONE, PACKAGE, count
 from tunewright.ops.runtime import be_deterministic, choose_dtype, device, set_threads
 from tunewright.train import meter
-from tunewright.train.asking import ask_teacher
+from tunewright.train.asking import Asking, ask_teacher
 from tunewright.train.balance import balanced
 from tunewright.train.checkpoint import State, load_newest
 from tunewright.train.describe import describe
@@ -101,7 +101,8 @@ def run_once(
     limit = context if spec.max_length == "auto" else min(spec.max_length, context)
 
     if objective.card.asks:
-        ASK[objective.card.asks](run, job, spec, objective, home, events, stop, start)
+        judge = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events) if job.teacher else None
+        ASK[objective.card.asks](Asking(run, job, spec, objective, home, events, stop, start, judge))
 
     def load(role: str) -> StoredGroups:
         return load_groups(run, job, spec, tokenizer, objective, limit, role, events)
@@ -112,7 +113,7 @@ def run_once(
     head = job_head(run, spec, objective)
     quantization = NONE if earlier is None else earlier.quantization
     teacher = None
-    if job.teacher:
+    if job.teacher and not objective.card.asks:
         teacher = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events)
         check_teacher(spec, teacher, tokenizer)
     if earlier is None:
