@@ -214,7 +214,7 @@ def _show(store: Store, chain: JobRow, made: Mapping[str, JobRow]) -> None:
     """Bring the list of stages in the chain's row up to date."""
     shown = stage_list(store.run(chain.id).job().stages, made)
     if shown != _stages(chain):
-        store.update_job(chain.id, FOLLOWED, tunewright={**(chain.tunewright or {}), "stages": shown})
+        store.update_job(chain.id, set(FOLLOWED), tunewright={**(chain.tunewright or {}), "stages": shown})
 
 
 def _title(chain: JobRow, todo: Next) -> str:
