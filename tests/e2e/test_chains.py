@@ -67,6 +67,7 @@ def wait_for_step(process: subprocess.Popen[str], home: Home, name: str, attempt
         time.sleep(0.05)
 
 
+@pytest.mark.nightly
 def test_a_chain_is_stopped_in_stage_3_and_goes_on_there(env: dict[str, str], chain: Path, tiny_home: Home) -> None:
     first = start(env, str(chain))
     dpo = wait_for_step(first, tiny_home, "dpo", 1)

@@ -169,6 +169,7 @@ def test_pause_and_resume_reach_the_stage_that_runs(store: Store) -> None:
     assert get(store, run).status == "succeeded" and jobs_of(store, run)["b"].attempt == 2
 
 
+@pytest.mark.slow
 def test_a_stage_in_the_queue_is_held_and_one_resumed_by_itself_takes_the_chain_along(store: Store) -> None:
     first = make_job(store, {"hold": {"1": [1]}})
     boss = boss_of(store)
@@ -186,7 +187,7 @@ def test_a_stage_in_the_queue_is_held_and_one_resumed_by_itself_takes_the_chain_
     assert get(store, run).status == "succeeded"
 
 
-@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("paused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_cancel_ends_the_stage_and_then_the_chain(store: Store, paused: bool) -> None:
     run = add_chain(store)
     boss = boss_of(store, {"b": {"hold": {"1": [2]}}})
@@ -204,6 +205,7 @@ def test_cancel_ends_the_stage_and_then_the_chain(store: Store, paused: bool) ->
         boss.resume(run.id)
 
 
+@pytest.mark.slow
 def test_a_stage_that_waits_for_the_disk_or_is_cancelled(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     run = add_chain(store)
     boss = boss_of(store, {"a": {"exit_at": {"1": [2, 73]}}, "b": {"hold": {"1": [2]}}})
@@ -229,7 +231,7 @@ class PowerCut(BaseException):
 
 
 @pytest.mark.parametrize("when", ["before the row", "after the row"])
-@pytest.mark.parametrize("stage", ["a", "c"])
+@pytest.mark.parametrize("stage", [pytest.param("a", marks=pytest.mark.slow), "c"])
 def test_a_power_cut_while_a_stage_is_made_makes_one_job(
     home: Home, monkeypatch: pytest.MonkeyPatch, when: str, stage: str
 ) -> None:
@@ -260,6 +262,7 @@ def test_a_power_cut_while_a_stage_is_made_makes_one_job(
         opened.close()
 
 
+@pytest.mark.slow
 def test_a_model_that_was_deleted_between_two_stages(store: Store) -> None:
     run = add_chain(store)
     boss = boss_of(store)
