@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from dpo import read_pairs, step
 
+from tunewright.core.asking import Teacher
 from tunewright.core.events import EventWriter
 from tunewright.core.home import find_home
 from tunewright.core.outbound import Endpoint, Reply, find_endpoint
-from tunewright.data.asking import Teacher, prompt_of
+from tunewright.data.asking import prompt_of
 from tunewright.data.judging import Judged, judged_rows
 from tunewright.data.validate import check_file, raise_for, read_conversations
 from tunewright.engine.engine import Engine

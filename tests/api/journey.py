@@ -447,6 +447,48 @@ def check_dpo(j: Journey) -> None:
     assert kto.tunewright["objective"]["name"] == "kto" and kto.tunewright["objective"]["beta"] == 0.2
 
 
+def check_reinforcement(j: Journey) -> None:
+    """OpenAI's method with a grader over the rows' own fields; what it cannot have is refused at once."""
+    rows = [{"messages": [{"role": "user", "content": f"q{i}"}], "wanted": "a"} for i in range(12)]
+    train, valid = (j.upload(jsonl(part), f"{name}.jsonl") for part, name in ((rows, "rft"), (rows[:3], "rft-valid")))
+    grader = {
+        "type": "string_check", "name": "has an a", "operation": "ilike",
+        "input": "{{ sample.output_text }}", "reference": "{{ item.wanted }}",
+    }  # fmt: skip
+    hyper = {"n_epochs": 1, "batch_size": 6, "compute_multiplier": 0.5, "eval_interval": 1, "eval_samples": 2}
+    objective = {"objective": {"name": "grpo", "max_completion_tokens": 6}}
+
+    def ask(grader: Any, **more: Any) -> Any:
+        method = {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": {**hyper, **more}}}
+        return j.strict.fine_tuning.jobs.create(
+            model=BASE,
+            training_file=train.id,
+            validation_file=valid.id,
+            method=method,
+            extra_body={"tunewright": objective},
+        )
+
+    e = fails(lambda: ask(grader, reasoning_effort="low"), openai.BadRequestError)
+    assert e.param == "method.reinforcement.hyperparameters.reasoning_effort"
+    e = fails(lambda: ask({**grader, "operation": "same"}), openai.BadRequestError)
+    assert e.param.startswith("method.reinforcement.grader")
+    made = ask(grader)
+    wrong = j.jobs.retrieve(ask({**grader, "reference": "{{ item.wnated }}"}).id)
+    assert made.method.type == "reinforcement" and made.method.reinforcement.grader.to_dict() == grader
+    done = j.wait(made.id)
+    assert done.status == "succeeded", done.error
+    numbers = done.method.reinforcement.hyperparameters
+    assert (numbers.batch_size, numbers.compute_multiplier, numbers.eval_interval) == (6, 0.5, 1)
+    steps = [e for e in reversed(j.events(done.id)) if e.type == "metrics"]
+    assert len(steps) == 2 and re.match(r"Step 1/2 , train mean reward=\d\.\d\d", steps[0].message)
+    assert all(0 <= s.data[f"{k}_mean_reward"] <= 1 for s in steps for k in ("train", "valid"))
+    assert steps[-1].data["full_valid_mean_parse_error"] == 0
+    assert j.ask(done.fine_tuned_model).usage.completion_tokens > 0
+    ended = j.wait(wrong.id)
+    assert ended.status == "failed" and ended.error.code == "invalid_variable_error", ended.error
+    assert "no row has 'wnated'" in ended.error.message
+
+
 def check_continue_from_a_checkpoint(j: Journey) -> None:
     job = j.main_job
     parent = f"{job.fine_tuned_model}:ckpt-step-9"

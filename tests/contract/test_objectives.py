@@ -20,6 +20,7 @@ from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
 from tunewright.ops.packing import pack
 from tunewright.train.reference import Reference
+from tunewright.train.value import ValueHead
 
 pytestmark = pytest.mark.parametrize("name", list(OBJECTIVES))
 Step = tuple[dict[str, float], dict[str, Tensor]]
@@ -42,6 +43,8 @@ def objective_of(name: str, reference: Reference) -> Any:
         objective.reference = reference
     if "teacher" in objective.card.required:
         objective.teacher = reference
+    if hasattr(objective, "value_head"):
+        objective.value_head = ValueHead(64, torch.device("cpu"))
     return objective
 
 

@@ -121,7 +121,7 @@ def test_given_pairs_are_judged_anew_and_a_judge_of_places_is_refused(
         with pytest.raises(SpecError, match=r"judge gave a verdict on 0 pairs of train\.jsonl.*came first"):
             attempt(biased, tiny_home)
     assert any(e.level == "warn" and "More than half of the pairs are ties" in e.message for e in biased.events())
-    with pytest.raises(SpecError, match="needs its option 'model' or 'judge'"):
+    with pytest.raises(SpecError, match="give its option 'model', too"):
         new_run(tiny_home, server.url, model=None)
 
 

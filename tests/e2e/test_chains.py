@@ -15,7 +15,7 @@ import pytest
 import tiny
 from tunewright.core.durable import sha256_file
 from tunewright.core.home import Home
-from tunewright.core.run import Run, list_runs
+from tunewright.core.run import Run, list_runs, read_artefact
 from tunewright.jobs.store import Store
 from tunewright.jobs.supervisor import Supervisor
 
@@ -32,6 +32,21 @@ stages:
   - {name: sft, training_file: chats.jsonl, n_epochs: 1}
   - {name: reward, training_file: pairs.jsonl, objective: reward, n_epochs: 1}
   - {name: dpo, training_file: pairs.jsonl, objective: dpo, model: "stage:sft", n_epochs: 50}
+"""
+
+RLHF = """
+chain: rlhf
+model: tiny
+batch_size: 4
+n_epochs: 1
+dtype: float32
+threads: 1
+seed: 1
+tuner: {name: lora, r: 4}
+stages:
+  sft: chats.jsonl
+  reward: pairs.jsonl
+  ppo: {training_file: prompts.jsonl, objective: {max_completion_tokens: 8}}
 """
 
 
@@ -124,3 +139,22 @@ def test_everything_is_checked_before_anything_is_trained(env: dict[str, str], c
     out, _ = start(env, str(chain)).communicate(timeout=120)
     assert "Stage 'reward': " in out and "pairs.jsonl line 13" in out
     assert list_runs(tiny_home) == []
+
+
+def test_rlhf_as_one_job(env: dict[str, str], chain: Path, tiny_home: Home) -> None:
+    """PPO starts from the supervised model and is rewarded by the reward model that the stage before it left."""
+    tiny.write_rows(
+        chain.parent / "prompts.jsonl", [{"prompt": f"What colour is {thing}?"} for thing in tiny.THINGS * 2]
+    )
+    chain.write_text(RLHF)
+    process = start(env, str(chain))
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, out
+    sft, reward, ppo = (stage(tiny_home, name) for name in ("sft", "reward", "ppo"))
+    assert sft and reward and ppo
+    assert ppo.job().spec.model == reward.job().spec.model == sft.job().name
+    assert read_artefact(ppo.folder / "start").name == sft.job().name
+    assert read_artefact(ppo.folder / "teacher").name == reward.job().name
+    assert f"Done. The model is {ppo.job().name}" in out
+    steps = [e.data for e in ppo.events() if e.type == "metrics"]
+    assert len(steps) == 4 and all("train_reward" in s for s in steps)

@@ -65,6 +65,21 @@ def test_rlaif_by_hand(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert (out / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_grpo_by_hand(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The mean reward rises: answers come to hold the letter that is asked for."""
+    rows = [{"messages": row["messages"][:2], "wanted": "a"} for row in tiny.sft_rows(8)]
+    data, out = tiny.write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "adapter"
+    grader = tmp_path / "grader.json"
+    texts = {"input": "{{ sample.output_text }}", "reference": "{{ item.wanted }}"}
+    grader.write_text(json.dumps({"type": "string_check", "name": "a", "operation": "ilike", **texts}))
+    args = ("--steps", "15", "--tokens", "8", "--rate", "1e-2", "--out", out)
+    said = run("grpo.py", tmp_path, tiny_model_dir, data, grader, *args)
+    rewards = [float(x) for x in re.findall(r"^step \d+: mean reward ([\d.]+)", said, re.MULTILINE)]
+    assert len(rewards) == 15 and sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1
+    assert (out / "adapter_model.safetensors").exists()
+
+
 def mean_loss(folder: Path, adapter: Path | None = None) -> float:
     """transformers' own loss of the rows' texts, with peft's adapter or without."""
     from peft import PeftModel

@@ -46,10 +46,19 @@ def test_only_listed_endpoints_are_found() -> None:
 
 def test_a_process_gets_the_key_of_its_endpoint_only() -> None:
     environ = {**LISTED, "KEY": "sk-1", "OTHER": "sk-2"}
-    given = outbound.environment("https://api.example.com/v1", environ)
+    given = outbound.environment(["https://api.example.com/v1"], environ)
     assert given == {outbound.VARIABLE: "https://api.example.com/v1=KEY", "KEY": "sk-1"}
     assert find_endpoint("https://api.example.com/v1", given).key_variable == "KEY"
-    assert "KEY" not in outbound.environment("http://127.0.0.1:11434/v1", environ)
+    assert "KEY" not in outbound.environment(["http://127.0.0.1:11434/v1"], environ)
+    both = outbound.environment(["http://127.0.0.1:11434/v1", "https://api.example.com/v1"], environ)
+    assert both == {outbound.VARIABLE: "http://127.0.0.1:11434/v1,https://api.example.com/v1=KEY", "KEY": "sk-1"}
+    assert outbound.environment([], environ) == {}
+
+
+def test_endpoints_are_found_however_deep() -> None:
+    judge = {"type": "score_model", "tunewright": {"endpoint": "http://b"}}
+    options = {"endpoint": "http://a", "grader": {"graders": {"x": judge, "y": judge}}, "more": [{"endpoint": None}]}
+    assert outbound.named_endpoints(options) == ["http://a", "http://b"]
 
 
 @pytest.mark.parametrize(

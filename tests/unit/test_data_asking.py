@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from teacher_kit import completion
+from tunewright.core.asking import Teacher, read_answer
 from tunewright.core.conversation import Conversation
 from tunewright.core.errors import DataError, EndpointDown, Interrupted, UserError
 from tunewright.core.outbound import Endpoint, Reply
-from tunewright.data.asking import Asked, Teacher, answered_rows, read_answer
+from tunewright.data.asking import Asked, answered_rows
 from tunewright.data.formats import FORMATS
 from tunewright.data.formats.detect import decide
 

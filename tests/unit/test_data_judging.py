@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from teacher_kit import completion
+from tunewright.core.asking import Teacher
 from tunewright.core.errors import EndpointDown
 from tunewright.core.outbound import Endpoint, Reply
-from tunewright.data.asking import Teacher
 from tunewright.data.judging import PRINCIPLES, SAME_PLACE, UNCLEAR, Judged, Pair, judged_rows, read_choice
 
 ENDPOINT = Endpoint("https", "judge.example", 443, "/v1")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunewright.api.requests import CreateJob, Hyper
+from tunewright.api import reinforcement
+from tunewright.api.requests import CreateJob, Hyper, Reinforcement, ReinforcementHyper
 from tunewright.core import chain
 from tunewright.core.errors import UserError, did_you_mean
 from tunewright.core.run import Artefact
@@ -38,6 +39,8 @@ def build_spec(request: CreateJob, describe: Mapping[str, Any], start: Artefact 
         own["tuner"] = inherited(start.tuner, own.get("tuner"))
     hyper = hyperparameters(request)
     objective = _objective(request, own, hyper, describe)
+    if isinstance(hyper, ReinforcementHyper):
+        own = {**own, **reinforcement.fields(hyper, own)}
     raw = {
         **own,
         **({} if objective is None else {"objective": objective}),
@@ -91,9 +94,11 @@ def _objective(request: CreateJob, own: dict[str, Any], hyper: Hyper, describe: 
     if request.method is None:
         return asked
     name = _of_method(request.method.type, describe)
-    options = {k: v for k, v in hyper.model_dump().items() if k not in COMMON and v not in ("auto", "default")}
     block = getattr(request.method, request.method.type)
-    if block is not None:
+    options = {k: v for k, v in hyper.model_dump().items() if k not in COMMON and v != "auto"}
+    if isinstance(block, Reinforcement):
+        options = reinforcement.options(block, describe["objective"][name]["defaults"])
+    elif block is not None:
         options |= {k: v for k, v in block.model_dump(exclude={"hyperparameters"}).items() if v is not None}
     asked_part = {"name": asked} if isinstance(asked, str) else dict(asked or {})
     if asked_part.get("name", name) != name:

@@ -41,12 +41,12 @@ def new_chain(home: Home, raw: Any, console: Console) -> Run:
     """Check every stage's spec and data, then write the chain's run folder. Raises UserError; then nothing was made."""
     stages = parse_chain(raw)
     check_names(home, stages)
+    stages = check_stages(stages, load_describe(home))
     for name, spec in stages.items():
         try:
             check_all_data(spec, console)
         except UserError as e:
             raise in_stage(name, e) from e
-    stages = check_stages(stages, load_describe(home))
     paths = {f"{name}/{role}": Path(p) for name, spec in stages.items() for role, p in files_of(spec).items()}
     return create_chain(home, stages, paths=paths)
 

@@ -16,7 +16,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -100,12 +100,20 @@ def find_endpoint(url: str, environ: Mapping[str, str] = os.environ) -> Endpoint
     )
 
 
-def environment(url: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables that a process needs to call this endpoint, and no other's key. Raises like find_endpoint."""
-    endpoint = find_endpoint(url, environ)
-    entry = endpoint.url + (f"={endpoint.key_variable}" if endpoint.key_variable else "")
-    key = {endpoint.key_variable: environ.get(endpoint.key_variable, "")} if endpoint.key_variable else {}
-    return {VARIABLE: entry, **key}
+def named_endpoints(options: Any) -> list[str]:
+    """Every URL under a key `endpoint` in a part's options, however deep: of a teacher, of a judge in a grader."""
+    inner = options.values() if isinstance(options, dict) else options if isinstance(options, list) else ()
+    own = options.get("endpoint") if isinstance(options, dict) else None
+    found = [url for value in inner for url in named_endpoints(value)]
+    return list(dict.fromkeys([*([own] if isinstance(own, str) and own else []), *found]))
+
+
+def environment(urls: Iterable[str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that a process needs to call these endpoints, and no other's key. Raises like find_endpoint."""
+    found = [find_endpoint(url, environ) for url in urls]
+    entries = [e.url + (f"={e.key_variable}" if e.key_variable else "") for e in found]
+    keys = {e.key_variable: environ.get(e.key_variable, "") for e in found if e.key_variable}
+    return {VARIABLE: ",".join(entries), **keys} if found else {}
 
 
 def post_json(

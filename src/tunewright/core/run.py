@@ -5,7 +5,7 @@ runs/<job id>/
   plan.json                what was decided by measuring; later attempts obey it
   data/                    the training and validation files, by hash
   start/                   the artefact this job continues from, if it does
-  teacher/                 the tuned model that this job learns from, if it does
+  teacher/                 the tuned model that this job learns from, or its reward model, if it does
   attempts/N/events.jsonl  one line an event; worker.json (pid, creation time)
   worker.log               what the workers printed
   checkpoints/step-000030/ artefact/, optimizer state, trainer.json, MANIFEST.json
@@ -13,6 +13,7 @@ runs/<job id>/
   answers/                 what a teacher on another server answered to the training and validation rows
   prepared/                what the tuner chose to train by looking at the data, if it does
   retained/                what a method against forgetting measured before step 1 (EWC's Fisher information)
+  samples.jsonl            what the model answered in a job over rewards, and how it was graded
   labels.json              the classes of a classification job, in order
   step_metrics.csv         OpenAI's result file
   lock                     held by the worker

@@ -129,8 +129,8 @@ class JobSpec(BaseModel):
     mix: further training files and their shares of an epoch: `[b.jsonl]` or `{files: [{file: b.jsonl, weight: 2}]}`;
         with `order: in_turn` first all epochs of training_file, then of each file.
     n_epochs: passes over the data. batch_size: groups (rows) in one optimizer step.
-    learning_rate: absolute; `auto` is the tuner's default, for preferences a tenth of it (ORPO: a fifth), times
-        learning_rate_multiplier.
+    learning_rate: absolute; `auto` is the tuner's default, for preferences and rewards a tenth of it (ORPO: a
+        fifth), times learning_rate_multiplier.
     learning_rate_multiplier: a factor on the learning rate; `auto` is 1.
     max_grad_norm: gradients are scaled down to this norm; 0 never clips.
     max_length: tokens a row may have; `auto` is the model's context, and 1024 (or the context) for the blocks into
@@ -347,6 +347,9 @@ def check_parts(spec: JobSpec, describe: dict[str, Any]) -> JobSpec:
             updates[kind].append(checked)
         else:
             updates[kind] = checked
+    objective = describe["objective"].get(spec.objective.name)
+    if objective and objective["card"].get("needs_rollouts") and spec.format == "auto":
+        updates["format"] = "reinforcement"
     unfit = _not_over_quantised(spec, describe["tuner"])
     if problems or unfit:
         text = "; ".join(dict.fromkeys([*problems, *unfit]))
@@ -376,11 +379,13 @@ def _problems(kind: str, part: Part, rows: dict[str, Any], head: str) -> Iterato
             yield f"{kind} '{part.name}', {bad_option(error, row)}"
     if card.get("rows") == "required" and not part.options.get("file"):
         yield f"{kind} '{part.name}' needs rows of what must not be forgotten; give its option 'file'"
-    for either in card.get("required", ()):
-        names = either.split("|")
-        if not any(part.options.get(name) for name in names):
-            wanted = " or ".join(f"'{name}'" for name in names)
-            yield f"{kind} '{part.name}' needs its option {wanted}: {known[names[0]].get('description', '')}"
+    for name in card.get("required", ()):
+        if not part.options.get(name):
+            yield f"{kind} '{part.name}' needs its option '{name}': {known[name].get('description', '')}"
+    either = card.get("either", ())
+    if either and not any(part.options.get(name) for name in either):
+        said = "; ".join(f"'{name}': {known[name].get('description', '')}" for name in either)
+        yield f"{kind} '{part.name}' needs one of its options {said}"
     if kind == "objective" and card.get("head", head) != head:
         fits = [name for name, other in rows.items() if other["card"].get("head", "lm") == head]
         yield (

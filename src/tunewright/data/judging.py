@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from tunewright.data.asking import Answer, Asked, Call, Teacher, ask, in_turn
+from tunewright.core.asking import Answer, Teacher, ask
+from tunewright.data.asking import Asked, Call, in_turn
 
 PRINCIPLES = "The better answer is more helpful, more correct and easier to understand, and does no harm."
 QUESTION = """Two assistants answered the same conversation. Decide which answer is better by these principles:

@@ -16,12 +16,13 @@ from tunewright.core.durable import discard, disk_full_is_clear, fsync_path, sha
 from tunewright.core.errors import NotFound, SpecError, StateError
 from tunewright.core.home import Home
 from tunewright.core.ids import ModelName, new_id, parse_model_name, random_part
-from tunewright.core.outbound import find_endpoint
+from tunewright.core.outbound import find_endpoint, named_endpoints
 from tunewright.core.run import JobFile, Run, base_of, find_artefact, read_artefact
 from tunewright.core.spec import JobSpec, extra_files
 from tunewright.models.catalogue import resolve
 
 _UNFINISHED_SECONDS = 24 * 3600
+OTHER_MODELS = ("teacher", "judge", "reward_model")  # options that name one
 _PARAMS = {"train": "training_file", "validation": "validation_file"}
 
 
@@ -98,14 +99,18 @@ def create_run(
 
 
 def find_names(home: Home, spec: JobSpec) -> tuple[Origin, Origin | None]:
-    """What the job starts from, and the local model that it learns from or that judges for it.
+    """What the job starts from, and the other model of this machine that it needs, if it does.
 
     Raises ModelNotFound, SpecError (also for an endpoint that may not be called).
     """
     origin = find_origin(spec.model, home)
-    if spec.objective.options.get("endpoint"):
-        find_endpoint(spec.objective.options["endpoint"])
-    named = spec.objective.options.get("teacher") or spec.objective.options.get("judge")
+    options = spec.objective.options
+    for url in named_endpoints(options):
+        find_endpoint(url)
+    if options.get("endpoint") and not options.get("model"):
+        text = f"The objective '{spec.objective.name}' names an endpoint; give its option 'model', too."
+        raise SpecError(text, param="objective")
+    named = next((options[key] for key in OTHER_MODELS if options.get(key)), None)
     return origin, find_origin(named, home) if isinstance(named, str) else None
 
 

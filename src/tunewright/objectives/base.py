@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -18,9 +19,10 @@ class ObjectiveCard:
     head: which of the model's outputs it trains: `lm` (the next token), or one for whole rows (models/heads.py).
     lr_factor: what the tuner's default learning rate, which is made for supervised training, is multiplied by.
     beside: further shapes that validation files and the files of `mix` may have.
-    required: options that must be given; `a|b` is one of the two. One with the option `teacher` compares with that
-    model, which it is given as its attribute `teacher`. asks: who makes its rows first: a `teacher` on another server
-    that answers them (train/asking.py), or a `judge` of two answers, there or here (train/judging.py).
+    required: options that must be given; either: options of which one must be. One with the option `teacher` compares
+    with that model, which it is given as its attribute `teacher`. asks: who makes its rows first: a `teacher` on
+    another server that answers them (train/asking.py), or a `judge` of two answers, there or here (train/judging.py).
+    needs_rollouts: its rows are prompts that the model answers itself (objectives/rollouts.py).
     """
 
     title: str
@@ -29,6 +31,7 @@ class ObjectiveCard:
     needs_reference: bool = False
     needs_rollouts: bool = False
     required: tuple[str, ...] = ()
+    either: tuple[str, ...] = ()
     asks: str = ""
     openai_method: str | None = None
     head: str = "lm"
@@ -45,7 +48,9 @@ class Options(BaseModel):
 class TokenModel(Protocol):
     """What an objective may ask of the model: quantities per target token or per row, never [T, V] logits."""
 
-    def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]: ...
+    def token_stats(
+        self, batch: Batch, want: set[str], value: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]: ...
 
     def divergence(self, batch: Batch, teacher: Any, kind: str) -> Tensor: ...
 

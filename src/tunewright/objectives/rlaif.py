@@ -41,7 +41,7 @@ class RLAIF(DPO):
         shapes=("prompt", "chat", "preference"),
         group_size=2,
         needs_reference=True,
-        required=("endpoint|judge", "model|judge"),
+        either=("endpoint", "judge"),
         asks="judge",
         lr_factor=0.1,
     )

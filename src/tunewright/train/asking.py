@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tunewright.core.asking import Teacher
 from tunewright.core.durable import commit_folder
 from tunewright.core.errors import DataReport, SpecError
 from tunewright.core.events import EventWriter
@@ -18,7 +19,7 @@ from tunewright.core.home import Home
 from tunewright.core.outbound import find_endpoint
 from tunewright.core.run import JobFile, Run
 from tunewright.core.spec import JobSpec
-from tunewright.data.asking import Asked, Teacher, answered_rows
+from tunewright.data.asking import Asked, answered_rows
 from tunewright.data.validate import check_file, raise_for, read_conversations
 from tunewright.train.finish import Start
 from tunewright.train.prepare import is_kept

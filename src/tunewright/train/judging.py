@@ -10,11 +10,12 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from tunewright.core.asking import Post, Teacher
 from tunewright.core.conversation import Conversation
 from tunewright.core.durable import commit_folder
 from tunewright.core.errors import SpecError, UserError
 from tunewright.core.outbound import Endpoint, Reply, find_endpoint
-from tunewright.data.asking import Post, Teacher, prompt_of
+from tunewright.data.asking import prompt_of
 from tunewright.data.judging import Judged, Pair, judged_rows
 from tunewright.data.spans import plain
 from tunewright.data.validate import read_conversations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import cache, partial
@@ -35,7 +36,7 @@ from tunewright.objectives import OBJECTIVES
 from tunewright.ops.noise import neftune
 from tunewright.ops.quant import NONE, PACKAGE, count
 from tunewright.ops.runtime import be_deterministic, choose_dtype, device, set_threads
-from tunewright.train import meter
+from tunewright.train import meter, reinforce
 from tunewright.train.asking import Asking, ask_teacher
 from tunewright.train.balance import balanced
 from tunewright.train.checkpoint import State, load_newest
@@ -52,9 +53,11 @@ from tunewright.train.preflight import Build, preflight
 from tunewright.train.prepare import prepare
 from tunewright.train.reference import find_reference
 from tunewright.train.retain import build as retain
+from tunewright.train.rollouts import Imagined
 from tunewright.train.room import held_text, room_left, room_to_load
 from tunewright.train.rows import load_groups, training_groups
 from tunewright.train.teacher import check_teacher, load_teacher, teacher_bytes
+from tunewright.train.value import with_value_head
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
 from tunewright.tuners.delta import merge_delta
@@ -99,6 +102,8 @@ def run_once(
     tuner: Tuner = part(TUNERS, spec.tuner)
     context = context_left(start.weights, tuner)
     limit = context if spec.max_length == "auto" else min(spec.max_length, context)
+    rolls = objective.card.needs_rollouts
+    limit = reinforce.prompt_limit(objective, limit) if rolls else limit
 
     if objective.card.asks:
         judge = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events) if job.teacher else None
@@ -113,7 +118,7 @@ def run_once(
     head = job_head(run, spec, objective)
     quantization = NONE if earlier is None else earlier.quantization
     teacher = None
-    if job.teacher and not objective.card.asks:
+    if job.teacher and hasattr(objective, "teacher"):
         teacher = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events)
         check_teacher(spec, teacher, tokenizer)
     if earlier is None:
@@ -146,10 +151,14 @@ def run_once(
         room = math.inf if earlier else room_left(spec.max_memory)
         other = choose_path(taught, dtype, threads, home.cache / "kernels", path.name, room)
         objective.teacher = Policy(taught, autocast, fast=other.forward)
+    rollouts = None
+    if rolls:
+        given = (run, home, objective, policy, tuner, tokenizer, groups, context, events, stop)
+        rollouts = reinforce.rollouts_of(*given)
     prepare(run, tuner, policy, objective, groups, spec.seed or 0, events, stop)
     plan = earlier or resolve(
         spec,
-        groups,
+        Imagined(groups, objective) if rolls else groups,
         valid,
         tuner.card,
         dtype=str(dtype).removeprefix("torch."),
@@ -164,6 +173,7 @@ def run_once(
     )
     tuner.begin(plan.total_steps, plan.total_steps // plan.n_epochs)
     kept = retain.begin(run, job, spec, plan, tuner, policy, load, reference, events, stop)
+    tuner = with_value_head(objective, policy, tuner)
     optimizer_class, optimizer_options = row(OPTIMIZERS, spec.optimizer)
     build = partial(optimizer_class.build, lr=plan.learning_rate, options=optimizer_options)
     schedule, schedule_options = row(SCHEDULES, spec.schedule)
@@ -187,6 +197,7 @@ def run_once(
         write_artefact=artefact_writer(job, spec, tuner, start, head, quantization),
         stop=stop,
         retain=kept,
+        rollouts=rollouts,
         advised={e.data["advice"] for e in run.stream() if "advice" in e.data},
     )
     if policy.layout == PADDED:
@@ -201,7 +212,8 @@ def run_once(
     state = resume(parts, rolled_back)
     if events.attempt == 1 and not rolled_back:
         events.write("message", "Fine-tuning job started")
-    state = train(parts, state)
+    with closing(rollouts) if rollouts else nullcontext():
+        state = train(parts, state)
     parts.optimizer.zero_grad(set_to_none=True)
     meter.release()  # else reading the result back would come on top of the memory that training used
     finish(parts, state)
@@ -285,7 +297,10 @@ def attach(
 
 def decide(parts: Parts, build: Build, peak: meter.Peak) -> Plan:
     """Measure, write plan.json and say what was decided."""
-    plan = preflight(parts, build, peak)
+    if parts.rollouts is None:
+        plan = preflight(parts, build, peak)
+    else:
+        plan = reinforce.with_sampling(preflight(reinforce.imagined(parts), build, peak), parts)
     parts.run.write_plan(plan.to_json())
     if (plan.micro_batch_tokens, plan.checkpointing) != (parts.plan.micro_batch_tokens, parts.plan.checkpointing):
         text = (

@@ -187,8 +187,8 @@ def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
 
     # what is quick to check comes first
     find_origin(spec.model, home)
-    check_all_data(spec, console)
     spec = check_parts(spec, load_describe(home))
+    check_all_data(spec, console)
     more = {role: Path(file) for role, file in extra_files(spec).items()}
     validation = Path(spec.validation_file) if spec.validation_file else None
     return create_run(

@@ -33,7 +33,7 @@ PASSED_ON = (
     "LD_LIBRARY_PATH", "LD_PRELOAD", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_HOME",
     "CUDA_PATH", "NVIDIA_VISIBLE_DEVICES", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE",
-    "REQUESTS_CA_BUNDLE", "TORCHINDUCTOR_CACHE_DIR",
+    "REQUESTS_CA_BUNDLE", "TORCHINDUCTOR_CACHE_DIR", "TUNEWRIGHT_PYTHON_GRADERS",
 )  # fmt: skip
 # glibc gives blocks above 32 MiB back to the kernel at every free; fetching them again costs a page fault per 4 KiB
 # Large pages where the kernel has some: rows of a matrix lie pages apart, and the table of small pages runs over. One
@@ -69,10 +69,9 @@ def start_worker(
     Raises Busy while an earlier worker of the run, or anything it started, still lives.
     """
     spec = run.job().spec
-    spec_threads, url = spec.threads, spec.objective.options.get("endpoint")
-    threads = threads or (None if spec_threads == "auto" else spec_threads)
+    threads = threads or (None if spec.threads == "auto" else spec.threads)
     env = worker_env(home, threads, _needs_network(run, home))
-    env |= outbound.environment(url) if url else {}
+    env |= outbound.environment(outbound.named_endpoints(spec.objective.options))
     lock = _take_launch_lock(run)
     try:
         with disk_full_is_clear("the worker's log"), open(run.folder / "worker.log", "ab") as log:

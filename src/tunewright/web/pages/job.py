@@ -53,6 +53,12 @@ class More:
 MORE = (
     More("Reward margin", "margin-chart", three("reward_margin")),
     More("Pairs in the right order (%)", "order-chart", three("reward_accuracy"), digits=1, scale=100.0),
+    More("Mean reward", "mean-reward-chart", three("mean_reward")),
+    More("Distance from the start (KL, nats)", "kl-chart", {"train_kl": Line("Training", TRAIN)}),
+    More("Entropy (nats a token)", "entropy-chart", {"train_entropy": Line("Training", TRAIN)}),
+    More("Clipped (%)", "clip-chart", {"train_clip_share": Line("Training", TRAIN)}, digits=1, scale=100.0),
+    More("Length of answers (tokens)", "length-chart", three("completion_tokens_mean"), digits=1),
+    More("Groups that say nothing (%)", "dead-chart", {"train_dead_share": Line("Training", TRAIN)}, 1, 100.0),
     More("Rewards", "rewards-chart", two("reward")),
     More("Log-probabilities of the answers", "logps-chart", two("logp"), digits=1),
 )
