@@ -157,4 +157,4 @@ def test_rlhf_as_one_job(env: dict[str, str], chain: Path, tiny_home: Home) -> N
     assert read_artefact(ppo.folder / "teacher").name == reward.job().name
     assert f"Done. The model is {ppo.job().name}" in out
     steps = [e.data for e in ppo.events() if e.type == "metrics"]
-    assert len(steps) == 4 and all("train_reward" in s for s in steps)
+    assert len(steps) == 4 and all("train_mean_reward" in s for s in steps)

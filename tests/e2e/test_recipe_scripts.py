@@ -80,6 +80,22 @@ def test_grpo_by_hand(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert (out / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_rlhf_as_one_job(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The three stages run, and the reward model scores what the first and the last of them answer."""
+    prompts = [{"prompt": f"Question {i}: what colour is {tiny.THINGS[i % 8]}?"} for i in range(24)]
+    rows = {"chats": tiny.sft_rows(16), "pairs": tiny.pair_rows(16), "prompts": prompts[:16], "held_out": prompts[16:]}
+    files = [tiny.write_rows(tmp_path / f"{name}.jsonl", some) for name, some in rows.items()]
+    said = run("rlhf.py", tmp_path, tiny_model_dir, *files, "--batch", "4", "--tokens", "8")
+    assert re.findall(r"^Stage (\d) of 3, '(\w+)',", said, re.MULTILINE) == [
+        ("1", "sft"),
+        ("2", "reward"),
+        ("3", "ppo"),
+    ]
+    scores = re.findall(r"^(\w+) (ft:\S+): mean score -?[\d.]+ on 8 held-out prompts$", said, re.MULTILINE)
+    assert [what for what, _ in scores] == ["supervised", "PPO"] and scores[0][1] != scores[1][1]
+
+
 def mean_loss(folder: Path, adapter: Path | None = None) -> float:
     """transformers' own loss of the rows' texts, with peft's adapter or without."""
     from peft import PeftModel
