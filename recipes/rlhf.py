@@ -1,9 +1,9 @@
-"""RLHF as one job from Python: supervised training, a reward model, PPO; then what the reward model says of both models.
+"""RLHF as one job from Python: supervised training, a reward model, PPO; then how the reward model scores both models.
 
     python recipes/rlhf.py smollm2-135m-instruct chats.jsonl pairs.jsonl prompts.jsonl held-out-prompts.jsonl
 
-The chain is what `tunewright train` makes of `chain: rlhf`, so Ctrl-C saves, and the command that it prints goes on where
-it stopped. What is inside a step is in dpo.py and grpo.py; this shows the stages and what comes out of them.
+The chain is what `tunewright train` makes of `chain: rlhf`, so Ctrl-C saves, and the command that it prints goes on
+where it stopped. What is inside a step is in dpo.py and grpo.py; this shows the stages and what comes out of them.
 """
 
 from __future__ import annotations
