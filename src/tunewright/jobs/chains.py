@@ -29,17 +29,17 @@ FOLLOWED = WITH_WORKER | {"paused"}
 
 def children(store: Store, chain_id: str, stages: Mapping[str, JobSpec]) -> dict[str, JobRow]:
     """The newest job of each stage that has one."""
-
-    def known(job_id: str) -> bool:
-        return store.get_job(job_id) is not None
-
     found = {}
     for stage in stages:
-        n = attempts_of(chain_id, stage, known)
+        n = _jobs_of(store, chain_id, stage)
         row = store.get_job(child_id(chain_id, stage, n)) if n else None
         if row is not None:
             found[stage] = row
     return found
+
+
+def _jobs_of(store: Store, chain_id: str, stage: str) -> int:
+    return attempts_of(chain_id, stage, lambda job_id: store.get_job(job_id) is not None)
 
 
 def look(store: Store, chain: JobRow) -> tuple[Next, dict[str, JobRow]]:
@@ -130,10 +130,9 @@ def _wait(boss: Supervisor, chain: JobRow, todo: Next, child: JobRow) -> None:
 
 
 def _pause_child(boss: Supervisor, child: JobRow) -> None:
-    if child.status == "running":
-        boss.pause(child.id)
-    elif child.status == "queued":
-        boss.store.update_job(child.id, {"queued"}, status="paused")
+    """One that is not in either status now is looked at again in the next tick."""
+    if not boss.store.update_job(child.id, {"queued"}, status="paused"):
+        boss.store.update_job(child.id, {"running"}, status="pausing", intent="pause")
 
 
 def _pause(boss: Supervisor, chain: JobRow, say: Line, error: dict[str, Any] | None = None) -> None:
@@ -197,8 +196,7 @@ def resume(boss: Supervisor, chain: JobRow) -> None:
     if todo.what == "wait" and todo.child is not None and todo.child.status == "paused":
         boss.resume(todo.child.id)
     elif todo.what == "failed":
-        known = attempts_of(chain.id, todo.stage, lambda job_id: boss.store.get_job(job_id) is not None)
-        make_stage(boss, chain, todo, known + 1)
+        make_stage(boss, chain, todo, _jobs_of(boss.store, chain.id, todo.stage) + 1)
     go = {"status": "running", "intent": None, "error": None, "finished_at": None, "started_by": "api"}
     boss.store.update_job(chain.id, {"paused", "failed"}, say=[Line("Fine-tuning job resumed")], **go)
 

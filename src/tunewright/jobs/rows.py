@@ -21,7 +21,7 @@ from sqlalchemy import (
 
 TRANSITIONS: dict[str, frozenset[str]] = {
     "validating_files": frozenset({"queued", "failed", "cancelled"}),
-    "queued": frozenset({"running", "paused", "failed", "cancelled"}),
+    "queued": frozenset({"running", "paused", "failed", "cancelled"}),  # paused: a stage of a chain that is to rest
     "running": frozenset({"pausing", "paused", "cancelling", "succeeded", "failed", "queued"}),
     "pausing": frozenset({"paused", "cancelling", "succeeded", "failed"}),
     "paused": frozenset({"queued", "running", "cancelled", "succeeded", "failed"}),
