@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 from jobs_kit import FAKE, add_base, dump, get, make_job, messages, open_store, status_is, supervisor, until
+from rich.console import Console
 
+from tunewright.cli.chain import train_chain
 from tunewright.core.chain import parse_chain
 from tunewright.core.durable import Lock
-from tunewright.core.errors import StateError
+from tunewright.core.errors import Busy, StateError
 from tunewright.core.events import EventWriter
 from tunewright.core.home import Home
 from tunewright.core.run import Run
@@ -291,3 +294,10 @@ def test_a_chain_that_a_terminal_drives_is_shown_and_taken_over_when_resumed(sto
     boss.resume(run.id)
     until(boss, status_is(store, run, "succeeded", "failed"))
     assert get(store, run).status == "succeeded"
+
+
+def test_a_terminal_leaves_the_servers_chain_alone(store: Store) -> None:
+    run = add_chain(store)
+    with pytest.raises(Busy, match=f"The chain {run.id} is under way in the server"):
+        train_chain(store.home, run, Console(file=io.StringIO()))
+    assert run.attempts() == [0] and not run.is_active()

@@ -113,7 +113,8 @@ def _attempt(home: Home, chain: Run, todo: Next) -> int:
 
 def _train_stage(home: Home, chain: Run, run: Run, todo: Next, events: EventWriter, console: Console) -> Event:
     title = f"Stage {todo.number} of {len(chain.job().stages)}, '{todo.stage}',"
-    events.write("message", f"{title} has begun: {run.id}", {"stage": todo.stage})
+    begun = "goes on" if todo.what == "wait" else "has begun"
+    events.write("message", f"{title} {begun}: {run.id}", {"stage": todo.stage})
     console.print(f"{title} is the job {run.id}", markup=False, highlight=False, soft_wrap=True)
     end = run_foreground(home, run, console, whole=chain)
     status = end.data.get("status")
