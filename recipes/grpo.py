@@ -47,31 +47,27 @@ def read_prompts(data: Path, folder: Path) -> list[Group]:
     return list(render_rows(rows, Tokenizer.load(folder), shape="prompt", max_length=1024, overlong="drop"))
 
 
-def answers(
-    engine: Engine, policy: Policy, prompts: list[Group], options: GRPO.Options, seed: int
-) -> list[list[Answer]]:
+def answers(engine: Engine, policy: Policy, prompts: list[Group], o: GRPO.Options, seed: int) -> list[list[Answer]]:
     """A group of answers to each prompt, sampled by the engine from the weights that are trained."""
     running = []
     with serving(policy.model):
         for prompt in prompts:
             (one,) = prompt.examples
-            how = {"n": options.group_size, "max_tokens": options.max_completion_tokens}
-            asked = GenerateRequest(base=NAME, prompt=list(one.ids), seed=seed * 1_000_003 + one.source, **how)
+            how = {"n": o.group_size, "max_tokens": o.max_completion_tokens, "seed": seed * 1_000_003 + one.source}
+            asked = GenerateRequest(base=NAME, prompt=list(one.ids), **how)
             running.append(engine.requests[engine.add_request(asked, lambda event: None)])
         while engine.step():
             pass
     return [[Answer(tuple(s.tokens[s.n_prompt :]), s.text.shown, "") for s in r.sequences] for r in running]
 
 
-def rolled_out(
-    prompts: list[Group], found: list[list[Answer]], grader: Grader, objective: GRPO
-) -> tuple[list[Group], float]:
+def judged(prompts: list[Group], found: list[list[Answer]], grader: Grader, to: GRPO) -> tuple[list[Group], float]:
     """(the groups that say something, their tokens with advantages; the mean reward of all)."""
     items = [json.loads(p.examples[0].item or "{}") for p in prompts]
     rewards = [[grader.grade(i, Sample(a.text)).reward for a in own] for i, own in zip(items, found, strict=True)]
     groups = []
     for prompt, own, got in zip(prompts, found, rewards, strict=True):
-        (numbers,) = objective.credit([[Rolled(r, len(a.tokens)) for a, r in zip(own, got, strict=True)]])
+        (numbers,) = to.credit([[Rolled(r, len(a.tokens)) for a, r in zip(own, got, strict=True)]])
         if max(got) > min(got):
             groups.append(with_numbers(group_of(prompt.examples[0], own), numbers))
     return groups, fmean(r for got in rewards for r in got)
@@ -102,7 +98,7 @@ def main() -> None:
         for number in range(1, args.steps + 1):
             chosen = random.Random(number).sample(prompts, min(args.prompts, len(prompts)))
             found = answers(engine, policy, chosen, objective.options, number)
-            groups, reward = rolled_out(chosen, found, grader, objective)
+            groups, reward = judged(chosen, found, grader, objective)
             batches = pack(groups, micro_batch_tokens=2048, share=policy.shares_prefixes)
             weight = sum(objective.weights(batch)["loss"] for batch in batches)
             optimizer.zero_grad()

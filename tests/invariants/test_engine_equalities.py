@@ -69,6 +69,29 @@ def test_greedy_is_generate(engine: Engine, base: Any, length: int) -> None:
     assert len(set(wanted)) > 5 or len(wanted) < 10  # a model that repeats itself would prove nothing
 
 
+@pytest.mark.parametrize("at_once", [2, 16])
+def test_a_requests_choices_share_its_prompt(home: Home, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They say the same as with a prompt for each; and of the prompt, only the last token is computed for each."""
+    asked = {**kit.ask(kit.random_prompt(150, 3), 6), "n": 5, "temperature": 1.0, "seed": 7, "logit_bias": {2: -100}}
+    computed, compute = [], Engine._compute
+
+    def counted(engine: Engine, model: Any, work: list[tuple[Any, int]]) -> None:
+        computed.append(sum(n for _, n in work))
+        compute(engine, model, work)
+
+    monkeypatch.setattr(Engine, "_compute", counted)
+    limits = Limits(chunk_tokens=64, max_running=at_once)
+    texts, tokens = [], []
+    for _ in range(2):
+        said = Engine(home, dtype="float32", threads=1, limits=limits).generate(parse_request(asked))
+        texts.append([c["text"] for c in said["choices"]])
+        tokens.append(sum(computed))
+        computed.clear()
+        monkeypatch.setattr(Engine, "_share_prompts", lambda engine: None)
+    assert texts[0] == texts[1] and len(set(texts[0])) > 1
+    assert tokens == [5 * (150 + 5) - 4 * 149, 5 * (150 + 5)]
+
+
 def test_an_answer_that_grows_through_the_pools_is_generate(engine: Engine, base: Any) -> None:
     """No end token is allowed, so the answer moves through pools of 128, 256 and 512."""
     prompt = kit.random_prompt(5, 1)

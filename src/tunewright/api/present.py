@@ -52,6 +52,9 @@ def file(row: FileRow) -> File:
 def job(row: JobRow) -> Job:
     """The job as OpenAI shows it: `auto` gives way to numbers once the worker has resolved them."""
     resolved = row.resolved or {}
+    of_method = {**row.spec["objective"], **resolved} if resolved else {}
+    if "eval_every" in of_method:
+        of_method["eval_interval"] = of_method["eval_every"]  # OpenAI's name for it
     return Job(
         id=row.id,
         created_at=row.created_at,
@@ -62,7 +65,7 @@ def job(row: JobRow) -> Job:
         hyperparameters=Hyperparameters(**_numbers(row.hyperparameters, resolved)),
         integrations=row.integrations or [],
         metadata=row.metadata,
-        method=_method(row.method, {**row.spec["objective"], **resolved} if resolved else {}),
+        method=_method(row.method, of_method),
         model=row.model,
         organization_id=ORGANIZATION_ID,
         result_files=row.result_files,

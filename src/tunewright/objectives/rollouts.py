@@ -57,7 +57,7 @@ class Rolled:
     value: Tensor | None = None
 
 
-class Rollout(base.Objective, Protocol):
+class OverRollouts(base.Objective, Protocol):
     """An objective over rollouts.
 
     looks: the fields of Rolled that credit() needs, filled in a pass without gradient. n_answers: to each prompt.

@@ -324,8 +324,7 @@ def validate(parts: Parts, step: int, at_epoch_end: bool) -> dict[str, Any]:
     out: dict[str, Any] = {}
     if not parts.valid:
         return out
-    last = step == parts.plan.total_steps
-    if step % parts.plan.eval_every == 0 or last:
+    if step % parts.plan.eval_every == 0 or step == parts.plan.total_steps:
         window = [parts.valid[i] for i in valid_rows(parts.plan, step, parts.spec.eval_rows)]
         out |= evaluated(parts, "valid_", window, step)
     if at_epoch_end:
@@ -342,9 +341,8 @@ def evaluated(parts: Parts, prefix: str, groups: Sequence[Group], step: int) -> 
 
 def measured(parts: Parts, prefix: str, means: dict[str, float]) -> dict[str, float | None]:
     """The terms' means under their names in events, with what the objective makes of them besides (F1 …)."""
-    report = getattr(parts.objective, "report", None)
-    more = {} if report is None else report(means)
-    return named(prefix, {"loss": means["loss"], "mean_token_accuracy": means["accuracy"], **more})
+    report = getattr(parts.objective, "report", None) or (lambda means: {})
+    return named(prefix, {"loss": means["loss"], "mean_token_accuracy": means["accuracy"], **report(means)})
 
 
 def end_epoch(parts: Parts, state: State, metrics: dict[str, Any]) -> None:

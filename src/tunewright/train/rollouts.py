@@ -33,7 +33,7 @@ from tunewright.engine.scheduler import Limits
 from tunewright.graders.base import Grade, Grader, Sample
 from tunewright.models.layouts import PACKED
 from tunewright.models.policy import Policy
-from tunewright.objectives.rollouts import Numbers, Rolled
+from tunewright.objectives.rollouts import Numbers, OverRollouts, Rolled
 from tunewright.ops import segments
 from tunewright.ops.packing import pack
 from tunewright.ops.runtime import derive_seed
@@ -84,7 +84,7 @@ class Rollout:
 class Rollouts:
     """Answers and grades for one job. context: tokens of a prompt and its answer together."""
 
-    objective: Any
+    objective: OverRollouts
     policy: Policy
     tokenizer: Tokenizer
     judge: Judge
@@ -366,7 +366,7 @@ def of_answer(values_T: Tensor, batch: Batch, s: int) -> Tensor:
 class Imagined(Groups):
     """Prompts with answers of the greatest length, as the preflight and the plan need them before there are any."""
 
-    def __init__(self, prompts: Sequence[Group], objective: Any) -> None:
+    def __init__(self, prompts: Sequence[Group], objective: OverRollouts) -> None:
         self._prompts, self._n = prompts, objective.n_answers
         self._most, self._names = objective.options.max_completion_tokens, objective.numbers
         whole = sizes(prompts)[:, TOKENS] + self._most
