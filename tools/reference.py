@@ -30,7 +30,7 @@ training_file: train.jsonl
 
 A part (tuner, objective, optimizer, schedule) is written as its name, `tuner: lora`, or with options,
 `tuner: {name: lora, r: 32}`. On the command line: `--set tuner.r=32`. `retain` is a list of parts, see
-[against forgetting](retain.md).
+[against forgetting](retain.md). With `stages`, the specs of several jobs become one: see [chains](../how-to/chains.md).
 """
 FORMATS_HEAD = """# Data formats
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tunewright.api import reinforcement
 from tunewright.api.requests import CreateJob, Hyper, Reinforcement, ReinforcementHyper
+from tunewright.core import chain
 from tunewright.core.errors import UserError, did_you_mean
 from tunewright.core.run import Artefact
 from tunewright.core.spec import KINDS, JobSpec, check_parts, parse_spec
@@ -33,9 +34,9 @@ def build_spec(request: CreateJob, describe: Mapping[str, Any], start: Artefact 
         differs.
     """
     own = dict(request.tunewright or {})
-    _check_own_keys(own)
+    check_own_keys(own)
     if start is not None and start.kind in ("adapter", "delta"):
-        own["tuner"] = _inherited(start.tuner, own.get("tuner"))
+        own["tuner"] = inherited(start.tuner, own.get("tuner"))
     hyper = hyperparameters(request)
     objective = _objective(request, own, hyper, describe)
     if isinstance(hyper, ReinforcementHyper):
@@ -54,7 +55,7 @@ def build_spec(request: CreateJob, describe: Mapping[str, Any], start: Artefact 
     return check_parts(parse_spec(raw), dict(describe))
 
 
-def _inherited(tuner: dict[str, Any], asked: Any) -> Any:
+def inherited(tuner: dict[str, Any], asked: Any) -> Any:
     """The asked tuner over the parent's options, if it is the same one."""
     wanted = {"name": asked} if isinstance(asked, str) else asked
     if wanted is None:
@@ -71,8 +72,8 @@ def hyperparameters(request: CreateJob) -> Hyper:
     return request.hyperparameters or Hyper()
 
 
-def _check_own_keys(own: dict[str, Any]) -> None:
-    known = sorted(set(JobSpec.model_fields) - set(ELSEWHERE))
+def check_own_keys(own: dict[str, Any]) -> None:
+    known = sorted({*JobSpec.model_fields, *chain.OWN} - set(ELSEWHERE))
     problems = []
     for key in own:
         if key in ELSEWHERE:

@@ -60,7 +60,7 @@ def job(row: JobRow) -> Job:
         created_at=row.created_at,
         error=_error(row),
         estimated_finish=row.estimated_finish if row.status in ("running", "pausing") else None,
-        fine_tuned_model=row.name if row.status == "succeeded" else None,
+        fine_tuned_model=_result(row) if row.status == "succeeded" else None,
         finished_at=row.finished_at,
         hyperparameters=Hyperparameters(**_numbers(row.hyperparameters, resolved)),
         integrations=row.integrations or [],
@@ -77,6 +77,11 @@ def job(row: JobRow) -> Job:
         validation_file=row.validation_file,
         tunewright=row.tunewright or {},
     )
+
+
+def _result(row: JobRow) -> str:
+    """The model that a job left; a chain's is its last stage's."""
+    return row.tunewright["stages"][-1]["fine_tuned_model"] if row.is_chain and row.tunewright else row.name
 
 
 def _error(row: JobRow) -> JobError | None:

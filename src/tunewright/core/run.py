@@ -45,8 +45,10 @@ class JobFile(BaseModel):
     name: the `ft:` name the finished model will have. base: the catalogue name or folder of the weights below it.
     train, validation: the copied data files. more: those of other roles (core.spec.extra_files).
     sources: {"train": {"name", "sha256", "bytes"}, "validation": …}.
-    teacher: of a job that learns from another model: {"base": catalogue name or folder of its weights, and "over": what
-        lies over them, or the weights themselves, if it is a tuned model}.
+    teacher: of a job that learns from another model, or that another one judges for: {"base": catalogue name or folder
+        of its weights, and "over": what lies over them, or the weights themselves, if it is a tuned model}.
+    stages: of a chain: {name: job spec}, in order; its data files are in `more`, as `NAME/train` …
+    chain: of a job that is a stage of a chain: {"id": the chain's, "stage": name}.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -61,6 +63,8 @@ class JobFile(BaseModel):
     sources: dict[str, dict[str, Any]] = {}
     start: str | None = None
     teacher: dict[str, str] = {}
+    stages: dict[str, JobSpec] = {}
+    chain: dict[str, str] = {}
 
     def file(self, role: str) -> str:
         """The data file of a role: `train`, `validation` or one of `more`."""

@@ -18,6 +18,7 @@ OBJECTIVES = Table(
         "pretrain": "tunewright.objectives.pretrain:Pretrain",
         "regress": "tunewright.objectives.regress:Regress",
         "reward": "tunewright.objectives.reward:Reward",
+        "rlaif": "tunewright.objectives.rlaif:RLAIF",
         "rloo": "tunewright.objectives.rloo:RLOO",
         "sft": "tunewright.objectives.sft:SFT",
         "simpo": "tunewright.objectives.simpo:SimPO",

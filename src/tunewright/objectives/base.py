@@ -20,8 +20,9 @@ class ObjectiveCard:
     lr_factor: what the tuner's default learning rate, which is made for supervised training, is multiplied by.
     beside: further shapes that validation files and the files of `mix` may have.
     required: options that must be given; either: options of which one must be. One with the option `teacher` compares
-    with that model, which it is given as its attribute `teacher`. asks: its rows are answered by another server first
-    (train/asking.py). needs_rollouts: its rows are prompts that the model answers itself (objectives/rollouts.py).
+    with that model, which it is given as its attribute `teacher`. asks: who makes its rows first: a `teacher` on
+    another server that answers them (train/asking.py), or a `judge` of two answers, there or here (train/judging.py).
+    needs_rollouts: its rows are prompts that the model answers itself (objectives/rollouts.py).
     """
 
     title: str
@@ -31,7 +32,7 @@ class ObjectiveCard:
     needs_rollouts: bool = False
     required: tuple[str, ...] = ()
     either: tuple[str, ...] = ()
-    asks: bool = False
+    asks: str = ""
     openai_method: str | None = None
     head: str = "lm"
     lr_factor: float = 1.0

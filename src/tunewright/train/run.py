@@ -37,13 +37,14 @@ from tunewright.ops.noise import neftune
 from tunewright.ops.quant import NONE, PACKAGE, count
 from tunewright.ops.runtime import be_deterministic, choose_dtype, device, set_threads
 from tunewright.train import meter, reinforce
-from tunewright.train.asking import ask_teacher
+from tunewright.train.asking import Asking, ask_teacher
 from tunewright.train.balance import balanced
 from tunewright.train.checkpoint import State, load_newest
 from tunewright.train.describe import describe
 from tunewright.train.fast import choose_path
 from tunewright.train.finish import Start, artefact_writer, finish
 from tunewright.train.heads import copy_body, load_with_new_head
+from tunewright.train.judging import ask_judge
 from tunewright.train.labels import job_head
 from tunewright.train.loop import Parts, announce_checkpoint, train
 from tunewright.train.optim import OPTIMIZERS, SCHEDULES
@@ -64,6 +65,7 @@ from tunewright.tuners.peft_adapter import merge_adapter
 
 LEAST_CONTEXT = 16  # tokens
 MERGE = {"adapter": merge_adapter, "delta": merge_delta}
+ASK = {"teacher": ask_teacher, "judge": ask_judge}  # an objective's `asks` -> who makes its rows
 
 
 def run_job(run: Run, home: Home, events: EventWriter, stop: Callable[[], bool]) -> dict[str, Any]:
@@ -104,7 +106,8 @@ def run_once(
     limit = reinforce.prompt_limit(objective, limit) if rolls else limit
 
     if objective.card.asks:
-        ask_teacher(run, job, spec, objective, home, events, stop)
+        judge = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events) if job.teacher else None
+        ASK[objective.card.asks](Asking(run, job, spec, objective, home, events, stop, start, judge))
 
     def load(role: str) -> StoredGroups:
         return load_groups(run, job, spec, tokenizer, objective, limit, role, events)
