@@ -23,8 +23,10 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
-    """An empty data folder."""
-    return Home(tmp_path / "home").ensure()
+    """An empty data folder, but for the compiled kernels."""
+    made = Home(tmp_path / "home").ensure()
+    tiny.share_kernels(made.root)
+    return made
 
 
 @pytest.fixture
@@ -66,11 +68,11 @@ def bitsandbytes() -> Path:
 
 
 @pytest.fixture(scope="session")
-def kernels(pytestconfig: pytest.Config) -> Any:
-    """The C++ kernels of this machine, on two threads, compiled once and kept in pytest's cache."""
+def kernels() -> Any:
+    """The C++ kernels of this machine, on two threads."""
     from tunewright.ops.kernels import KernelsMissing, load_kernels
 
     try:
-        return load_kernels(pytestconfig.rootpath / ".pytest_cache" / "kernels", 2)
+        return load_kernels(tiny.KERNELS, 2)
     except KernelsMissing as e:
         pytest.skip(str(e))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +127,9 @@ def test_classes_of_all_mixed_files_and_retained_rows_with_labels(home: Home) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuner", ["lora", pytest.param("full", marks=pytest.mark.nightly)])
-def test_the_fast_path_gives_the_same_terms(
-    tuner: str, kernels: Any, pytestconfig: pytest.Config, tmp_path: Path
-) -> None:
+def test_the_fast_path_gives_the_same_terms(tuner: str, kernels: Any, tmp_path: Path) -> None:
     """Penalties act on parameters; replay and KL ask for token_stats and divergence only."""
     tiny_home = Home(tmp_path / "fast").ensure()
-    compiled = pytestconfig.rootpath / ".pytest_cache" / "kernels"
-    shutil.copytree(compiled, tiny_home.cache / "kernels", dirs_exist_ok=True)
     tiny.install_tiny_model(tiny_home.root, "tiny", built=tiny.build_tiny_model(tmp_path / "m", **tiny.TILED))
     for name, n in (("train", 18), ("old", 7)):
         tiny.write_rows(tiny_home.root / f"{name}.jsonl", tiny.sft_rows(n))

@@ -425,9 +425,8 @@ def test_hidden_states_that_the_plain_modules_made_take_the_plain_head(
     ],
 )
 def test_the_path_is_chosen_and_told(
-    tiny_model_dir: Path, pytestconfig: pytest.Config, kernels: Kernels, wanted: str, room: float, name: str, why: str
+    tiny_model_dir: Path, kernels: Kernels, wanted: str, room: float, name: str, why: str
 ) -> None:
     _, model = lora(tiny_model_dir)
-    compiled = pytestconfig.rootpath / ".pytest_cache" / "kernels"
-    chosen = choose_path(model, torch.float32, 1, compiled, wanted, room)
+    chosen = choose_path(model, torch.float32, 1, tiny.KERNELS, wanted, room)
     assert (chosen.name, chosen.forward is None) == (name, name == "plain") and why in chosen.why
