@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import pytest
 from live import LiveServer, make_home
 
 SCRIPT = Path(__file__).with_name("journey.py")
-CHECKS = [
-    node.name
-    for node in ast.parse(SCRIPT.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith(("check_", "slow_check_"))
-]
+NEWEST = install_sdks.VERSIONS[0]
+FUNCTIONS = [node.name for node in ast.parse(SCRIPT.read_text()).body if isinstance(node, ast.FunctionDef)]
+
+
+def checks(version: str) -> list[str]:
+    return [f for f in FUNCTIONS if f.startswith(("check_", "newest_check_") if version == NEWEST else "check_")]
 
 
 def run_journey(version: str, url: str, *options: str) -> dict[str, Any]:
@@ -34,15 +36,22 @@ def run_journey(version: str, url: str, *options: str) -> dict[str, Any]:
     return results
 
 
-@pytest.fixture(scope="module", params=install_sdks.VERSIONS)
-def every(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Any:
-    """The whole journey, slow checks included, with each version on a server of its own."""
-    home = make_home(tmp_path_factory.mktemp("sdk") / "home", tiny_model_dir)
-    with LiveServer(home, "--open") as server:
-        yield run_journey(request.param, server.url, "--slow")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, described: Path) -> Iterator[LiveServer]:
+    """A server that sees nothing but the journeys, one after the other."""
+    home = make_home(tmp_path_factory.mktemp("sdk") / "home", tiny_model_dir, described)
+    with LiveServer(home, "--open") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def journey(request: pytest.FixtureRequest, alone: LiveServer) -> dict[str, Any]:
+    return run_journey(request.param, alone.url, *(["--all"] if request.param == NEWEST else []))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", CHECKS)
-def test_every_sdk(every: dict[str, Any], check: str) -> None:
-    assert every[check]["ok"], every[check]["error"]
+@pytest.mark.parametrize(
+    ("journey", "check"), [(v, check) for v in install_sdks.VERSIONS for check in checks(v)], indirect=["journey"]
+)
+def test_every_sdk(journey: dict[str, Any], check: str) -> None:
+    assert journey[check]["ok"], journey[check]["error"]
