@@ -13,6 +13,7 @@ import pytest
 
 import tiny
 from tunewright.core.home import Home
+from tunewright.jobs.describe import load_describe
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +35,15 @@ def tiny_home(home: Home, tiny_model_dir: Path) -> Home:
     """A data folder in which the tiny model answers to the name `tiny`."""
     tiny.install_tiny_model(home.root, "tiny", built=tiny_model_dir)
     return home
+
+
+@pytest.fixture(scope="session")
+def described(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The describe file, which takes seconds: for the cache of data folders whose server or command would make it."""
+    made = Home(tmp_path_factory.mktemp("described") / "home")
+    load_describe(made)
+    (path,) = made.cache.glob("describe-*.json")
+    return path
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import tiny
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, described: Path) -> Path:
     root = tmp_path_factory.mktemp("browser")
     tiny.install_tiny_model(root / "home", "tiny", built=tiny_model_dir)
+    shutil.copy(described, root / "home" / "cache")
     return root
 
 
