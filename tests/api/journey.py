@@ -1,8 +1,8 @@
 """What users of OpenAI's fine-tuning do, with the unmodified SDK. A script: the tests run it once per SDK version.
 
-`PYTHONPATH=.sdks/VERSION python journey.py URL [--all]` runs every `check_…` function in the order of this file and, with
---all, those named `newest_check_…` (what the server does alike for every version). It prints one JSON line each: {"check",
-"ok", "error", "seconds"}. Several versions may go to one server, one after the other.
+`PYTHONPATH=.sdks/VERSION python journey.py URL [--all]` runs every `check_…` function in the order of this file; with
+--all those named `newest_check_…`, too, of what the server does alike for every version. It prints one JSON line each:
+{"check", "ok", "error", "seconds"}. Several versions may go to one server, one after the other.
 """
 
 from __future__ import annotations
