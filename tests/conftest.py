@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from tunewright.jobs.describe import load_describe
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny random Llama, shared by the session: read it, never write into it."""
     return tiny.build_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Callable[[str], Path]:
+    """built(family) -> the folder of that tiny model of tiny.FAMILIES, made once: read it, never write into it."""
+    return cache(lambda family: tiny.build_family(tmp_path_factory.mktemp("family") / "m", family, tiny_model_dir))
 
 
 @pytest.fixture

@@ -40,19 +40,6 @@ ONE = [m if m == "qwen3_moe" else pytest.param(m, marks=pytest.mark.slow) for m 
 IDS = torch.tensor([[5, 17, 60, 41, 8, 77, 12, 90]])
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Any:
-    """built(family) -> its folder, made once."""
-    made: dict[str, Path] = {}
-
-    def build(family: str) -> Path:
-        if family not in made:
-            made[family] = tiny.build_family(tmp_path_factory.mktemp("moe") / "m", family, tiny_model_dir)
-        return made[family]
-
-    return build
-
-
 def rows(n: int = 6) -> list[Group]:
     g = torch.Generator().manual_seed(2)
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,6 @@ REFUSED: dict[str, dict[str, str]] = {
 LABELS = Head("classify", ("no", "yes", "other"))
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("families")
-    return {family: tiny.build_family(root / family, family, tiny_model_dir) for family in REFUSED}
-
-
 def head_of(family: str) -> Head | None:
     return LABELS if tiny.FAMILIES[family][2] == "classify" else None
 
@@ -45,10 +40,10 @@ def head_of(family: str) -> Head | None:
 @pytest.mark.parametrize("family", [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in REFUSED])
 @pytest.mark.parametrize("name", list(TUNERS))
 def test_what_is_refused_without_weights_is_what_cannot_be_attached(
-    folders: dict[str, Path], family: str, name: str
+    built: Callable[[str], Path], family: str, name: str
 ) -> None:
     tuner: Any = part(TUNERS, parse_spec({"model": "m", "training_file": "f", "tuner": name}).tuner)
-    bare = bare_model(folders[family], head_of(family))
+    bare = bare_model(built(family), head_of(family))
     assert all(p.device.type == "meta" for p in bare.parameters())
     said = REFUSED[family].get(name)
     if said is None:
@@ -58,7 +53,7 @@ def test_what_is_refused_without_weights_is_what_cannot_be_attached(
         tuner.refuse(bare)
     with pytest.raises(SpecError, match=said):
         part(TUNERS, parse_spec({"model": "m", "training_file": "f", "tuner": name}).tuner).attach(
-            load_model(folders[family], head=head_of(family)), 0
+            load_model(built(family), head=head_of(family)), 0
         )
 
 

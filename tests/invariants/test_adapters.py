@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from plain import assert_relative, plain_loss, plain_model, step
-from test_loop import losses, make_groups, make_parts, weights_hash
+from plain import assert_relative, plain_loss, plain_model, shake, step
+from test_loop import losses, make_groups, make_parts, resumed_is
 from torch import nn
 
 import engine_kit as kit
-from tunewright.core.errors import Interrupted, SpecError
+from tunewright.core.errors import SpecError
 from tunewright.core.home import Home
 from tunewright.core.spec import Part as Chosen
 from tunewright.engine.engine import Engine
@@ -24,7 +23,7 @@ from tunewright.models.fast_serves import why_not
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.ops.kernels import Kernels
-from tunewright.train.checkpoint import State, load_newest
+from tunewright.train.checkpoint import State
 from tunewright.train.loop import train
 from tunewright.train.run import row
 from tunewright.tuners import TUNERS
@@ -70,12 +69,7 @@ def make(name: str, **options: Any) -> Tuner:
 
 def shaken(name: str, folder: Path, size: float = 0.05) -> tuple[Tuner, nn.Module]:
     tuner = make(name)
-    model = tuner.attach(load_model(folder), 0)
-    g = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in tuner.trainable().values():
-            p.add_(size * torch.randn(p.shape, generator=g))
-    return tuner, model
+    return tuner, shake(tuner, folder, size)
 
 
 def test_no_adapter_is_left_out() -> None:
@@ -124,27 +118,7 @@ def test_resume_is_exact_and_only_what_is_trained_changes(tmp_path: Path, tiny_m
     train(golden, State())
     now = dict(golden.policy.model.named_parameters())
     assert all(torch.equal(p, now[k]) for k, p in rest.items())
-    stopped = make_parts(tmp_path / "stopped", tiny_model_dir, stop=after(3), tuner=make(name))
-    with pytest.raises(Interrupted):
-        train(stopped, State())
-    again = make_parts(tmp_path / "stopped", tiny_model_dir, attempt=2, tuner=make(name))
-    state, _ = load_newest(again.run, again.tuner, again.optimizer, again.events)
-    assert 0 < state.step < again.plan.total_steps
-    again.events.write("resumed", "", {"step": state.step})
-    train(again, state)
-    assert losses(again) == losses(golden)
-    assert weights_hash(again) == weights_hash(golden)
-
-
-def after(n: int) -> Callable[[], bool]:
-    """Becomes true when it was asked more than n times."""
-    asked: list[None] = []
-
-    def stop() -> bool:
-        asked.append(None)
-        return len(asked) > n
-
-    return stop
+    resumed_is(golden, lambda **more: make_parts(tmp_path / "stopped", tiny_model_dir, tuner=make(name), **more))
 
 
 @pytest.fixture(scope="module")

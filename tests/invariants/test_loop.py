@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,25 @@ def weights_hash(parts: Parts) -> str:
     return sha256_file(last)
 
 
+def after(n: int) -> Callable[[], bool]:
+    """Becomes true when it was asked more than n times."""
+    asked = iter(range(n))
+    return lambda: next(asked, None) is None
+
+
+def resumed_is(golden: Parts, make: Callable[..., Parts]) -> None:
+    """The same parts, stopped after three steps and continued: the same losses and weights as `golden`, bit for bit."""
+    with pytest.raises(Interrupted):
+        train(make(stop=after(3)), State())
+    again = make(attempt=2)
+    state, _ = load_newest(again.run, again.tuner, again.optimizer, again.events)
+    assert 0 < state.step < again.plan.total_steps
+    again.events.write("resumed", "", {"step": state.step})
+    train(again, state)
+    assert losses(again) == losses(golden)
+    assert weights_hash(again) == weights_hash(golden)
+
+
 def test_equals_a_plain_transformers_and_peft_loop(tmp_path: Path, tiny_model_dir: Path) -> None:
     """Every step's loss to 1e-5: the same rows padded in one batch, labels of -100, transformers' own loss."""
     parts = make_parts(tmp_path, tiny_model_dir)
@@ -223,22 +243,7 @@ def test_resume_is_exact_from_a_crash_at_a_file_operation_of_a_save(
 def test_a_stop_saves_and_the_next_attempt_is_exact(tmp_path: Path, tiny_model_dir: Path) -> None:
     golden = make_parts(tmp_path / "golden", tiny_model_dir)
     train(golden, State())
-    asked = {"n": 0}
-
-    def stop() -> bool:
-        asked["n"] += 1
-        return asked["n"] > 3
-
-    parts = make_parts(tmp_path / "stopped", tiny_model_dir, stop=stop)
-    with pytest.raises(Interrupted):
-        train(parts, State())
-    again = make_parts(tmp_path / "stopped", tiny_model_dir, attempt=2)
-    state, _ = load_newest(again.run, again.tuner, again.optimizer, again.events)
-    assert 0 < state.step < again.plan.total_steps
-    again.events.write("resumed", "", {"step": state.step})
-    train(again, state)
-    assert losses(again) == losses(golden)
-    assert weights_hash(again) == weights_hash(golden)
+    resumed_is(golden, partial(make_parts, tmp_path / "stopped", tiny_model_dir))
 
 
 def test_divergence_fails_with_the_rows(tmp_path: Path, tiny_model_dir: Path) -> None:

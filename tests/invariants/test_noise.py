@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_loop import losses, make_parts, weights_hash
+from test_loop import losses, make_parts, resumed_is
 
-from tunewright.core.errors import Interrupted
 from tunewright.models.policy import Policy
 from tunewright.ops import noise
 from tunewright.ops.packing import collate
 from tunewright.train import scaling
-from tunewright.train.checkpoint import State, load_newest
+from tunewright.train.checkpoint import State
 from tunewright.train.loop import train
 
 BOTH = {"dropout": 0.3, "neftune_alpha": 5.0}
@@ -36,24 +35,9 @@ def test_any_cut_of_a_step_is_the_same_step(tmp_path: Path, tiny_model_dir: Path
 
 
 def resumed_is_whole(folder: Path, model: Path, **options: Any) -> None:
-    """Stopped after three steps and continued: the same losses and weights, bit for bit."""
     golden = make_parts(folder / "golden", model, **options)
     train(golden, State())
-    parts = make_parts(folder / "stopped", model, stop=after(3), **options)
-    with pytest.raises(Interrupted):
-        train(parts, State())
-    again = make_parts(folder / "stopped", model, attempt=2, **options)
-    state, _ = load_newest(again.run, again.tuner, again.optimizer, again.events)
-    assert 0 < state.step < again.plan.total_steps
-    again.events.write("resumed", "", {"step": state.step})
-    train(again, state)
-    assert losses(again) == losses(golden)
-    assert weights_hash(again) == weights_hash(golden)
-
-
-def after(n: int) -> Callable[[], bool]:
-    asked = iter(range(10**6))
-    return lambda: next(asked) >= n
+    resumed_is(golden, partial(make_parts, folder / "stopped", model, **options))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from plain import assert_relative, plain_loss, plain_model, step
+from plain import assert_relative, plain_loss, plain_model, shake, step
 from pydantic import ValidationError
 from test_loop import make_groups
 from torch import Tensor, nn
@@ -58,12 +58,7 @@ def make(kind: str, **options: Any) -> SoftPrompt:
 
 def shaken(kind: str, folder: Path, size: float = 0.1, **options: Any) -> tuple[SoftPrompt, nn.Module]:
     tuner = make(kind, **options)
-    model = tuner.attach(load_model(folder), 0)
-    g = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in tuner.trainable().values():
-            p.add_(size * torch.randn(p.shape, generator=g))
-    return tuner, model
+    return tuner, shake(tuner, folder, size)
 
 
 @pytest.mark.parametrize(
