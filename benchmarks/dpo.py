@@ -27,7 +27,7 @@ from benchmarks.gates import GRADIENT, Gate
 from benchmarks.ours import Place, own_parser, placed
 from benchmarks.process import Outcome, run_ours, run_rival
 from benchmarks.rivals.shared import Task
-from benchmarks.settings import say, stop_like_ctrl_c
+from benchmarks.settings import say, stop_like_ctrl_c, write
 from benchmarks.side_by_side import conclude, measure
 from benchmarks.table import FUSED, TUNED, Rival
 
@@ -124,14 +124,11 @@ def setup(args: argparse.Namespace, place: Place) -> Setup:
     pairs = make_pairs(args.data)
     if len(pairs) < GATE_STEPS * args.batch:
         sys.exit(f"--data: {args.data} makes {len(pairs)} pairs; {GATE_STEPS * args.batch} are needed")
-    files = {"pairs": pairs, "gate": pairs[: GATE_STEPS * args.batch]}
-    for name, lines in files.items():
-        (place.work / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return Setup(
         place=place,
         only=tuple(args.only.split(",")),
-        train=place.work / "pairs.jsonl",
-        gate=place.work / "gate.jsonl",
+        train=write(place.work / "pairs.jsonl", pairs),
+        gate=write(place.work / "gate.jsonl", pairs[: GATE_STEPS * args.batch]),
         batch=args.batch,
         dtype=str(choose_dtype(args.dtype)).removeprefix("torch."),
         seconds=args.seconds,
