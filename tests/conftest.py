@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import tiny
-from tunewright.core.home import Home
+from tunewright.core.home import Home, find_home
 from tunewright.jobs.describe import load_describe
 
 
@@ -82,6 +82,16 @@ def bitsandbytes() -> Path:
         pytest.skip("bitsandbytes is not installed: run `make sdks`")
     sys.path.append(str(place))
     return place
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of SmolLM2-135M-Instruct: that of this machine's data folder, else made once for the session."""
+    from tunewright.models.loader import materialise
+
+    own = find_home()
+    there = (own.models / tiny.SMOLLM2 / "config.json").is_file()
+    return materialise(tiny.SMOLLM2, own if there else Home(tmp_path_factory.mktemp("real")).ensure())
 
 
 @pytest.fixture(scope="session")

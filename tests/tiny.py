@@ -16,6 +16,7 @@ CHATML = (
 )
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+SMOLLM2 = "smollm2-135m-instruct"
 # where the C++ kernels of this machine lie between the runs of the tests
 KERNELS = Path(__file__).parents[1] / ".pytest_cache" / "kernels"
 THINGS = ("the sky", "a leaf", "an apple", "the night", "a lemon", "fresh snow", "the sea", "a raven")
