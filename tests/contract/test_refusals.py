@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_kit import attempt
+from job_kit import attempt, checked
 from test_selected_jobs import base, new_run  # noqa: F401 a fixture
 
 import tiny
 from tunewright.core.errors import SpecError
 from tunewright.core.home import Home
-from tunewright.core.spec import check_parts, parse_spec
+from tunewright.core.spec import parse_spec
 from tunewright.models.heads import Head
 from tunewright.models.loader import bare_model, load_model
 from tunewright.train import run as train_run
-from tunewright.train.describe import describe
 from tunewright.train.run import part
 from tunewright.tuners import TUNERS
 
@@ -97,4 +96,4 @@ def test_what_the_tables_know_is_said_before_there_is_a_run(
 ) -> None:
     monkeypatch.setattr("tunewright.core.spec.find_spec", lambda name: name)  # as if bitsandbytes were there
     with pytest.raises(SpecError, match=said):
-        check_parts(parse_spec({"model": "m", "training_file": "f", **fields}), describe())
+        checked({"model": "m", "training_file": "f", **fields})

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_kit import attempt, stop_after, weights
+from job_kit import attempt, checked, stop_after, weights
 
 import tiny
 from tunewright.core.durable import read_json
 from tunewright.core.errors import DataError, Interrupted, SpecError
 from tunewright.core.home import Home
 from tunewright.core.run import Run
-from tunewright.core.spec import check_parts, extra_files, parse_spec
+from tunewright.core.spec import extra_files
 from tunewright.jobs.prepare import create_run
-from tunewright.train.describe import describe
 
 ALL = [
     {"name": "replay", "file": "old.jsonl", "share": 0.5},
@@ -44,7 +43,7 @@ def new_run(home: Home, **spec: Any) -> Run:
         "model": "tiny", "training_file": "train.jsonl", "dtype": "float32", "threads": 1, "seed": 1, "path": "plain",
         "n_epochs": 2, "batch_size": 5, "tuner": {"name": "lora", "r": 4}, "retain": ALL,
     }  # fmt: skip
-    made = check_parts(parse_spec({**fields, **spec}), describe())
+    made = checked({**fields, **spec})
     more = {role: home.root / file for role, file in extra_files(made).items()}
     return create_run(home, made, train_path=home.root / "train.jsonl", more=more)
 
