@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -15,6 +16,17 @@ import pytest
 import tiny
 from tunewright.core.home import Home, find_home
 from tunewright.jobs.describe import load_describe
+
+
+def pytest_sessionstart() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Nothing that the imports left is garbage, and each job that a test runs looks for some: in most of its time it
+    would look through that (as train/worker.py says)."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from tunewright.core.durable import sha256_file
@@ -16,12 +15,10 @@ from tunewright.engine.request import parse_request
 from tunewright.train.describe import describe
 from tunewright.train.run import run_job
 
-described = cache(describe)
-
 
 def checked(fields: dict[str, Any]) -> JobSpec:
     """The spec, as every surface checks it."""
-    return check_parts(parse_spec(fields), described())
+    return check_parts(parse_spec(fields), describe())
 
 
 def attempt(run: Run, home: Home, number: int = 1, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from job_kit import attempt, described, greedy, stop_after, weights
+from job_kit import attempt, greedy, stop_after, weights
 from parts import OPTIONS, groups_for, instance
 from peft import LoraConfig, PeftModel
 from test_selected_jobs import new_run, story
@@ -30,6 +30,7 @@ from tunewright.objectives.sft import SFT
 from tunewright.ops.packing import collate
 from tunewright.ops.quant import CODINGS, Quantised, Scratch, count, dequantise, is_quantised
 from tunewright.train import room
+from tunewright.train.describe import describe
 from tunewright.train.fast import PLAIN, choose_path
 from tunewright.tuners import TUNERS
 
@@ -260,14 +261,14 @@ def test_a_tuner_that_trains_the_base_is_refused_before_anything_is_loaded() -> 
         raw = {"model": "tiny", "training_file": "t", "tuner": name}
         for quantization in ("nf4", "int8"):
             with pytest.raises(SpecError, match=f"tuner '{name}' trains weights of the base itself; use .* lora"):
-                check_parts(parse_spec({**raw, "quantization": quantization}), described())
-        check_parts(parse_spec({**raw, "quantization": "none"}), described())
+                check_parts(parse_spec({**raw, "quantization": quantization}), describe())
+        check_parts(parse_spec({**raw, "quantization": "none"}), describe())
 
 
 def test_without_the_package_it_is_refused(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> None:
     monkeypatch.setattr("tunewright.core.spec.find_spec", lambda name: None)
     with pytest.raises(SpecError, match=r"needs the package bitsandbytes.*pip install bitsandbytes"):
-        check_parts(parse_spec({"model": "tiny", "training_file": "t", "quantization": "nf4"}), described())
+        check_parts(parse_spec({"model": "tiny", "training_file": "t", "quantization": "nf4"}), describe())
     monkeypatch.setattr("tunewright.ops.quant.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         load(tiny_model_dir)
