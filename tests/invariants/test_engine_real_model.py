@@ -24,10 +24,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
 
 @pytest.fixture(scope="module")
-def logs(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> list[list[Event]]:
+def home(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Home:
+    made = Home(tmp_path_factory.mktemp("real") / "home").ensure()
+    (made.models / NAME).symlink_to(smollm2, target_is_directory=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def logs(home: Home) -> list[list[Event]]:
     """The engine's answers in float32, all computed together."""
-    home = Home(tmp_path_factory.mktemp("real") / "home").ensure()
-    (home.models / NAME).symlink_to(smollm2, target_is_directory=True)
     engine = Engine(home, dtype="float32", threads=1)
     return kit.run_all(engine, [request(q) for q in QUESTIONS], spread=3)
 

@@ -273,11 +273,6 @@ def artefact(folder: Path, kind: str, model: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return kit.make_model(tmp_path_factory.mktemp("lively") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("soft")
     made = {kind: artefact(root / kind.replace(", ", "-"), kind, model_dir) for kind in KINDS}
