@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from loop_kit import make_groups
 from peft import PeftModel, get_peft_model
 from plain import assert_relative, plain_loss, plain_model, shake, step
 from pydantic import ValidationError
-from test_loop import make_groups
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
