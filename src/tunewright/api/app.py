@@ -13,7 +13,17 @@ from tunewright import __version__
 from tunewright.api import background, errors
 from tunewright.api.auth import check_exposure, require_key
 from tunewright.api.guard import Envelope, HostOriginGuard, allowed_hosts
-from tunewright.api.routes import chat_completions, files, fine_tuning_jobs, health, models, ours, recipes, rows
+from tunewright.api.routes import (
+    chat_completions,
+    files,
+    fine_tuning_jobs,
+    graders,
+    health,
+    models,
+    ours,
+    recipes,
+    rows,
+)
 from tunewright.api.state import Server
 from tunewright.engine.client import EngineProcess
 from tunewright.jobs.store import Store
@@ -28,6 +38,7 @@ ROUTERS = (
     ours.router,
     recipes.router,
     rows.router,
+    graders.router,
 )
 
 

@@ -133,6 +133,20 @@ class CreateJob(Strict):
     tunewright: dict[str, Any] | None = None
 
 
+# --- graders ---------------------------------------------------------------------------------------------------------
+
+
+class ValidateGrader(Strict):
+    """grader: OpenAI's object, checked further in graders/base.py."""
+
+    grader: dict[str, Any]
+
+
+class RunGrader(ValidateGrader):
+    model_sample: str
+    item: dict[str, Any] | None = None
+
+
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 

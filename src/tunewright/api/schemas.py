@@ -111,6 +111,36 @@ class Model(BaseModel):
     owned_by: str
 
 
+class GraderMetadata(BaseModel):
+    """errors: OpenAI's names, all of them. execution_time: seconds. token_usage: all tokens that judges used."""
+
+    name: str
+    type: str
+    errors: dict[str, bool | str | None]
+    execution_time: float
+    scores: dict[str, Any]
+    token_usage: int | None
+    sampled_model_name: str | None
+
+
+class GraderExtra(BaseModel):
+    """why: what went wrong, in words, or what a judge concluded."""
+
+    why: str
+
+
+class GraderRun(BaseModel):
+    reward: float
+    metadata: GraderMetadata
+    sub_rewards: dict[str, float]
+    model_grader_token_usage_per_model: dict[str, dict[str, int]]
+    tunewright: GraderExtra
+
+
+class CheckedGrader(BaseModel):
+    grader: dict[str, Any]
+
+
 class Recipe(BaseModel):
     """A model made without training. id: its name, for chat completions. model: the one below it. recipe: name and
     options."""

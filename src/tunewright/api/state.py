@@ -26,7 +26,7 @@ class Server:
     """Made by the lifespan of the app.
 
     describing: reads the describe file, which takes seconds the first time. changing: held while files and jobs are
-    made or removed, because a file's bytes are shared by hash. slots: generations at once.
+    made or removed, because a file's bytes are shared by hash. slots: generations at once. grading: graders at once.
     """
 
     home: Home
@@ -37,6 +37,7 @@ class Server:
     supervising: asyncio.Task[None]
     changing: threading.Lock = field(default_factory=threading.Lock)
     slots: Slots = field(default_factory=lambda: Slots(64))
+    grading: Slots = field(default_factory=lambda: Slots(16))
     describing: asyncio.Task[dict[str, Any]] = field(init=False)
 
     def __post_init__(self) -> None:

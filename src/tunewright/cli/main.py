@@ -33,6 +33,7 @@ COMMANDS: dict[str, str] = {
     "jobs": "tunewright.cli.commands.jobs:jobs",
     "log": "tunewright.cli.commands.log:log",
     "data": "tunewright.cli.commands.data:app",
+    "grade": "tunewright.cli.commands.grade:grade",
     "estimate": "tunewright.cli.commands.estimate:estimate",
     "keys": "tunewright.cli.commands.keys:app",
     "doctor": "tunewright.cli.commands.doctor:doctor",

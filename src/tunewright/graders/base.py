@@ -15,7 +15,8 @@ from pathlib import Path
 from threading import Event
 from typing import Annotated, Any, ClassVar, Protocol
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from tunewright.core.asking import BACK_OFF, Post
 from tunewright.core.errors import SpecError, did_you_mean
@@ -41,6 +42,7 @@ ERRORS: dict[str, bool | None] = {
     "model_grader_parse_error": False,
     "model_grader_server_error_details": None,
 }
+BAD_TEMPLATE = "template"  # the type of pydantic's error
 Item = Mapping[str, Any]
 Errors = dict[str, bool | str]
 Usage = dict[str, int]
@@ -144,7 +146,10 @@ class Work(Protocol):
 
 
 def _checked(text: str) -> str:
-    parse_template(text)
+    try:
+        parse_template(text)
+    except ValueError as e:
+        raise PydanticCustomError(BAD_TEMPLATE, "{text}", {"text": str(e)}) from e
     return text
 
 
@@ -195,7 +200,7 @@ class Grader:
             return self.work(scope)
         except Unknown as e:
             kind = "sample_parse_error" if e.path[:2] == ("sample", "output_json") else "invalid_variable_error"
-            return failed(str(e), **{kind: True})
+            return Grade(0.0, {kind: True}, why=str(e))
 
     def close(self) -> None:
         """End what it keeps running."""
@@ -245,5 +250,6 @@ def build(spec: Any, param: str, seams: Seams) -> Grader:
         options = parse_as(work.Options, dict(spec), f"{kind} grader")
         return Grader(options, work(options, seams))
     except SpecError as e:
-        code = "invalid_variable_error" if "{{" in e.message else e.code
+        wrong = e.__cause__.errors() if isinstance(e.__cause__, ValidationError) else []
+        code = "invalid_variable_error" if any(w["type"] == BAD_TEMPLATE for w in wrong) else e.code
         raise SpecError(e.message, param=f"{param}.{e.param}" if e.param else param, code=code) from e

@@ -75,10 +75,10 @@ def build_root(root: str, visible: Iterable[str], scratch: int) -> None:
     """Mount a new file system at `root` and make it ours. scratch: bytes that may be written, all in /tmp."""
     mount("none", "/", flags=MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    for path in (*SYSTEM, *DEVICES, *visible):
-        show(path, root)
     os.mkdir(f"{root}/tmp")
     mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={scratch},nr_inodes=10000,mode=1777")
+    for path in (*SYSTEM, *DEVICES, *visible):
+        show(path, root)
     make_read_only(root, 0)
     os.chdir(root)
     syscall("pivot_root", PIVOT_ROOT[platform.machine()], b".", b".")

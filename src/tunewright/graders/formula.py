@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tunewright.core.errors import did_you_mean
 
@@ -21,7 +22,7 @@ BINARY: dict[type[ast.operator], Callable[[float, float], float]] = {
 }
 UNARY: dict[type[ast.unaryop], Callable[[float], float]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 # name -> (function, arguments; None: one or more)
-FUNCTIONS: dict[str, tuple[Callable[..., float], int | None]] = {
+FUNCTIONS: dict[str, tuple[Callable[..., Any], int | None]] = {
     "min": (lambda *x: min(x), None),
     "max": (lambda *x: max(x), None),
     "abs": (abs, 1),
@@ -80,7 +81,7 @@ def _check(node: ast.AST, graders: frozenset[str], names: set[str], depth: int) 
 def _operands(node: ast.AST, graders: frozenset[str], names: set[str]) -> list[ast.expr]:
     """What a node is computed from. Raises ValueError for a node that is not allowed."""
     match node:
-        case ast.Constant(value=value) if type(value) in (int, float):
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             _finite(value)
             return []
         case ast.Name(id=name):

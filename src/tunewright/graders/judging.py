@@ -67,9 +67,9 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     seed: int | None = None
-    top_p: float | None = Field(None, ge=0, le=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    max_completions_tokens: int | None = Field(None, ge=1)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    max_completions_tokens: int | None = Field(default=None, ge=1)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
 
@@ -79,7 +79,7 @@ class Reach(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     endpoint: str | None = None
-    timeout: float = Field(180.0, gt=0, le=3600)
+    timeout: float = Field(default=180.0, gt=0, le=3600)
     structured: bool = True
 
 

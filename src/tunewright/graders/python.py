@@ -24,7 +24,7 @@ class Limits(BaseModel):
     """Ours. timeout: seconds of one grade."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    timeout: float = Field(MOST_SECONDS, gt=0, le=MOST_SECONDS)
+    timeout: float = Field(default=MOST_SECONDS, gt=0, le=MOST_SECONDS)
 
 
 class Python:

@@ -1,4 +1,4 @@
-"""Whether the rows of a file have what a grader's templates name."""
+"""What graders know of the rows of a file, and whether that is all that their templates name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from typing import Any
 from tunewright.core.errors import Problem
 from tunewright.graders.base import Grader
 from tunewright.graders.templates import Path, Unknown, look_up
+
+BESIDE = ("messages", "tools", "parallel_tool_calls")
+
+
+def item_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What graders know of a row of a file as `item`."""
+    return {name: value for name, value in row.items() if name not in BESIDE}
 
 
 def missing_variables(grader: Grader, items: Iterable[tuple[int, Mapping[str, Any]]]) -> Iterator[Problem]:

@@ -82,6 +82,7 @@ class Sandbox:
 
     def ask(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """{"reward"} or {"error"} for {"sample", "item"}. Raises Ended."""
+        assert self._process.stdout is not None
         if select.select([self._process.stdout], [], [], 0)[0]:
             raise Ended("it wrote something that nobody asked for")
         return self._exchange(row, self.seconds)

@@ -31,7 +31,7 @@ async def create_completion(request: Request, body: Annotated[Any, Depends(json_
     wanted = parse(CreateCompletion, body)
     sampling.check_stream_options(wanted)
     server = server_of(request)
-    payload = await run_in_threadpool(_payload, server, wanted)
+    payload = await run_in_threadpool(engine_payload, server, wanted)
     generation = Generation(server.engine.generate(payload), server.slots)
     answer = Answer(
         model=wanted.model,
@@ -44,7 +44,7 @@ async def create_completion(request: Request, body: Annotated[Any, Depends(json_
     return await _whole(request, answer, generation)
 
 
-def _payload(server: Server, wanted: CreateCompletion) -> dict[str, Any]:
+def engine_payload(server: Server, wanted: CreateCompletion) -> dict[str, Any]:
     """What the engine is asked."""
     target = find_target(server, wanted.model)
     tools = None if wanted.tool_choice == "none" else wanted.tools

@@ -32,6 +32,9 @@ def check(
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Problems to show.")] = 100,
     min_examples: Annotated[int, typer.Option(min=1, help="Fewer rows than this are a problem.")] = 10,
     max_length: Annotated[int | None, typer.Option(min=8, help="With --model: tokens a row may have.")] = None,
+    grader: Annotated[
+        Path | None, typer.Option(help="Also look whether every row has what this grader (YAML or JSON) names.")
+    ] = None,
     home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
 ) -> None:
     """Check every row of FILE. The exit code is 1 when something is wrong."""
@@ -47,9 +50,29 @@ def check(
     if report.n_problems:
         console.print(f"{report.n_problems:,} problems.", style="red", highlight=False)
         raise typer.Exit(1)
+    if grader is not None and find_missing(file, grader, limit, console):
+        raise typer.Exit(1)
     if model is not None:
         count_tokens(file, report, model, max_length, find_home(home).ensure(), console)
     console.print("No problems found.", style="green")
+
+
+def find_missing(file: Path, grader: Path, limit: int, console: Console) -> int:
+    """How many variables of a grader have no value in a row; prints up to `limit` of them."""
+    from tunewright.cli.commands.grade import read_spec
+    from tunewright.cli.report import print_problems
+    from tunewright.core.errors import Problem
+    from tunewright.data.sources import read_rows
+    from tunewright.graders.base import Said, Seams, parse_grader
+    from tunewright.graders.rows import item_of, missing_variables
+
+    items = ((line, item_of(row)) for line, row in read_rows(file) if not isinstance(row, Problem))
+    with parse_grader(read_spec(grader), seams=Seams(ask=lambda messages, **sent: Said(""))) as checked:
+        problems = list(missing_variables(checked, items))
+    if problems:
+        print_problems(file.name, problems[:limit], len(problems), console)
+        console.print(f"{len(problems):,} variables of the grader are missing.", style="red", highlight=False)
+    return len(problems)
 
 
 def count_tokens(
