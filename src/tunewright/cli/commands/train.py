@@ -160,10 +160,10 @@ def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
 
     # what is quick to check comes first
     find_origin(spec.model, home)
-    spec = check_parts(spec, load_describe(home))
     check_data(Path(spec.training_file), "training", spec, console)
     if spec.validation_file is not None:
         check_data(Path(spec.validation_file), "validation", spec, console)
+    spec = check_parts(spec, load_describe(home))
     more = {role: Path(file) for role, file in extra_files(spec).items()}
     for role, path in more.items():
         check_data(path, "retained" if role.startswith("retain") else "mixed", spec, console)
