@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import tiny
 from tunewright.core.example import Example, Group
+from tunewright.core.spec import GRADED, parse_spec
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.objectives import OBJECTIVES
@@ -288,6 +289,12 @@ def test_what_an_answer_is_worth_to_rloo() -> None:
     assert worth(instance(OBJECTIVES, "rloo"), rolled(rewards, far=0.2)) == pytest.approx(expected)
     without = worth(instance(OBJECTIVES, "rloo", kl_coefficient=0.0), rolled(rewards, far=0.2))
     assert without == pytest.approx([r - (sum(rewards) - r) / 3 for r in rewards])
+
+
+def test_the_format_of_their_rows_is_known_to_the_spec() -> None:
+    assert set(GRADED) == {name for name in OBJECTIVES if OBJECTIVES.load(name).card.needs_rollouts}
+    spec = parse_spec({"model": "m", "training_file": "f", "objective": "rloo"})
+    assert spec.format == "reinforcement" and parse_spec(spec.model_dump()).format == "reinforcement"
 
 
 def test_only_with_several_updates_are_the_log_probabilities_from_before_kept() -> None:

@@ -22,6 +22,8 @@ Auto = Literal["auto"]
 Spec = TypeVar("Spec", bound=BaseModel)
 # head -> the plain objective that trains it
 HEADS = {"lm": "sft", **{head: head for head in ("classify", "multilabel", "regress", "reward")}}
+# objectives whose rows are prompts to be answered and graded: with format `auto` these are read as such
+GRADED = ("grpo", "ppo", "rloo")
 KINDS = ("tuner", "objective", "optimizer", "schedule")  # one part each
 LISTS = ("retain",)  # any number of parts
 
@@ -264,7 +266,7 @@ class JobSpec(BaseModel):
             if not getattr(self, name):
                 object.__setattr__(self, name, getattr(preset, name))
         if self.format == "auto":
-            object.__setattr__(self, "format", preset.format)
+            object.__setattr__(self, "format", "reinforcement" if self.objective.name in GRADED else preset.format)
         object.__setattr__(self, "decoding", {**preset.decoding, **self.decoding})
         return self
 
@@ -347,9 +349,6 @@ def check_parts(spec: JobSpec, describe: dict[str, Any]) -> JobSpec:
             updates[kind].append(checked)
         else:
             updates[kind] = checked
-    objective = describe["objective"].get(spec.objective.name)
-    if objective and objective["card"].get("needs_rollouts") and spec.format == "auto":
-        updates["format"] = "reinforcement"
     unfit = _not_over_quantised(spec, describe["tuner"])
     if problems or unfit:
         text = "; ".join(dict.fromkeys([*problems, *unfit]))
