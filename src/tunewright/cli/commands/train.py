@@ -188,8 +188,8 @@ def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
     # what is quick to check comes first
     find_origin(spec.model, home)
 <<<<<<< HEAD
-    spec = check_parts(spec, load_describe(home))
     check_all_data(spec, console)
+    spec = check_parts(spec, load_describe(home))
 =======
     check_data(Path(spec.training_file), "training", spec, console)
     if spec.validation_file is not None:
