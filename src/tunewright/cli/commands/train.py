@@ -187,15 +187,8 @@ def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
 
     # what is quick to check comes first
     find_origin(spec.model, home)
-<<<<<<< HEAD
     check_all_data(spec, console)
     spec = check_parts(spec, load_describe(home))
-=======
-    check_data(Path(spec.training_file), "training", spec, console)
-    if spec.validation_file is not None:
-        check_data(Path(spec.validation_file), "validation", spec, console)
-    spec = check_parts(spec, load_describe(home))
->>>>>>> rl
     more = {role: Path(file) for role, file in extra_files(spec).items()}
     validation = Path(spec.validation_file) if spec.validation_file else None
     return create_run(
