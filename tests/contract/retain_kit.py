@@ -22,6 +22,7 @@ from tunewright.train.loop import Parts, accumulate, means_of, pulls
 from tunewright.train.reference import find_reference
 from tunewright.train.retain import RETAIN
 from tunewright.train.retain.base import Given, Retain
+from tunewright.train.value import ValueHead
 from tunewright.tuners import TUNERS
 
 Step = tuple[dict[str, float], dict[str, Tensor]]
@@ -48,6 +49,8 @@ def make(
     plain = instance(OBJECTIVES, HEADS[found.card.head])
     if "teacher" in found.card.required:
         found.teacher = another(folder)
+    if hasattr(found, "value_head"):
+        found.value_head = ValueHead(64, torch.device("cpu"))
     head = head_for(found.card)
     part = instance(TUNERS, tuner)
     attached = part.attach(model or load_model(folder, head=head), seed=3)

@@ -222,7 +222,11 @@ def changed(rows: list[dict[str, Any]], i: int, **fields: Any) -> list[dict[str,
 
 
 REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
-    "chat rows": ("dpo", tiny.sft_rows(12), r"fine-tune-chat format.*method=dpo.*such rows: answers, distill, sft\."),
+    "chat rows": (
+        "dpo",
+        tiny.sft_rows(12),
+        r"fine-tune-chat format.*method=dpo.*such rows: answers, distill, rlaif, sft\.",
+    ),
     "pairs for sft": ("sft", tiny.pair_rows(12), r"fine-tune-preference.*method=supervised.*rows: .*dpo.*orpo.*simpo"),
     "marks for dpo": ("dpo", tiny.marked_rows(12), r"marked good or bad.*such rows: kto\."),
     "equal answers": (

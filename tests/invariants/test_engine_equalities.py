@@ -60,7 +60,7 @@ def test_greedy_is_generate(engine: Engine, base: Any, length: int) -> None:
 
 
 @pytest.mark.parametrize("at_once", [2, 16])
-def test_a_requests_choices_share_its_prompt(home: Home, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requests_choices_share_its_prompt(lively_home: Home, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They say the same as with a prompt for each; and of the prompt, only the last token is computed for each."""
     asked = {**kit.ask(kit.random_prompt(150, 3), 6), "n": 5, "temperature": 1.0, "seed": 7, "logit_bias": {2: -100}}
     computed, compute = [], Engine._compute
@@ -73,7 +73,7 @@ def test_a_requests_choices_share_its_prompt(home: Home, at_once: int, monkeypat
     limits = Limits(chunk_tokens=64, max_running=at_once)
     texts, tokens = [], []
     for _ in range(2):
-        said = Engine(home, dtype="float32", threads=1, limits=limits).generate(parse_request(asked))
+        said = Engine(lively_home, dtype="float32", threads=1, limits=limits).generate(parse_request(asked))
         texts.append([c["text"] for c in said["choices"]])
         tokens.append(sum(computed))
         computed.clear()

@@ -193,10 +193,10 @@ def test_a_failure_in_one_model_leaves_other_answers_alone(home: Home, monkeypat
     engine.step()
     large = next(m for k, m in engine.artefacts.models.items() if "/large@" in k)
 
-    def fail(**kwargs: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(large, "net", fail)
+    monkeypatch.setattr(large.net, "forward", fail)
     while engine.step():
         pass
     assert broken[-1]["type"] == "error" and "no more" in broken[-1]["error"]["message"]

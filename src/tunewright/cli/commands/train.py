@@ -27,7 +27,9 @@ def train(
     resume: Annotated[str | None, typer.Option(metavar="JOB", help="Continue this job from its checkpoint.")] = None,
     home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
 ) -> None:
-    """Train one model in the foreground, without a server; or, with `stages`, one after the other.
+    """Train a model, or a chain of them, without a server.
+
+    A file with `stages` is a chain: each stage goes on from an earlier one.
 
     Ctrl-C saves a checkpoint and prints the command that continues from it.
     """
