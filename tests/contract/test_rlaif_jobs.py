@@ -66,6 +66,7 @@ def steps(run: Run) -> list[dict[str, Any]]:
     return [e.data for e in run.events() if e.type == "metrics"]
 
 
+@pytest.mark.slow
 def test_sampled_pairs_are_labelled_by_the_rule_and_learned(tiny_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped while sampling, then a judge that goes away after five questions: nothing is sampled or asked twice."""
     monkeypatch.setattr(candidates, "TOGETHER", 8)
