@@ -396,6 +396,41 @@ def check_bad_chat_requests(j: Journey) -> None:
     assert j.ask(BASE, messages=parts).choices[0].message.content == j.ask(BASE).choices[0].message.content
 
 
+def check_graders(j: Journey) -> None:
+    graders = j.strict.fine_tuning.alpha.graders
+    same: Any = {
+        "type": "string_check",
+        "name": "same",
+        "input": "{{ sample.output_text }}",
+        "reference": "{{ item.label }}",
+        "operation": "eq",
+    }
+    told = graders.run(grader=same, item={"label": "cat"}, model_sample="cat")
+    assert told.reward == 1.0 and told.metadata.name == "same" and told.metadata.type == "string_check"
+    errors = told.metadata.errors.to_dict()
+    assert len(errors) == 14 and not any(errors.values())
+    missing = graders.run(grader=same, item={}, model_sample="cat")
+    assert missing.reward == 0.0 and missing.metadata.errors.invalid_variable_error is True
+    checked = graders.validate(grader=same).grader
+    assert checked is not None and checked.to_dict() == same
+    near: Any = {k: v for k, v in same.items() if k != "operation"}
+    near |= {"type": "text_similarity", "name": "near", "evaluation_metric": "fuzzy_match"}
+    both: Any = {"type": "multi", "name": "both", "graders": {"a": same, "b": near}, "calculate_output": "(a + b) / 4"}
+    told = graders.run(grader=both, item={"label": "cat"}, model_sample="cat")
+    assert told.reward == 0.5 and told.sub_rewards == {"a": 1.0, "b": 1.0}
+    shown: Any = j.client.fine_tuning.alpha.graders.validate(grader=both).grader
+    assert shown.to_dict()["graders"].keys() == {"a", "b"}
+    judge: Any = {"type": "score_model", "name": "j", "model": BASE, "input": [{"role": "user", "content": "Rate it."}]}
+    judge["sampling_params"] = {"max_completions_tokens": 4}
+    told = graders.run(grader=judge, model_sample="cat")
+    errors = told.metadata.errors.to_dict()
+    assert errors["model_grader_parse_error"] is True and told.metadata.sampled_model_name == BASE
+    assert told.metadata.token_usage and told.to_dict()["model_grader_token_usage_per_model"].keys() == {BASE}
+    for wrong in ({**same, "operation": "equals"}, {**same, "input": "{{ itm.x }}"}, {**same, "type": "x"}):
+        e = fails(lambda wrong=wrong: graders.validate(grader=wrong), openai.BadRequestError)
+        assert e.param.startswith("grader.")
+
+
 def check_models(j: Journey) -> None:
     job = j.main_job
     ids = [m.id for m in j.strict.models.list()]
@@ -445,41 +480,6 @@ def check_dpo(j: Journey) -> None:
     kto = j.wait(others["kto"].id)
     assert kto.status == "succeeded" and kto.method is None, kto.error
     assert kto.tunewright["objective"]["name"] == "kto" and kto.tunewright["objective"]["beta"] == 0.2
-
-
-def check_graders(j: Journey) -> None:
-    graders = j.strict.fine_tuning.alpha.graders
-    same: Any = {
-        "type": "string_check",
-        "name": "same",
-        "input": "{{ sample.output_text }}",
-        "reference": "{{ item.label }}",
-        "operation": "eq",
-    }
-    told = graders.run(grader=same, item={"label": "cat"}, model_sample="cat")
-    assert told.reward == 1.0 and told.metadata.name == "same" and told.metadata.type == "string_check"
-    errors = told.metadata.errors.to_dict()
-    assert len(errors) == 14 and not any(errors.values())
-    missing = graders.run(grader=same, item={}, model_sample="cat")
-    assert missing.reward == 0.0 and missing.metadata.errors.invalid_variable_error is True
-    checked = graders.validate(grader=same).grader
-    assert checked is not None and checked.to_dict() == same
-    near: Any = {k: v for k, v in same.items() if k != "operation"}
-    near |= {"type": "text_similarity", "name": "near", "evaluation_metric": "fuzzy_match"}
-    both: Any = {"type": "multi", "name": "both", "graders": {"a": same, "b": near}, "calculate_output": "(a + b) / 4"}
-    told = graders.run(grader=both, item={"label": "cat"}, model_sample="cat")
-    assert told.reward == 0.5 and told.sub_rewards == {"a": 1.0, "b": 1.0}
-    shown: Any = j.client.fine_tuning.alpha.graders.validate(grader=both).grader
-    assert shown.to_dict()["graders"].keys() == {"a", "b"}
-    judge: Any = {"type": "score_model", "name": "j", "model": BASE, "input": [{"role": "user", "content": "Rate it."}]}
-    judge["sampling_params"] = {"max_completions_tokens": 4}
-    told = graders.run(grader=judge, model_sample="cat")
-    errors = told.metadata.errors.to_dict()
-    assert errors["model_grader_parse_error"] is True and told.metadata.sampled_model_name == BASE
-    assert told.metadata.token_usage and told.to_dict()["model_grader_token_usage_per_model"].keys() == {BASE}
-    for wrong in ({**same, "operation": "equals"}, {**same, "input": "{{ itm.x }}"}, {**same, "type": "x"}):
-        e = fails(lambda wrong=wrong: graders.validate(grader=wrong), openai.BadRequestError)
-        assert e.param.startswith("grader.")
 
 
 def check_continue_from_a_checkpoint(j: Journey) -> None:

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tunewright.core.asking import Teacher
 from tunewright.core.conversation import Conversation
 from tunewright.core.durable import commit_folder
 from tunewright.core.errors import SpecError
@@ -20,7 +19,7 @@ from tunewright.core.home import Home
 from tunewright.core.outbound import find_endpoint
 from tunewright.core.run import JobFile, Run
 from tunewright.core.spec import JobSpec
-from tunewright.data.asking import Asked, answered_rows
+from tunewright.data.asking import Asked, Teacher, answered_rows
 from tunewright.data.validate import check_file, raise_for, read_conversations
 from tunewright.train.prepare import is_kept
 
