@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install dev sdks test test-slow test-all check fmt serve bench nightly methods-table docs lock clean
+.PHONY: help demo install dev sdks test test-slow test-slow-parts test-slow-whole test-all check fmt serve bench nightly methods-table docs lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -48,8 +48,14 @@ sdks: $(VENV)/.dev ## packages that tests need outside their environment (openai
 test: dev ## the default tests (a little over a minute)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: dev sdks ## the slow tests: real model, kill -9, browser (a quarter of an hour; the browser ones need chromium)
-	$(BIN)/python -m pytest -m "slow and not nightly" --durations=25
+test-slow: test-slow-parts test-slow-whole ## the slow tests: real model, kill -9, browser (the browser ones need chromium)
+
+SLOW := $(BIN)/python -m pytest -m "slow and not nightly" --durations=25
+test-slow-parts: dev sdks
+	OMP_NUM_THREADS=1 $(SLOW) -n 2 --dist loadfile tests/contract tests/invariants
+
+test-slow-whole: dev sdks # all others one after the other: some measure this machine
+	$(SLOW) --ignore=tests/contract --ignore=tests/invariants
 
 test-all: test test-slow ## all tests
 

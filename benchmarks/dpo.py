@@ -18,16 +18,17 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import figures, machine, ratios
+from benchmarks.figures import machine
 from benchmarks.gates import GRADIENT, Gate
 from benchmarks.ours import Place, own_parser, placed
-from benchmarks.process import Outcome, RivalFailed, run_ours, run_rival
+from benchmarks.process import Outcome, run_ours, run_rival
 from benchmarks.rivals.shared import Task
-from benchmarks.settings import save, say, stop_like_ctrl_c
+from benchmarks.settings import say, stop_like_ctrl_c, write
+from benchmarks.side_by_side import conclude, measure
 from benchmarks.table import FUSED, TUNED, Rival
 
 BATCH, GATE_STEPS, RATE = 8, 6, 1e-4
@@ -117,35 +118,17 @@ def against(name: str, run: Outcome, plain: Outcome) -> Iterator[Gate]:
     )
 
 
-def measure(s: Setup, rounds: int, rows: list[dict[str, Any]]) -> None:
-    """Fill `rows`, one for each rival and round, in turns."""
-    for number in range(1, rounds + 1):
-        for name in s.only:
-            try:
-                row = figures(s.run(name, f"round-{number}-{name}", s.train), 1)
-            except RivalFailed as e:
-                say(f"  {e}")
-                rows.append({"rival": name, "round": number, "error": str(e)})
-                continue
-            pairs = row["window_steps"] * s.batch / row["window_s"]
-            rows.append({"rival": name, "round": number, "pairs_per_second": pairs, **row})
-            say(f"  round {number}: {name} {row['tokens_per_second']:,.0f} tokens/s, {row['peak_bytes'] / 1e9:.2f} GB")
-
-
 def setup(args: argparse.Namespace, place: Place) -> Setup:
     from tunewright.ops.runtime import choose_dtype
 
     pairs = make_pairs(args.data)
     if len(pairs) < GATE_STEPS * args.batch:
         sys.exit(f"--data: {args.data} makes {len(pairs)} pairs; {GATE_STEPS * args.batch} are needed")
-    files = {"pairs": pairs, "gate": pairs[: GATE_STEPS * args.batch]}
-    for name, lines in files.items():
-        (place.work / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return Setup(
         place=place,
         only=tuple(args.only.split(",")),
-        train=place.work / "pairs.jsonl",
-        gate=place.work / "gate.jsonl",
+        train=write(place.work / "pairs.jsonl", pairs),
+        gate=write(place.work / "gate.jsonl", pairs[: GATE_STEPS * args.batch]),
         batch=args.batch,
         dtype=str(choose_dtype(args.dtype)).removeprefix("torch."),
         seconds=args.seconds,
@@ -173,30 +156,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             for gate in gates(s):
                 passed.append(gate)
-                say(f"  {'ok  ' if gate.ok else 'FAIL'} {gate.name}: {gate.detail}")
+                say(f"  {gate}")
             if all(g.ok for g in passed):
-                measure(s, args.rounds, rows)
+                measure(s.only, args.rounds, lambda name, at: s.run(name, at, s.train), "pairs", s.batch, rows)
         except KeyboardInterrupt:
             say("Stopped. What was measured so far is kept.")
-    found = {
-        "ratios": ratios(rows, "tokens_per_second"),
-        "memory_ratios": ratios(rows, "peak_bytes"),
-        "gates": [asdict(g) for g in passed],
-        "rows": rows,
-        "settings": {
-            "model": args.model,
-            "data": args.data.name,
-            "batch": args.batch,
-            "lr": RATE,
-            "dtype": s.dtype,
-        },
-        "machine": about,
-        "seconds": time.monotonic() - begun,
-    }
-    save(found, args.json)
-    for name, ratio in found["ratios"].items():
-        say(f"ours is {ratio:.2f} times as fast as {name}")
-    return 0 if all(g.ok for g in passed) else 1
+    settings = {"model": args.model, "data": args.data.name, "batch": args.batch, "lr": RATE, "dtype": s.dtype}
+    return conclude(
+        rows, passed, {"settings": settings, "machine": about, "seconds": time.monotonic() - begun}, args.json
+    )
 
 
 if __name__ == "__main__":

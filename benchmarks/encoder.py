@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import figures, machine, ratios
+from benchmarks.figures import machine
 from benchmarks.gates import GRADIENT, Gate
 from benchmarks.make_data import TOPICS, capital, fill
 from benchmarks.ours import Place, own_parser, placed
-from benchmarks.process import Outcome, RivalFailed, run_ours, run_rival
+from benchmarks.process import Outcome, run_ours, run_rival
 from benchmarks.rivals.shared import Task
-from benchmarks.settings import save, say, stop_like_ctrl_c
+from benchmarks.settings import say, stop_like_ctrl_c, write
+from benchmarks.side_by_side import conclude, measure
 from benchmarks.table import TUNED, Rival
 
 MODEL = "all-minilm-l6-v2"
@@ -66,6 +67,9 @@ class Setup:
             shutil.rmtree(outcome.facts["run"], ignore_errors=True)
             return outcome
         return run_rival(rival, changed, limit_s=1800.0)
+
+    def window(self, name: str, folder: str) -> Outcome:
+        return self.run(name, self.task(folder, self.train))
 
 
 def remarks(n: int) -> list[str]:
@@ -120,23 +124,6 @@ def gates(s: Setup) -> list[Gate]:
     ]
 
 
-def measure(s: Setup, rounds: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for number in range(1, rounds + 1):
-        for name in RIVALS:
-            try:
-                outcome = s.run(name, s.task(f"round-{number}-{name}", s.train))
-                row = figures(outcome, 1)
-            except RivalFailed as e:
-                say(f"  {e}")
-                rows.append({"rival": name, "round": number, "error": str(e)})
-                continue
-            rows_a_second = row["window_steps"] * BATCH / row["window_s"]
-            rows.append({"rival": name, "round": number, "rows_per_second": rows_a_second, **row})
-            say(f"  round {number}: {name} {row['tokens_per_second']:,.0f} tokens/s, {row['peak_bytes'] / 1e9:.2f} GB")
-    return rows
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     p = own_parser(__doc__)
     p.set_defaults(model=MODEL)
@@ -157,32 +144,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             seconds=args.seconds,
             min_steps=args.min_steps,
         )
-        passed, rows = gates(setup), []
+        passed, rows = gates(setup), list[dict[str, Any]]()
         for gate in passed:
-            say(f"  {'ok  ' if gate.ok else 'FAIL'} {gate.name}: {gate.detail}")
+            say(f"  {gate}")
         if all(g.ok for g in passed):
             try:
-                rows = measure(setup, args.rounds)
+                measure(tuple(RIVALS), args.rounds, setup.window, "rows", BATCH, rows)
             except KeyboardInterrupt:
                 say("Stopped. What was measured so far is kept.")
-    found = {
-        "ratios": ratios(rows, "tokens_per_second"),
-        "memory_ratios": ratios(rows, "peak_bytes"),
-        "gates": [g.__dict__ for g in passed],
-        "rows": rows,
-        "model": args.model,
-        "machine": about,
-        "seconds": time.monotonic() - begun,
-    }
-    save(found, args.json)
-    for name, ratio in found["ratios"].items():
-        say(f"ours is {ratio:.2f} times as fast as {name}")
-    return 0 if all(g.ok for g in passed) else 1
-
-
-def write(path: Path, rows: Sequence[str]) -> Path:
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return path
+    return conclude(
+        rows, passed, {"model": args.model, "machine": about, "seconds": time.monotonic() - begun}, args.json
+    )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ class Gate:
     ok: bool
     detail: str
 
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.ok else 'FAIL'} {self.name}: {self.detail}"
+
 
 @dataclass(frozen=True)
 class Tokens:

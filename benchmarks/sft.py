@@ -172,7 +172,7 @@ def compare(args: argparse.Namespace) -> int:
         try:
             for gate in run_gates(s) if s.with_gates else ():
                 progress.gates.append(gate)
-                say(f"  {'ok  ' if gate.ok else 'FAIL'} {gate.name}: {gate.detail}")
+                say(f"  {gate}")
             if all(g.ok for g in progress.gates):
                 measure(s, progress, begun + s.budget_s)
             else:

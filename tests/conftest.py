@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,19 @@ from typing import Any
 import pytest
 
 import tiny
-from tunewright.core.home import Home
+from tunewright.core.home import Home, find_home
+from tunewright.jobs.describe import load_describe
+
+
+def pytest_sessionstart() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Nothing that the imports left is garbage, and each job that a test runs looks for some: in most of its time it
+    would look through that (as train/worker.py says)."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -21,10 +35,18 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Callable[[str], Path]:
+    """built(family) -> the folder of that tiny model of tiny.FAMILIES, made once: read it, never write into it."""
+    return cache(lambda family: tiny.build_family(tmp_path_factory.mktemp("family") / "m", family, tiny_model_dir))
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
-    """An empty data folder."""
-    return Home(tmp_path / "home").ensure()
+    """An empty data folder, but for the compiled kernels."""
+    made = Home(tmp_path / "home").ensure()
+    tiny.share_kernels(made.root)
+    return made
 
 
 @pytest.fixture
@@ -32,6 +54,15 @@ def tiny_home(home: Home, tiny_model_dir: Path) -> Home:
     """A data folder in which the tiny model answers to the name `tiny`."""
     tiny.install_tiny_model(home.root, "tiny", built=tiny_model_dir)
     return home
+
+
+@pytest.fixture(scope="session")
+def described(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The describe file, which takes seconds: for the cache of data folders whose server or command would make it."""
+    made = Home(tmp_path_factory.mktemp("described") / "home")
+    load_describe(made)
+    (path,) = made.cache.glob("describe-*.json")
+    return path
 
 
 @pytest.fixture
@@ -66,11 +97,21 @@ def bitsandbytes() -> Path:
 
 
 @pytest.fixture(scope="session")
-def kernels(pytestconfig: pytest.Config) -> Any:
-    """The C++ kernels of this machine, on two threads, compiled once and kept in pytest's cache."""
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of SmolLM2-135M-Instruct: that of this machine's data folder, else made once for the session."""
+    from tunewright.models.loader import materialise
+
+    own = find_home()
+    there = (own.models / tiny.SMOLLM2 / "config.json").is_file()
+    return materialise(tiny.SMOLLM2, own if there else Home(tmp_path_factory.mktemp("real")).ensure())
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Any:
+    """The C++ kernels of this machine, on two threads."""
     from tunewright.ops.kernels import KernelsMissing, load_kernels
 
     try:
-        return load_kernels(pytestconfig.rootpath / ".pytest_cache" / "kernels", 2)
+        return load_kernels(tiny.KERNELS, 2)
     except KernelsMissing as e:
         pytest.skip(str(e))

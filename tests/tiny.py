@@ -16,6 +16,9 @@ CHATML = (
 )
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+SMOLLM2 = "smollm2-135m-instruct"
+# where the C++ kernels of this machine lie between the runs of the tests
+KERNELS = Path(__file__).parents[1] / ".pytest_cache" / "kernels"
 THINGS = ("the sky", "a leaf", "an apple", "the night", "a lemon", "fresh snow", "the sea", "a raven")
 
 
@@ -248,4 +251,14 @@ def install_tiny_model(home_root: Path | str, name: str = "tiny", built: Path | 
     else:
         shutil.copytree(built, folder)
     (folder / "source.json").write_text(json.dumps({"name": name, "source": "a random model made by the tests"}))
+    share_kernels(home_root)
     return folder
+
+
+def share_kernels(home_root: Path | str) -> None:
+    """The jobs of this data folder find the kernels that those of another one compiled, which takes seconds."""
+    place = Path(home_root) / "cache" / "kernels"
+    if not place.exists():
+        for folder in (KERNELS, place.parent):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place.symlink_to(KERNELS, target_is_directory=True)

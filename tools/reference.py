@@ -30,7 +30,7 @@ training_file: train.jsonl
 
 A part (tuner, objective, optimizer, schedule) is written as its name, `tuner: lora`, or with options,
 `tuner: {name: lora, r: 32}`. On the command line: `--set tuner.r=32`. `retain` is a list of parts, see
-[against forgetting](retain.md).
+[against forgetting](retain.md). With `stages`, the specs of several jobs become one: see [chains](../how-to/chains.md).
 """
 FORMATS_HEAD = """# Data formats
 
@@ -43,7 +43,8 @@ messages; only the completion is trained.
 
 Which objective uses which rows: [Objectives](../objectives.md). A label is a class's name, a list of classes
 (`head: multilabel`; an empty list: none applies) or a number. A preference row may have a `margin`, by which its better
-answer is to win (`head: reward`).
+answer is to win (`head: reward`). Jobs over rewards (`grpo`, `rloo`, `ppo`) read their prompts as `reinforcement`:
+fields beside the messages are for the grader, and an assistant message at the end is no part of the prompt.
 
 An encoder-decoder (T5, mT5) reads what comes before an answer and learns the answer: of chat rows every trained turn is
 a target, and its source is what the model's chat template writes of the messages before, or, without a template, their
@@ -122,7 +123,8 @@ def formats_page() -> str:
     lines = [FORMATS_HEAD]
     for name in FORMATS.rows:
         found = FORMATS.load(name)
-        lines += [f"## `{name}`: {found.title}", "", f"Recognised by {found.wants}.", ""]
+        how = "Never recognised, only taken where the job says so; it needs" if found.asked else "Recognised by"
+        lines += [f"## `{name}`: {found.title}", "", f"{how} {found.wants}.", ""]
         lines += ["```json", found.example, "```", ""]
     return "\n".join(lines).rstrip() + "\n"
 

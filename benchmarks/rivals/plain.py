@@ -7,6 +7,7 @@ autocast; full fine-tuning keeps float32 weights. No gradient checkpointing.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -50,20 +51,20 @@ def padded(rows: list[Row], device: torch.device) -> dict[str, torch.Tensor]:
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
 
 
-def main() -> None:
-    task = Task.load(sys.argv[1])
-    device = settle(task)
-    rows = read_rows(task.data, AutoTokenizer.from_pretrained(task.model))
-    model = load(task, device)
+def products(task: Task, device: torch.device) -> Any:
+    return torch.autocast(device.type, torch.bfloat16) if task.dtype == "bfloat16" else nullcontext()
+
+
+def train(
+    task: Task, model: Any, items: list[Any], loss_of: Callable[[list[Any]], tuple[torch.Tensor, list[Row]]]
+) -> None:
+    """AdamW over the batches of `items`. loss_of(batch): its loss, and the rows that the model saw for it."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=task.lr, weight_decay=0.0, fused=True)
-    half = task.dtype == "bfloat16"
     log = StepLog(task)
     log.begin()
-    for group in batches(task, rows):
-        batch = padded(group, device)
-        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
-            loss = model(**batch).loss
+    for group in batches(task, items):
+        loss, rows = loss_of(group)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -72,10 +73,24 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         loss, norm = float(loss.detach()), float(norm)
         synchronize()
-        stop = log.end(sum(len(r.ids) for r in group), sum(r.supervised for r in group))
+        stop = log.end(sum(len(r.ids) for r in rows), sum(r.supervised for r in rows))
         log.add(len(log.times), loss=loss, grad_norm=norm)
         if stop:
             break
+
+
+def main() -> None:
+    task = Task.load(sys.argv[1])
+    device = settle(task)
+    rows = read_rows(task.data, AutoTokenizer.from_pretrained(task.model))
+    model = load(task, device)
+
+    def loss_of(group: list[Row]) -> tuple[torch.Tensor, list[Row]]:
+        batch = padded(group, device)
+        with products(task, device):
+            return model(**batch).loss, group
+
+    train(task, model, rows, loss_of)
     if task.save:
         model.save_pretrained(Path(task.out) / "trained")
     finish(task, token_hash=token_hash(rows))

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from plain import adapters
 from shared import Row, StepLog, Task, finish, read_pairs, settle, token_hash
+from trainer import Log
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
-from trl_sft import Log, config
+from trl_sft import config
 
 SAMPLE = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
 
@@ -23,10 +24,10 @@ SAMPLE = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "
 class Counted:
     """The trainer's collator, with answers that end at the end-of-turn token; it notes each batch's tokens."""
 
-    def __init__(self, collate: Any, special: set[int]) -> None:
+    def __init__(self, collate: Any, counts: list[tuple[int, int]], special: set[int]) -> None:
         self.collate = collate
+        self.counts = counts
         self.special = special
-        self.counts: list[tuple[int, int]] = []
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         batch = self.collate(examples)
@@ -54,21 +55,18 @@ def main() -> None:
     settle(task)
     tokenizer = AutoTokenizer.from_pretrained(task.model)
     pairs = read_pairs(task.data, tokenizer)
-    lora = LoraConfig(
-        r=task.r, lora_alpha=task.alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
-    )
     torch.manual_seed(task.seed)
-    callback = Log(StepLog(task))
+    log = Log(StepLog(task))
     trainer = DPOTrainer(
         model=task.model,
         args=config(task, DPOConfig),
         train_dataset=Dataset.from_list([{"prompt": SAMPLE[0], "chosen": SAMPLE[1], "rejected": SAMPLE[1]}] * 2),
         processing_class=tokenizer,
-        peft_config=lora if task.tuner == "lora" else None,
-        callbacks=[callback],
+        peft_config=adapters(task) if task.tuner == "lora" else None,
+        callbacks=[log],
     )
     trainer.train_dataset = Dataset.from_list([tokens(pairs[i]) for i in task.order])
-    callback.counted = trainer.data_collator = Counted(trainer.data_collator, set(tokenizer.all_special_ids))
+    trainer.data_collator = Counted(trainer.data_collator, log.counts, set(tokenizer.all_special_ids))
     trainer.train()
     finish(task, token_hash=token_hash([row for pair in pairs for row in pair]))
 

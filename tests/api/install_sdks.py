@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 VERSIONS = ("3.54.0", "2.54.0", "1.109.1")
-# the newest one is what the default tests use; the others run in the slow tests
+# the newest one first: what the server does alike for all of them is checked with it alone
 OTHERS = ("bitsandbytes-0.50.2",)
 
 

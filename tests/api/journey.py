@@ -1,7 +1,8 @@
 """What users of OpenAI's fine-tuning do, with the unmodified SDK. A script: the tests run it once per SDK version.
 
-`PYTHONPATH=.sdks/VERSION python journey.py URL [--slow]` runs every `check_…` function in the order of this file (those
-named `slow_check_…` only with --slow) and prints one JSON line each: {"check", "ok", "error", "seconds"}.
+`PYTHONPATH=.sdks/VERSION python journey.py URL [--all]` runs every `check_…` function in the order of this file; with
+--all those named `newest_check_…`, too, of what the server does alike for every version. It prints one JSON line each:
+{"check", "ok", "error", "seconds"}. Several versions may go to one server, one after the other.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def pair(i: int) -> dict[str, Any]:
 
 
 SFT = jsonl([chat_row(i) for i in range(12)])
+SHORT = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 3.0}
 VALID = jsonl([chat_row(i) for i in range(100, 104)])
 # what a check can fail with: an assertion, the SDK's errors, or an answer of another form than expected
 FAILURES = (AssertionError, openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError, OSError)
@@ -396,6 +398,100 @@ def check_bad_chat_requests(j: Journey) -> None:
     assert j.ask(BASE, messages=parts).choices[0].message.content == j.ask(BASE).choices[0].message.content
 
 
+def check_models(j: Journey) -> None:
+    job = j.main_job
+    ids = [m.id for m in j.strict.models.list()]
+    assert BASE in ids and job.fine_tuned_model in ids and f"{job.fine_tuned_model}:ckpt-step-9" in ids
+    assert j.strict.models.retrieve(job.fine_tuned_model).owned_by == job.organization_id
+    assert j.client.models.retrieve("org/tiny-2").id == "org/tiny-2"
+    fails(lambda: j.client.models.delete(BASE), openai.PermissionDeniedError)
+    assert j.client.models.retrieve(BASE).owned_by == "system"
+    e = fails(lambda: j.client.models.delete("ft:123"), openai.NotFoundError)
+    assert e.body["message"] == "The model 'ft:123' does not exist" and e.param == "model"
+
+
+def check_dpo(j: Journey) -> None:
+    """From the tuned model, with OpenAI's method; and the wrong file."""
+    pairs = j.upload(jsonl([pair(i) for i in range(12)]), "pairs.jsonl")
+    dpo = {"type": "dpo", "dpo": {"hyperparameters": {**SHORT, "beta": "auto"}}}
+    made = j.strict.fine_tuning.jobs.create(model=j.main_job.fine_tuned_model, training_file=pairs.id, method=dpo)
+    assert made.method.type == "dpo" and made.method.dpo.hyperparameters.batch_size == 4
+    mistaken = j.jobs.create(model=BASE, training_file=j.train_file.id, method={"type": "dpo"})
+    done = j.wait(made.id)
+    assert done.status == "succeeded", done.error
+    numbers = done.method.dpo.hyperparameters
+    assert (numbers.beta, numbers.n_epochs, numbers.batch_size, numbers.learning_rate_multiplier) == (0.1, 2, 4, 3.0)
+    steps = [e.data for e in reversed(j.events(done.id)) if e.type == "metrics"]
+    assert abs(steps[0]["train_loss"] - 0.6931471805599453) < 1e-9 and steps[0]["train_reward_margin"] == 0.0
+    assert steps[-1]["train_reward_margin"] > 0 and 0 <= steps[-1]["train_reward_accuracy"] <= 1
+    assert len(steps) == 6
+    assert j.ask(done.fine_tuned_model).usage.completion_tokens > 0
+    rows = list(csv.DictReader(io.StringIO(j.client.files.content(done.result_files[0]).read().decode())))
+    assert list(rows[0])[:5] == CSV_HEADER and float(rows[-1]["train_reward_margin"]) > 0
+    wrong = j.wait(mistaken.id)
+    text = (
+        "Input file train.jsonl is in the fine-tune-chat format, but the specified fine-tuning job is not using "
+        "'supervised' as the training method (provided method=dpo)."
+    )
+    assert wrong.status == "failed" and text in wrong.error.message, wrong.error
+
+
+def newest_check_other_preferences(j: Journey) -> None:
+    """Through the tunewright object; OpenAI has no word for the method."""
+    marks = [{"prompt": f"q{i}", "completion": f"a{i} is it", "label": i % 2 == 0} for i in range(12)]
+    made = j.jobs.create(
+        model=BASE,
+        training_file=j.upload(jsonl(marks), "marks.jsonl").id,
+        hyperparameters=SHORT,
+        extra_body={"tunewright": {"objective": {"name": "kto", "beta": 0.2}}},
+    )
+    kto = j.wait(made.id)
+    assert kto.status == "succeeded" and kto.method is None, kto.error
+    assert kto.tunewright["objective"]["name"] == "kto" and kto.tunewright["objective"]["beta"] == 0.2
+
+
+def check_reinforcement(j: Journey) -> None:
+    """OpenAI's method with a grader over the rows' own fields; what it cannot have is refused at once."""
+    rows = [{"messages": [{"role": "user", "content": f"q{i}"}], "wanted": "a"} for i in range(12)]
+    train, valid = (j.upload(jsonl(part), f"{name}.jsonl") for part, name in ((rows, "rft"), (rows[:3], "rft-valid")))
+    grader = {
+        "type": "string_check", "name": "has an a", "operation": "ilike",
+        "input": "{{ sample.output_text }}", "reference": "{{ item.wanted }}",
+    }  # fmt: skip
+    hyper = {"n_epochs": 1, "batch_size": 6, "compute_multiplier": 0.5, "eval_interval": 1, "eval_samples": 2}
+    objective = {"objective": {"name": "grpo", "max_completion_tokens": 6}}
+
+    def ask(grader: Any, **more: Any) -> Any:
+        method = {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": {**hyper, **more}}}
+        return j.strict.fine_tuning.jobs.create(
+            model=BASE,
+            training_file=train.id,
+            validation_file=valid.id,
+            method=method,
+            extra_body={"tunewright": objective},
+        )
+
+    e = fails(lambda: ask(grader, reasoning_effort="low"), openai.BadRequestError)
+    assert e.param == "method.reinforcement.hyperparameters.reasoning_effort"
+    e = fails(lambda: ask({**grader, "operation": "same"}), openai.BadRequestError)
+    assert e.param.startswith("method.reinforcement.grader")
+    made = ask(grader)
+    wrong = j.jobs.retrieve(ask({**grader, "reference": "{{ item.wnated }}"}).id)
+    assert made.method.type == "reinforcement" and made.method.reinforcement.grader.to_dict() == grader
+    done = j.wait(made.id)
+    assert done.status == "succeeded", done.error
+    numbers = done.method.reinforcement.hyperparameters
+    assert (numbers.batch_size, numbers.compute_multiplier, numbers.eval_interval) == (6, 0.5, 1)
+    steps = [e for e in reversed(j.events(done.id)) if e.type == "metrics"]
+    assert len(steps) == 2 and re.match(r"Step 1/2 , train mean reward=\d\.\d\d", steps[0].message)
+    assert all(0 <= s.data[f"{k}_mean_reward"] <= 1 for s in steps for k in ("train", "valid"))
+    assert steps[-1].data["full_valid_mean_parse_error"] == 0
+    assert j.ask(done.fine_tuned_model).usage.completion_tokens > 0
+    ended = j.wait(wrong.id)
+    assert ended.status == "failed" and ended.error.code == "invalid_variable_error", ended.error
+    assert "no row has 'wnated'" in ended.error.message
+
+
 def check_graders(j: Journey) -> None:
     graders = j.strict.fine_tuning.alpha.graders
     same: Any = {
@@ -429,57 +525,6 @@ def check_graders(j: Journey) -> None:
     for wrong in ({**same, "operation": "equals"}, {**same, "input": "{{ itm.x }}"}, {**same, "type": "x"}):
         e = fails(lambda wrong=wrong: graders.validate(grader=wrong), openai.BadRequestError)
         assert e.param.startswith("grader.")
-
-
-def check_models(j: Journey) -> None:
-    job = j.main_job
-    ids = [m.id for m in j.strict.models.list()]
-    assert BASE in ids and job.fine_tuned_model in ids and f"{job.fine_tuned_model}:ckpt-step-9" in ids
-    assert j.strict.models.retrieve(job.fine_tuned_model).owned_by == job.organization_id
-    assert j.client.models.retrieve("org/tiny-2").id == "org/tiny-2"
-    fails(lambda: j.client.models.delete(BASE), openai.PermissionDeniedError)
-    assert j.client.models.retrieve(BASE).owned_by == "system"
-    e = fails(lambda: j.client.models.delete("ft:123"), openai.NotFoundError)
-    assert e.body["message"] == "The model 'ft:123' does not exist" and e.param == "model"
-
-
-def check_dpo(j: Journey) -> None:
-    """From the tuned model, with OpenAI's method; other preferences through the tunewright object; the wrong file."""
-    pairs = j.upload(jsonl([pair(i) for i in range(12)]), "pairs.jsonl")
-    marks = [{"prompt": f"q{i}", "completion": f"a{i} is it", "label": i % 2 == 0} for i in range(12)]
-    short = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 3.0}
-    dpo = {"type": "dpo", "dpo": {"hyperparameters": {**short, "beta": "auto"}}}
-    made = j.strict.fine_tuning.jobs.create(model=j.main_job.fine_tuned_model, training_file=pairs.id, method=dpo)
-    assert made.method.type == "dpo" and made.method.dpo.hyperparameters.batch_size == 4
-    others = {
-        "wrong": j.jobs.create(model=BASE, training_file=j.train_file.id, method={"type": "dpo"}),
-        "kto": j.jobs.create(
-            model=BASE,
-            training_file=j.upload(jsonl(marks), "marks.jsonl").id,
-            hyperparameters=short,
-            extra_body={"tunewright": {"objective": {"name": "kto", "beta": 0.2}}},
-        ),
-    }
-    done = j.wait(made.id)
-    assert done.status == "succeeded", done.error
-    numbers = done.method.dpo.hyperparameters
-    assert (numbers.beta, numbers.n_epochs, numbers.batch_size, numbers.learning_rate_multiplier) == (0.1, 2, 4, 3.0)
-    steps = [e.data for e in reversed(j.events(done.id)) if e.type == "metrics"]
-    assert abs(steps[0]["train_loss"] - 0.6931471805599453) < 1e-9 and steps[0]["train_reward_margin"] == 0.0
-    assert steps[-1]["train_reward_margin"] > 0 and 0 <= steps[-1]["train_reward_accuracy"] <= 1
-    assert len(steps) == 6
-    assert j.ask(done.fine_tuned_model).usage.completion_tokens > 0
-    rows = list(csv.DictReader(io.StringIO(j.client.files.content(done.result_files[0]).read().decode())))
-    assert list(rows[0])[:5] == CSV_HEADER and float(rows[-1]["train_reward_margin"]) > 0
-    wrong = j.wait(others["wrong"].id)
-    text = (
-        "Input file train.jsonl is in the fine-tune-chat format, but the specified fine-tuning job is not using "
-        "'supervised' as the training method (provided method=dpo)."
-    )
-    assert wrong.status == "failed" and text in wrong.error.message, wrong.error
-    kto = j.wait(others["kto"].id)
-    assert kto.status == "succeeded" and kto.method is None, kto.error
-    assert kto.tunewright["objective"]["name"] == "kto" and kto.tunewright["objective"]["beta"] == 0.2
 
 
 def check_continue_from_a_checkpoint(j: Journey) -> None:
@@ -562,7 +607,7 @@ def check_async_and_concurrency(j: Journey) -> None:
     asyncio.run(many())
 
 
-def slow_check_pause_and_resume(j: Journey) -> None:
+def check_pause_and_resume(j: Journey) -> None:
     job = j.jobs.create(model=BASE, training_file=j.train_file.id, hyperparameters={"n_epochs": 10, "batch_size": 1})
     fails(lambda: j.jobs.resume(job.id), openai.BadRequestError)
     j.wait(job.id, ("running",))
@@ -581,7 +626,7 @@ def slow_check_pause_and_resume(j: Journey) -> None:
     assert steps == list(range(1, 121)) and max(done_before) < 120
 
 
-def slow_check_same_seed_same_losses(j: Journey) -> None:
+def newest_check_same_seed_same_losses(j: Journey) -> None:
     def losses(seed: int) -> list[float]:
         job = j.jobs.create(
             model=BASE, training_file=j.train_file.id, seed=seed, hyperparameters={"n_epochs": 2, "batch_size": 4}
@@ -593,7 +638,7 @@ def slow_check_same_seed_same_losses(j: Journey) -> None:
     assert first == losses(7) and first != losses(8)
 
 
-def slow_check_deleted_model(j: Journey) -> None:
+def newest_check_deleted_model(j: Journey) -> None:
     job = j.jobs.create(model=BASE, training_file=j.train_file.id, hyperparameters={"n_epochs": 1})
     model = j.wait(job.id).fine_tuned_model
     assert j.ask(model).usage.completion_tokens > 0
@@ -604,9 +649,9 @@ def slow_check_deleted_model(j: Journey) -> None:
 
 def main() -> None:
     journey = Journey(sys.argv[1])
-    slow = "--slow" in sys.argv
+    wanted = ("check_", "newest_check_") if "--all" in sys.argv else "check_"
     for name, check in list(globals().items()):
-        if name.startswith("check_") or (slow and name.startswith("slow_check_")):
+        if name.startswith(wanted):
             start, error = time.monotonic(), None
             try:
                 check(journey)

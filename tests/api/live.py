@@ -30,16 +30,15 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def make_home(root: Path, tiny_model_dir: Path, like: Path | None = None) -> Path:
-    """A data folder with the tiny model as `tiny` and `org/tiny-2`. like: one whose describe file is reused."""
+def make_home(root: Path, tiny_model_dir: Path, described: Path) -> Path:
+    """A data folder with the tiny model as `tiny` and `org/tiny-2`, and the describe file."""
     home = Home(root).ensure()
     tiny.install_tiny_model(root, "tiny", built=tiny_model_dir)
     second = tiny.install_tiny_model(root, "org--tiny-2", built=tiny_model_dir)
     (second / "source.json").write_text(
         json.dumps({"name": "org/tiny-2", "source": "a random model made by the tests"})
     )
-    for described in (like / "cache").glob("describe-*.json") if like else ():
-        shutil.copy(described, home.cache)
+    shutil.copy(described, home.cache)
     return root
 
 

@@ -33,8 +33,8 @@ def wait_for(condition: Any, seconds: float = 400.0) -> None:
 
 
 @pytest.mark.slow
-def test_kill_9_of_the_server_while_a_job_trains(server: LiveServer, tmp_path: Path, tiny_model_dir: Path) -> None:
-    home = make_home(tmp_path / "home", tiny_model_dir, like=server.home)
+def test_kill_9_of_the_server_while_a_job_trains(tmp_path: Path, tiny_model_dir: Path, described: Path) -> None:
+    home = make_home(tmp_path / "home", tiny_model_dir, described)
     data = "".join(json.dumps(r) + "\n" for r in tiny.sft_rows(12))
     with LiveServer(home, "--open") as mine, httpx.Client(base_url=mine.url, timeout=300) as http:
         made = http.post("/v1/files", files={"file": ("t.jsonl", data)}, data={"purpose": "fine-tune"}).json()

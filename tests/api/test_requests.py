@@ -89,6 +89,56 @@ def test_a_method_that_is_not_there() -> None:
     assert e.value.param == "method.type" and "'supervised'" in e.value.message
 
 
+SAME = {
+    "type": "string_check", "name": "same", "operation": "eq",
+    "input": "{{ sample.output_text }}", "reference": "{{ item.answer }}",
+}  # fmt: skip
+WITH_ROLLOUTS = {
+    **DESCRIBE,
+    "objective": {
+        **DESCRIBE["objective"],
+        "grpo": {
+            **part(grader=None, group_size=8, eval_samples=1),
+            "card": {"openai_method": "reinforcement", "needs_rollouts": True, "required": ["grader"]},
+        },
+    },
+}
+
+
+def reinforced(grader: Any = SAME, tunewright: Any = None, **hyper: Any) -> tuple[Any, CreateJob]:
+    method = {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": hyper}}
+    request = parse(CreateJob, {**LEAST, "method": method, "tunewright": tunewright})
+    return jobspec.build_spec(request, WITH_ROLLOUTS, None), request
+
+
+def test_reinforcement_is_the_objective_over_rollouts() -> None:
+    spec, request = reinforced(n_epochs=1, eval_interval=2, eval_samples=3, compute_multiplier=0.5)
+    assert spec.objective.name == "grpo" and spec.format == "reinforcement"
+    assert spec.objective.options == {"grader": SAME, "group_size": 4, "eval_samples": 3}
+    assert spec.n_epochs == 1 and spec.eval_every == 2
+    shown = jobspec.method_object(request, spec, WITH_ROLLOUTS)
+    assert shown is not None and shown["reinforcement"]["grader"] == SAME
+    assert shown["reinforcement"]["hyperparameters"]["eval_interval"] == 2
+    spec, _ = reinforced(tunewright={"objective": {"group_size": 6, "name": "grpo"}})
+    assert spec.objective.options == {"grader": SAME, "group_size": 6, "eval_samples": 1}
+    assert spec.eval_every == "auto"
+
+
+@pytest.mark.parametrize(
+    "given, param",
+    [
+        ({"reasoning_effort": "low"}, "method.reinforcement.hyperparameters.reasoning_effort"),
+        ({"grader": {**SAME, "type": "string_chek"}}, "method.reinforcement.grader.type"),
+        ({"grader": {**SAME, "input": "{{ sampel.output_text }}"}}, "method.reinforcement.grader.input"),
+        ({"eval_interval": 2, "tunewright": {"eval_every": 3}}, "tunewright.eval_every"),
+    ],
+)
+def test_what_reinforcement_cannot_have_is_refused(given: dict[str, Any], param: str) -> None:
+    with pytest.raises(UserError) as e:
+        reinforced(**given)
+    assert e.value.param == param
+
+
 def test_a_child_goes_on_with_its_parents_adapter() -> None:
     parent = Artefact(kind="adapter", name="ft:x", base="tiny", tuner={"name": "lora", "r": 4, "alpha": 8}, step=1)
     assert build(parent)[0].tuner.options == {"r": 4, "alpha": 8}

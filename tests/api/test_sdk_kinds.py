@@ -46,12 +46,12 @@ def test_a_job_of_each_kind_and_recipes(server: LiveServer) -> None:
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_jobs_over_a_quantised_base(
-    bitsandbytes: Path, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    bitsandbytes: Path, tmp_path: Path, tiny_model_dir: Path, described: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(bitsandbytes)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     asked = ("lora+nf4", "houlsby+int8", "prompt+nf4")
-    with LiveServer(make_home(tmp_path / "home", tiny_model_dir), "--open") as with_package:
+    with LiveServer(make_home(tmp_path / "home", tiny_model_dir, described), "--open") as with_package:
         results = run(with_package, *asked)
     assert set(results) == {*asked, *AFTERWARDS} and not problems(results), "\n".join(problems(results))
 

@@ -9,9 +9,16 @@ from tunewright.core.durable import sha256_file
 from tunewright.core.events import EventWriter
 from tunewright.core.home import Home
 from tunewright.core.run import Run
+from tunewright.core.spec import JobSpec, check_parts, parse_spec
 from tunewright.engine.engine import Engine
 from tunewright.engine.request import parse_request
+from tunewright.train.describe import describe
 from tunewright.train.run import run_job
+
+
+def checked(fields: dict[str, Any]) -> JobSpec:
+    """The spec, as every surface checks it."""
+    return check_parts(parse_spec(fields), describe())
 
 
 def attempt(run: Run, home: Home, number: int = 1, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:

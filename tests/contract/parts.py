@@ -65,9 +65,19 @@ def groups_for(card: Any, n: int = 6, vocab: int = 470) -> list[Group]:
             if "labelled" in card.shapes:
                 of_row = {"labels": ((), (0,), (1,), (0, 1))[i % 4]} if card.head == "multilabel" else {"label": i % 2}
                 example = replace(example, weights=(0.0,) * len(weights), **of_row)
+            if card.needs_rollouts:
+                example = replace(example, per_token=numbers_of(example, rng))
             examples.append(example)
         groups.append(Group(tuple(examples), prefix=len(prompt)))
     return groups
+
+
+def numbers_of(example: Example, rng: random.Random) -> dict[str, tuple[float, ...]]:
+    """What a rollout's tokens come with, near what the tiny model makes of random tokens."""
+    n, advantage = len(example.ids), rng.uniform(-2, 2)
+    old = tuple(rng.uniform(-7.0, -5.5) for _ in range(n))
+    values = {k: tuple(rng.uniform(-1, 1) for _ in range(n)) for k in ("old_value", "return")}
+    return {"advantage": (advantage,) * n, "old_logp": old, "reference_logp": old, **values}
 
 
 def with_adapter(model: Any, folder: Path) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import built, groups_of, is_head, load, our_loss  # noqa: F401 a fixture
+from test_families import groups_of, is_head, load, our_loss
 from torch import nn
 
 import tiny
@@ -55,7 +55,7 @@ def loss(family: str, model: nn.Module, groups: list[Group]) -> float:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_it_starts_as_the_base_learns_and_comes_back(built: Any, tmp_path: Path, family: str, name: str) -> None:  # noqa: F811
+def test_it_starts_as_the_base_learns_and_comes_back(built: Any, tmp_path: Path, family: str, name: str) -> None:
     part = TUNERS.load(name)
     tuner, groups = part(part.Options(**OPTIONS.get(name, {}))), groups_of(family)
     if (name, family) in REFUSED:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from job_kit import attempt, weights
+from job_kit import attempt, checked, weights
 
 import tiny
 from teacher_kit import TeacherServer, completion, teacher_server
@@ -15,12 +15,10 @@ from tunewright.core import outbound
 from tunewright.core.errors import EndpointDown, SpecError
 from tunewright.core.home import Home
 from tunewright.core.run import Run
-from tunewright.core.spec import check_parts, parse_spec
 from tunewright.jobs.launchers.local import start_worker
 from tunewright.jobs.prepare import create_run
 from tunewright.train import asking as train_asking
 from tunewright.train.asking import answers_of
-from tunewright.train.describe import describe
 
 PROMPTS = [{"prompt": f"Question {i}: what colour is {tiny.THINGS[i % 8]}?"} for i in range(12)]
 
@@ -42,7 +40,7 @@ def new_run(home: Home, url: str, **options: Any) -> Run:
         "model": "tiny", "training_file": "train", "dtype": "float32", "threads": 1, "seed": 1, "n_epochs": 2,
         "batch_size": 4, "path": "plain", "tuner": {"name": "lora", "r": 4}, "learning_rate": 1e-2,
     }  # fmt: skip
-    made = check_parts(parse_spec({**fields, "objective": objective}), describe())
+    made = checked({**fields, "objective": objective})
     return create_run(home, made, train_path=train)
 
 

@@ -8,17 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from job_kit import attempt, stop_after, weights
+from job_kit import attempt, checked, stop_after, weights
 from transformers import AutoModelForCausalLM
 
 import tiny
 from tunewright.core.errors import Interrupted, SpecError
 from tunewright.core.home import Home
 from tunewright.core.run import Run
-from tunewright.core.spec import check_parts, parse_spec
 from tunewright.data.rendered import StoredGroups
 from tunewright.jobs.prepare import create_run
-from tunewright.train.describe import describe
 
 TEACHER = "wise"
 
@@ -38,7 +36,7 @@ def new_run(home: Home, **spec: Any) -> Run:
         "seed": 1, "n_epochs": 2, "batch_size": 4, "path": "plain", "tuner": {"name": "lora", "r": 4},
         "objective": {"name": "distill", "teacher": TEACHER}, "learning_rate": 1e-2,
     }  # fmt: skip
-    made = check_parts(parse_spec({**fields, **spec}), describe())
+    made = checked({**fields, **spec})
     return create_run(home, made, train_path=train, validation_path=valid)
 
 

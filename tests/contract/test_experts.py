@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from job_kit import greedy
+from job_kit import checked, greedy
 from peft import PeftModel
 from retain_kit import parts_of
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from tunewright.core.errors import SpecError
 from tunewright.core.events import EventWriter
 from tunewright.core.example import Example, Group
 from tunewright.core.home import Home
-from tunewright.core.spec import check_parts, parse_spec
 from tunewright.jobs.prepare import create_run
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
@@ -28,7 +27,6 @@ from tunewright.objectives.sft import SFT
 from tunewright.ops.noise import neftune
 from tunewright.ops.packing import collate
 from tunewright.train.balance import Balanced, balanced
-from tunewright.train.describe import describe
 from tunewright.train.loop import accumulate, means_of
 from tunewright.train.run import run_job
 from tunewright.tuners.lora import LoRA
@@ -38,19 +36,6 @@ from tunewright.tuners.rslora import RankStabilisedLoRA
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 ONE = [m if m == "qwen3_moe" else pytest.param(m, marks=pytest.mark.slow) for m in MIXTURES]
 IDS = torch.tensor([[5, 17, 60, 41, 8, 77, 12, 90]])
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Any:
-    """built(family) -> its folder, made once."""
-    made: dict[str, Path] = {}
-
-    def build(family: str) -> Path:
-        if family not in made:
-            made[family] = tiny.build_family(tmp_path_factory.mktemp("moe") / "m", family, tiny_model_dir)
-        return made[family]
-
-    return build
 
 
 def rows(n: int = 6) -> list[Group]:
@@ -241,7 +226,7 @@ def test_a_job_on_experts_is_served(home: Home, tiny_model_dir: Path) -> None:
     train = tiny.write_rows(home.root / "train.jsonl", tiny.sft_rows(18))
     fields = {"model": "moe", "training_file": str(train), "dtype": "float32", "threads": 1, "seed": 1, "n_epochs": 3}
     tuner = {"name": "lora", "r": 4, "experts": True}
-    spec = check_parts(parse_spec({**fields, "batch_size": 6, "router_loss": 0.02, "tuner": tuner}), describe())
+    spec = checked({**fields, "batch_size": 6, "router_loss": 0.02, "tuner": tuner})
     run = create_run(home, spec, train_path=train)
     events = EventWriter(run.attempt(1) / "events.jsonl", 1)
     assert run_job(run, home, events, lambda: False)["status"] == "succeeded"

@@ -37,19 +37,6 @@ pytestmark = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Any:
-    """built(family) -> its folder, made once."""
-    made: dict[str, Path] = {}
-
-    def build(family: str) -> Path:
-        if family not in made:
-            made[family] = tiny.build_family(tmp_path_factory.mktemp("family") / "m", family, tiny_model_dir)
-        return made[family]
-
-    return build
-
-
 def is_head(family: str) -> bool:
     return tiny.FAMILIES[family][2] == "classify"
 

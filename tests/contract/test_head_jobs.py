@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from job_kit import checked
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -15,10 +16,9 @@ from tunewright.core.errors import DataError, SpecError, UserError
 from tunewright.core.events import EventWriter
 from tunewright.core.home import Home
 from tunewright.core.run import Run, read_artefact
-from tunewright.core.spec import check_parts, parse_spec
+from tunewright.core.spec import parse_spec
 from tunewright.engine.artefacts import Artefacts, Limits
 from tunewright.jobs.prepare import create_run
-from tunewright.train.describe import describe
 from tunewright.train.run import run_job
 
 COLOURS = ("blue", "green", "red")
@@ -128,7 +128,7 @@ def test_one_class_or_chat_rows_are_refused(readers: Home) -> None:
 
 def test_head_and_objective_go_together() -> None:
     def spec(**fields: Any) -> Any:
-        return check_parts(parse_spec({"model": "m", "training_file": "f", **fields}), describe())
+        return checked({"model": "m", "training_file": "f", **fields})
 
     assert spec(head="classify").objective.name == "classify"
     assert spec(objective="regress").head == "regress"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,10 @@ def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     return {n: nn.Parameter(torch.randn(shape, generator=g).to(dtype)) for n, shape in SHAPES.items()}
 
 
+# those that need a package which the environment does not have, see conftest.py
+EVERY = [pytest.param(n, marks=pytest.mark.slow) if OPTIMIZERS.load(n).card.needs else n for n in OPTIMIZERS]
+
+
 def gradient(name: str, step: int) -> Tensor:
     g = torch.Generator().manual_seed(1000 * step + list(SHAPES).index(name))
     return torch.randn(SHAPES[name], generator=g)
@@ -44,12 +45,10 @@ def run(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], steps:
 
 def build(name: str, named: dict[str, nn.Parameter], **options: Any) -> torch.optim.Optimizer:
     part = OPTIMIZERS.load(name)
-    if part.card.needs:
-        pytest.importorskip(part.card.needs)
     return part.build(named, LR, part.Options(**options))
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("k", [1, 3])
 def test_saved_loaded_and_continued_is_uninterrupted(name: str, k: int, tmp_path: Path) -> None:
     """Bit for bit, through a safetensors file as in a checkpoint; with 8-bit moments within a rounding of them."""
@@ -71,7 +70,7 @@ def test_saved_loaded_and_continued_is_uninterrupted(name: str, k: int, tmp_path
             torch.testing.assert_close(second[n], whole[n], atol=0.1 * LR, rtol=0)
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", EVERY)
 def test_the_state_is_all_there(name: str) -> None:
     """Whatever the optimizer keeps between two steps is saved with its type."""
     named = parameters()
@@ -89,7 +88,7 @@ def test_the_state_is_all_there(name: str) -> None:
             assert torch.equal(torch.as_tensor(after[key]), torch.as_tensor(value)), key
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", EVERY)
 def test_weight_decay_is_for_matrices(name: str) -> None:
     """With gradients of zero, matrices shrink by lr * decay (to the order of the rate) and vectors stay."""
     named = parameters()
@@ -115,7 +114,7 @@ def test_card_and_options(name: str) -> None:
         part.Options(no_such_option=1)
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", EVERY)
 def test_it_descends(name: str) -> None:
     """A least-squares problem: the loss falls to less than a half."""
     g = torch.Generator().manual_seed(4)
@@ -245,7 +244,8 @@ def test_adafactor_is_that_of_transformers(scale_parameter: bool) -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
-def test_eight_bits_stay_near_float32_in_a_quarter_of_the_memory() -> None:
+@pytest.mark.slow
+def test_eight_bits_stay_near_float32_in_a_quarter_of_the_memory(bitsandbytes: Path) -> None:
     named, plain = parameters(), parameters()
     optimizer = build("adamw8bit", named)
     run(optimizer, named, range(1, 6))
@@ -256,15 +256,3 @@ def test_eight_bits_stay_near_float32_in_a_quarter_of_the_memory() -> None:
     start = parameters()["layer.weight"]
     moved, expected = big.detach() - start.detach(), plain["layer.weight"].detach() - start.detach()
     assert torch.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.97
-
-
-@pytest.mark.slow
-def test_eight_bits_where_bitsandbytes_is_installed() -> None:
-    """This file's tests of adamw8bit, in a process that has the package."""
-    sdks = Path(os.environ.get("TUNEWRIGHT_SDKS") or Path(__file__).parents[2] / ".sdks")
-    place = next(sdks.glob("bitsandbytes-*"), None)
-    if place is None:
-        pytest.skip("bitsandbytes is not installed: run `make sdks`")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "adamw8bit or eight_bits_stay", __file__]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(place)}, capture_output=True, text=True)
-    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:]

@@ -34,11 +34,10 @@ from tunewright.train.describe import describe
 from tunewright.train.fast import PLAIN, choose_path
 from tunewright.tuners import TUNERS
 
-pytestmark = pytest.mark.usefixtures("bitsandbytes")
+# the package is not in the environment of the default tests
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("bitsandbytes")]
 WORKING = [name for name in TUNERS if TUNERS.load(name).card.works_on_nf4]
 REFUSED = [name for name in TUNERS if name not in WORKING]
-# the others run with the slow tests; a factor on what a layer reads gets its gradient through the layer
-IN_TURN = [name if name == "ia3" else pytest.param(name, marks=pytest.mark.slow) for name in WORKING]
 IDS = torch.tensor([[5, 17, 300, 41, 8, 77, 12, 250]])
 GROUPS = groups_for(SFT.card)
 # appendix E of arXiv 2305.14314
@@ -148,7 +147,7 @@ def sft_loss(model: nn.Module) -> Tensor:
     return SFT(SFT.Options())(Policy(model), batch)["loss"].total / batch.weights_T.sum()
 
 
-@pytest.mark.parametrize("name", IN_TURN)
+@pytest.mark.parametrize("name", WORKING)
 def test_a_tuner_that_says_so_works_over_nf4(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     """It starts as the base, is the base when off, trains all it should, learns, comes back, and can be folded in."""
     base = logits(load(tiny_model_dir))
@@ -185,7 +184,7 @@ def test_a_tuner_that_says_so_works_over_nf4(name: str, tiny_model_dir: Path, tm
         torch.testing.assert_close(logits(merged), after, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", IN_TURN)
+@pytest.mark.parametrize("name", WORKING)
 def test_gradients_are_those_over_the_decoded_base(name: str, tiny_model_dir: Path) -> None:
     """Of every trained parameter, also through all layers above it, against the same tuner over plain layers."""
     found = []
@@ -231,7 +230,7 @@ def of_bitsandbytes(folder: Path, name: str) -> Any:
     return model.train()
 
 
-@pytest.mark.parametrize("name", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CODINGS)
 def test_loss_and_gradients_are_those_of_peft_and_bitsandbytes(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     tuner = instance(TUNERS, "lora")
     model = tuner.attach(load(tiny_model_dir, name), 0)
@@ -258,20 +257,18 @@ def test_loss_and_gradients_are_those_of_peft_and_bitsandbytes(name: str, tiny_m
 
 
 def test_a_tuner_that_trains_the_base_is_refused_before_anything_is_loaded() -> None:
-    described = describe()
     for name in REFUSED:
         raw = {"model": "tiny", "training_file": "t", "tuner": name}
         for quantization in ("nf4", "int8"):
             with pytest.raises(SpecError, match=f"tuner '{name}' trains weights of the base itself; use .* lora"):
-                check_parts(parse_spec({**raw, "quantization": quantization}), described)
-        check_parts(parse_spec({**raw, "quantization": "none"}), described)
+                check_parts(parse_spec({**raw, "quantization": quantization}), describe())
+        check_parts(parse_spec({**raw, "quantization": "none"}), describe())
 
 
 def test_without_the_package_it_is_refused(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> None:
-    described = describe()
     monkeypatch.setattr("tunewright.core.spec.find_spec", lambda name: None)
     with pytest.raises(SpecError, match=r"needs the package bitsandbytes.*pip install bitsandbytes"):
-        check_parts(parse_spec({"model": "tiny", "training_file": "t", "quantization": "nf4"}), described)
+        check_parts(parse_spec({"model": "tiny", "training_file": "t", "quantization": "nf4"}), describe())
     monkeypatch.setattr("tunewright.ops.quant.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         load(tiny_model_dir)
@@ -326,7 +323,6 @@ def test_a_model_without_such_layers_says_so(tmp_path: Path, tiny_model_dir: Pat
         load(folder)
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f != "gpt2"])
 @pytest.mark.parametrize("name", CODINGS)
@@ -356,8 +352,8 @@ def base(tiny_home: Home) -> Home:
     return tiny_home
 
 
-JOBS = [pytest.param("lora", coding, marks=pytest.mark.slow) for coding in CODINGS]
-JOBS += [pytest.param(n, "nf4", marks=[pytest.mark.slow, pytest.mark.nightly]) for n in WORKING if n != "lora"]
+JOBS: list[Any] = [("lora", coding) for coding in CODINGS]
+JOBS += [pytest.param(n, "nf4", marks=pytest.mark.nightly) for n in WORKING if n != "lora"]
 
 
 @pytest.mark.parametrize(("tuner", "quantization"), JOBS)
@@ -378,7 +374,6 @@ def test_a_job_over_a_quantised_base_resumes_exactly(base: Home, tuner: str, qua
     assert story(stopped) == story(golden) and weights(stopped) == weights(golden)
 
 
-@pytest.mark.slow
 def test_any_cut_of_a_step_is_the_step(base: Home) -> None:
     whole = new_run(base, "lora", quantization="nf4")
     cut = new_run(base, "lora", quantization="nf4", micro_batch_tokens=1)
@@ -388,7 +383,6 @@ def test_any_cut_of_a_step_is_the_step(base: Home) -> None:
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tuner", ["lora", "dora", "houlsby", "bitfit"])
 def test_the_result_is_served_over_the_unquantised_base(
     base: Home, tuner: str, with_artefact: Callable[[Path, Path], Any]
@@ -419,7 +413,6 @@ def with_artefact() -> Callable[[Path, Path], Any]:
     return opened
 
 
-@pytest.mark.slow
 def test_a_job_goes_on_from_an_adapter_that_was_trained_so(base: Home) -> None:
     first = new_run(base, "lora", quantization="nf4", learning_rate_multiplier=5)
     attempt(first, base)
@@ -434,7 +427,6 @@ def test_a_job_goes_on_from_an_adapter_that_was_trained_so(base: Home) -> None:
     assert story(over)[0][1] != pytest.approx(story(plain)[0][1], abs=1e-5)
 
 
-@pytest.mark.slow
 def test_auto_becomes_nf4_in_a_job_that_would_not_fit(base: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     n = stored_parameters(base.models / "tiny")
     monkeypatch.setattr(room, "room_left", lambda limit: 2.2 * n)

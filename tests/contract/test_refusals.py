@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from job_kit import attempt
+from job_kit import attempt, checked
 from test_selected_jobs import base, new_run  # noqa: F401 a fixture
 
 import tiny
 from tunewright.core.errors import SpecError
 from tunewright.core.home import Home
-from tunewright.core.spec import check_parts, parse_spec
+from tunewright.core.spec import parse_spec
 from tunewright.models.heads import Head
 from tunewright.models.loader import bare_model, load_model
 from tunewright.train import run as train_run
-from tunewright.train.describe import describe
 from tunewright.train.run import part
 from tunewright.tuners import TUNERS
 
@@ -32,12 +32,6 @@ REFUSED: dict[str, dict[str, str]] = {
 LABELS = Head("classify", ("no", "yes", "other"))
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("families")
-    return {family: tiny.build_family(root / family, family, tiny_model_dir) for family in REFUSED}
-
-
 def head_of(family: str) -> Head | None:
     return LABELS if tiny.FAMILIES[family][2] == "classify" else None
 
@@ -45,10 +39,10 @@ def head_of(family: str) -> Head | None:
 @pytest.mark.parametrize("family", [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in REFUSED])
 @pytest.mark.parametrize("name", list(TUNERS))
 def test_what_is_refused_without_weights_is_what_cannot_be_attached(
-    folders: dict[str, Path], family: str, name: str
+    built: Callable[[str], Path], family: str, name: str
 ) -> None:
     tuner: Any = part(TUNERS, parse_spec({"model": "m", "training_file": "f", "tuner": name}).tuner)
-    bare = bare_model(folders[family], head_of(family))
+    bare = bare_model(built(family), head_of(family))
     assert all(p.device.type == "meta" for p in bare.parameters())
     said = REFUSED[family].get(name)
     if said is None:
@@ -58,7 +52,7 @@ def test_what_is_refused_without_weights_is_what_cannot_be_attached(
         tuner.refuse(bare)
     with pytest.raises(SpecError, match=said):
         part(TUNERS, parse_spec({"model": "m", "training_file": "f", "tuner": name}).tuner).attach(
-            load_model(folders[family], head=head_of(family)), 0
+            load_model(built(family), head=head_of(family)), 0
         )
 
 
@@ -98,7 +92,8 @@ def test_a_job_says_so_before_it_loads(
     ],
 )
 def test_what_the_tables_know_is_said_before_there_is_a_run(
-    bitsandbytes: Path, fields: dict[str, Any], said: str
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], said: str
 ) -> None:
+    monkeypatch.setattr("tunewright.core.spec.find_spec", lambda name: name)  # as if bitsandbytes were there
     with pytest.raises(SpecError, match=said):
-        check_parts(parse_spec({"model": "m", "training_file": "f", **fields}), describe())
+        checked({"model": "m", "training_file": "f", **fields})

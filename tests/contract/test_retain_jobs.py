@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from job_kit import attempt, stop_after, weights
+from job_kit import attempt, checked, stop_after, weights
 
 import tiny
 from tunewright.core.durable import read_json
 from tunewright.core.errors import DataError, Interrupted, SpecError
 from tunewright.core.home import Home
 from tunewright.core.run import Run
-from tunewright.core.spec import check_parts, extra_files, parse_spec
+from tunewright.core.spec import extra_files
 from tunewright.jobs.prepare import create_run
-from tunewright.train.describe import describe
 
 ALL = [
     {"name": "replay", "file": "old.jsonl", "share": 0.5},
@@ -45,7 +43,7 @@ def new_run(home: Home, **spec: Any) -> Run:
         "model": "tiny", "training_file": "train.jsonl", "dtype": "float32", "threads": 1, "seed": 1, "path": "plain",
         "n_epochs": 2, "batch_size": 5, "tuner": {"name": "lora", "r": 4}, "retain": ALL,
     }  # fmt: skip
-    made = check_parts(parse_spec({**fields, **spec}), describe())
+    made = checked({**fields, **spec})
     more = {role: home.root / file for role, file in extra_files(made).items()}
     return create_run(home, made, train_path=home.root / "train.jsonl", more=more)
 
@@ -128,13 +126,9 @@ def test_classes_of_all_mixed_files_and_retained_rows_with_labels(home: Home) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuner", ["lora", pytest.param("full", marks=pytest.mark.nightly)])
-def test_the_fast_path_gives_the_same_terms(
-    tuner: str, kernels: Any, pytestconfig: pytest.Config, tmp_path: Path
-) -> None:
+def test_the_fast_path_gives_the_same_terms(tuner: str, kernels: Any, tmp_path: Path) -> None:
     """Penalties act on parameters; replay and KL ask for token_stats and divergence only."""
     tiny_home = Home(tmp_path / "fast").ensure()
-    compiled = pytestconfig.rootpath / ".pytest_cache" / "kernels"
-    shutil.copytree(compiled, tiny_home.cache / "kernels", dirs_exist_ok=True)
     tiny.install_tiny_model(tiny_home.root, "tiny", built=tiny.build_tiny_model(tmp_path / "m", **tiny.TILED))
     for name, n in (("train", 18), ("old", 7)):
         tiny.write_rows(tiny_home.root / f"{name}.jsonl", tiny.sft_rows(n))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from job_kit import attempt, stop_after, weights
+from job_kit import attempt, checked, stop_after, weights
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -19,10 +19,9 @@ from tunewright.core.durable import read_json
 from tunewright.core.errors import DataError, Interrupted, SpecError
 from tunewright.core.home import Home
 from tunewright.core.run import Run, read_artefact
-from tunewright.core.spec import check_parts, extra_files, parse_spec
+from tunewright.core.spec import extra_files
 from tunewright.data.rendered import StoredGroups
 from tunewright.jobs.prepare import create_run
-from tunewright.train.describe import describe
 
 Rows = list[dict[str, Any]]
 
@@ -63,7 +62,7 @@ def new_run(home: Home, rows: Rows, valid: Rows | None = None, more: dict[str, R
         "model": "tiny", "training_file": "train", "validation_file": "valid" if valid else None, "dtype": "float32",
         "threads": 1, "seed": 1, "n_epochs": 2, "batch_size": 4, "path": "plain", "tuner": {"name": "lora", "r": 4},
     }  # fmt: skip
-    made = check_parts(parse_spec({**fields, **spec}), describe())
+    made = checked({**fields, **spec})
     others = {role: paths[file] for role, file in extra_files(made).items()}
     return create_run(home, made, train_path=paths["train"], validation_path=paths.get("valid"), more=others)
 

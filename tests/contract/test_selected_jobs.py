@@ -7,18 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from job_kit import attempt, stop_after, weights
+from job_kit import attempt, checked, stop_after, weights
 from transformers import AutoModelForCausalLM
 
 import tiny
 from tunewright.core.errors import Interrupted, SpecError, TunewrightError
 from tunewright.core.home import Home
 from tunewright.core.run import Run, read_artefact
-from tunewright.core.spec import check_parts, parse_spec
 from tunewright.engine.engine import Engine
 from tunewright.engine.request import parse_request
 from tunewright.jobs.prepare import create_run
-from tunewright.train.describe import describe
 from tunewright.tuners.delta import merge_delta, read_delta
 
 TUNERS: dict[str, dict[str, Any]] = {
@@ -46,7 +44,7 @@ def new_run(home: Home, name: str, **spec: Any) -> Run:
         "n_epochs": 2, "batch_size": 5, "tuner": {"name": name, **TUNERS.get(name, {})},
         "optimizer": {"name": "adamw", "weight_decay": 0.1},
     }  # fmt: skip
-    return create_run(home, check_parts(parse_spec({**fields, **spec}), describe()), train_path=train)
+    return create_run(home, checked({**fields, **spec}), train_path=train)
 
 
 def story(run: Run) -> list[tuple[Any, ...]]:

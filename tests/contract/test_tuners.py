@@ -248,10 +248,12 @@ def test_the_artefact_opens_without_us(name: str, tiny_model_dir: Path, tmp_path
         assert record["base_model_name_or_path"] == str(tiny_model_dir)
 
 
-def test_merged_is_adapted(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_merged_is_adapted_or_refused_as_the_card_says(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     tuner, model = shaken(name, tiny_model_dir)
     if not tuner.card.mergeable:
-        pytest.skip("the card says that it cannot be merged")
+        with pytest.raises(SpecError, match="cannot be folded"):
+            tuner.merge()
+        return
     before = logits(model)
     merged = tuner.merge()
     torch.testing.assert_close(logits(merged), before, atol=1e-4, rtol=1e-4)

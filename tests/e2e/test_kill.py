@@ -174,6 +174,19 @@ def test_deltas_and_whole_weights_are_as_exact(machine: Machine, tuner: dict[str
     golden.check({"kill": ["save", 1]}, killed(golden, "save", 1), killed(golden, "pack", 1))
 
 
+def test_answers_of_its_own_are_as_exact(machine: Machine) -> None:
+    """Killed in saves, between steps and at any time, which is mostly while it samples answers."""
+    grader = {
+        "type": "text_similarity", "name": "alike", "evaluation_metric": "fuzzy_match",
+        "input": "{{ sample.output_text }}", "reference": "{{ item.reference_answer }}",
+    }  # fmt: skip
+    part = {"name": "grpo", "grader": grader, "group_size": 4, "max_completion_tokens": 8}
+    golden = Golden(machine, {"objective": part})
+    for moment in range(3):
+        later = {"kill_after": random.Random(f"answers/{moment}").uniform(0.2, 0.9) * golden.seconds}
+        golden.check(killed(golden, ("save", "pack", "save")[moment], moment), later)
+
+
 KILLED_RECIPE = """
 import os, signal, sys
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -46,6 +47,53 @@ def test_dpo_by_hand(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert len(steps) == 6 and steps[0] == ("0.6931", "0.0000")
     assert float(steps[-1][0]) < 0.6 and float(steps[-1][1]) > 0.2
     assert (out / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_rlaif_by_hand(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The rule labels the sampled pairs, and the adapter that it leaves prefers the shorter answers."""
+    prompts = [{"prompt": f"Question {i}: what colour is {tiny.THINGS[i % 8]}?"} for i in range(24)]
+    data, out = tiny.write_rows(tmp_path / "prompts.jsonl", prompts), tmp_path / "adapter"
+    options = ("--tokens", "12", "--epochs", "3", "--rate", "1e-3", "--out", out)
+    said = run("rlaif.py", tmp_path, tiny_model_dir, data, *options)
+    pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    assert f"{len(pairs)} of 24 pairs judged" in said and len(pairs) >= 8
+    for row in pairs:
+        assert len(row["preferred_output"][0]["content"]) < len(row["non_preferred_output"][0]["content"])
+    steps = re.findall(r"^epoch \d: loss ([\d.]+), margin (-?[\d.]+)$", said, re.MULTILINE)
+    assert steps[0] == ("0.6931", "0.0000") and float(steps[-1][1]) > 0.1
+    assert (out / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_grpo_by_hand(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The mean reward rises: answers come to hold the letter that is asked for."""
+    rows = [{"messages": row["messages"][:2], "wanted": "a"} for row in tiny.sft_rows(8)]
+    data, out = tiny.write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "adapter"
+    grader = tmp_path / "grader.json"
+    texts = {"input": "{{ sample.output_text }}", "reference": "{{ item.wanted }}"}
+    grader.write_text(json.dumps({"type": "string_check", "name": "a", "operation": "ilike", **texts}))
+    args = ("--steps", "15", "--tokens", "8", "--rate", "1e-2", "--out", out)
+    said = run("grpo.py", tmp_path, tiny_model_dir, data, grader, *args)
+    rewards = [float(x) for x in re.findall(r"^step \d+: mean reward ([\d.]+)", said, re.MULTILINE)]
+    assert len(rewards) == 15 and sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1
+    assert (out / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_rlhf_as_one_job(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The three stages run, and the reward model scores what the first and the last of them answer."""
+    prompts = [{"prompt": f"Question {i}: what colour is {tiny.THINGS[i % 8]}?"} for i in range(24)]
+    rows = {"chats": tiny.sft_rows(16), "pairs": tiny.pair_rows(16), "prompts": prompts[:16], "held_out": prompts[16:]}
+    files = [tiny.write_rows(tmp_path / f"{name}.jsonl", some) for name, some in rows.items()]
+    said = run("rlhf.py", tmp_path, tiny_model_dir, *files, "--batch", "4", "--tokens", "8")
+    assert re.findall(r"^Stage (\d) of 3, '(\w+)',", said, re.MULTILINE) == [
+        ("1", "sft"),
+        ("2", "reward"),
+        ("3", "ppo"),
+    ]
+    scores = re.findall(r"^(\w+) (ft:\S+): mean score -?[\d.]+ on 8 held-out prompts$", said, re.MULTILINE)
+    assert [what for what, _ in scores] == ["supervised", "PPO"] and scores[0][1] != scores[1][1]
 
 
 def mean_loss(folder: Path, adapter: Path | None = None) -> float:

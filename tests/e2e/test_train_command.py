@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ COMMAND = [sys.executable, "-m", "tunewright.cli.main"]
 
 
 @pytest.fixture
-def env(tiny_home: Home) -> dict[str, str]:
+def env(tiny_home: Home, described: Path) -> dict[str, str]:
+    shutil.copy(described, tiny_home.cache)
     return {**os.environ, "TUNEWRIGHT_HOME": str(tiny_home.root), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 

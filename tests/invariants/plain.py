@@ -1,4 +1,5 @@
-"""The independent reference: transformers and peft used plainly, with padding, attention masks and labels of -100."""
+"""The independent reference: transformers and peft used plainly, with padding, attention masks and labels of -100; and
+our side of the comparison: models to compare, a step of them."""
 
 from __future__ import annotations
 
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tunewright.core.example import Example, Group
+from tunewright.models.fast_llama import FastLlama
+from tunewright.models.fast_serves import why_not
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.objectives.sft import SFT
+from tunewright.ops.kernels import Kernels
 from tunewright.ops.packing import pack
 from tunewright.tuners.base import Tuner
 from tunewright.tuners.lora import LoRA
@@ -66,6 +70,30 @@ def lora(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> tu
             if "lora_B" in k:
                 p.add_(0.02 * torch.randn(p.shape, generator=g))
     return tuner, model
+
+
+def shake(tuner: Tuner, folder: Path, size: float) -> nn.Module:
+    """The model with the tuner attached, and all that is trained away from where it started."""
+    model = tuner.attach(load_model(folder), 0)
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in tuner.trainable().values():
+            p.add_(size * torch.randn(p.shape, generator=g))
+    return model
+
+
+def give_biases(model: nn.Module) -> None:
+    """transformers starts biases at zero, where leaving them out would not be seen."""
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.add_(torch.randn(p.shape, generator=g))
+
+
+def fast(model: nn.Module, kernels: Kernels, dtype: torch.dtype = torch.float32) -> Policy:
+    assert why_not(model, dtype) is None
+    return Policy(model, None if dtype == torch.float32 else dtype, fast=FastLlama(model, dtype, kernels))
 
 
 def assert_relative(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:

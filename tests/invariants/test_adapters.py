@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from loop_kit import losses, make_groups, make_parts, resumed_is
 from peft import PeftModel
-from plain import assert_relative, plain_loss, plain_model, step
-from test_loop import losses, make_groups, make_parts, weights_hash
+from plain import assert_relative, plain_loss, plain_model, shake, step
 from torch import nn
 
 import engine_kit as kit
-from tunewright.core.errors import Interrupted, SpecError
+from tunewright.core.errors import SpecError
 from tunewright.core.home import Home
 from tunewright.core.spec import Part as Chosen
 from tunewright.engine.engine import Engine
@@ -24,8 +25,8 @@ from tunewright.models.fast_serves import why_not
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
 from tunewright.ops.kernels import Kernels
-from tunewright.train.checkpoint import State, load_newest
-from tunewright.train.loop import train
+from tunewright.train.checkpoint import State
+from tunewright.train.loop import Parts, train
 from tunewright.train.run import row
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
@@ -70,12 +71,7 @@ def make(name: str, **options: Any) -> Tuner:
 
 def shaken(name: str, folder: Path, size: float = 0.05) -> tuple[Tuner, nn.Module]:
     tuner = make(name)
-    model = tuner.attach(load_model(folder), 0)
-    g = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in tuner.trainable().values():
-            p.add_(size * torch.randn(p.shape, generator=g))
-    return tuner, model
+    return tuner, shake(tuner, folder, size)
 
 
 def test_no_adapter_is_left_out() -> None:
@@ -105,63 +101,56 @@ def test_loss_and_gradients_are_peft_s(name: str, tiny_model_dir: Path, tmp_path
     assert_relative({k: g + of_penalty[k] for k, g in grads.items()}, theirs, 1e-4)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Callable[[str], Parts]:
+    """trained(name) -> the parts of an uninterrupted training with that tuner, which changed nothing else."""
+
+    @cache
+    def run(name: str) -> Parts:
+        parts = make_parts(tmp_path_factory.mktemp(name), tiny_model_dir, tuner=make(name))
+        own = {id(p) for p in parts.tuner.trainable().values()}
+        rest = {k: p.clone() for k, p in parts.policy.model.named_parameters() if id(p) not in own}
+        train(parts, State())
+        now = dict(parts.policy.model.named_parameters())
+        assert all(torch.equal(p, now[k]) for k, p in rest.items())
+        return parts
+
+    return run
+
+
 @by_default("adalora", "dylora")
-@pytest.mark.parametrize("budget", [40])
-def test_any_cut_of_a_step_is_the_same_step(tmp_path: Path, tiny_model_dir: Path, name: str, budget: int) -> None:
-    whole = make_parts(tmp_path / "a", tiny_model_dir, tuner=make(name))
-    cut = make_parts(tmp_path / "b", tiny_model_dir, tuner=make(name))
-    train(whole, State())
-    train(replace(cut, plan=replace(cut.plan, micro_batch_tokens=budget)), State())
-    for a, b in zip(losses(whole), losses(cut), strict=True):
+def test_any_cut_of_a_step_is_the_same_step(
+    trained: Callable[[str], Parts], tmp_path: Path, tiny_model_dir: Path, name: str
+) -> None:
+    cut = make_parts(tmp_path, tiny_model_dir, tuner=make(name))
+    train(replace(cut, plan=replace(cut.plan, micro_batch_tokens=40)), State())
+    for a, b in zip(losses(trained(name)), losses(cut), strict=True):
         assert a == pytest.approx(b, abs=2e-5)
 
 
 @by_default("adalora", "dylora", "p_tuning")
-def test_resume_is_exact_and_only_what_is_trained_changes(tmp_path: Path, tiny_model_dir: Path, name: str) -> None:
-    golden = make_parts(tmp_path / "golden", tiny_model_dir, tuner=make(name))
-    trained = {id(p) for p in golden.tuner.trainable().values()}
-    rest = {k: p.clone() for k, p in golden.policy.model.named_parameters() if id(p) not in trained}
-    train(golden, State())
-    now = dict(golden.policy.model.named_parameters())
-    assert all(torch.equal(p, now[k]) for k, p in rest.items())
-    stopped = make_parts(tmp_path / "stopped", tiny_model_dir, stop=after(3), tuner=make(name))
-    with pytest.raises(Interrupted):
-        train(stopped, State())
-    again = make_parts(tmp_path / "stopped", tiny_model_dir, attempt=2, tuner=make(name))
-    state, _ = load_newest(again.run, again.tuner, again.optimizer, again.events)
-    assert 0 < state.step < again.plan.total_steps
-    again.events.write("resumed", "", {"step": state.step})
-    train(again, state)
-    assert losses(again) == losses(golden)
-    assert weights_hash(again) == weights_hash(golden)
-
-
-def after(n: int) -> Callable[[], bool]:
-    """Becomes true when it was asked more than n times."""
-    asked: list[None] = []
-
-    def stop() -> bool:
-        asked.append(None)
-        return len(asked) > n
-
-    return stop
+def test_resume_is_exact_and_only_what_is_trained_changes(
+    trained: Callable[[str], Parts], tmp_path: Path, tiny_model_dir: Path, name: str
+) -> None:
+    resumed_is(trained(name), lambda **more: make_parts(tmp_path, tiny_model_dir, tuner=make(name), **more))
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Path]:
-    root = tmp_path_factory.mktemp("served")
-    model = kit.make_model(root / "model")
-    return Engine(kit.make_home(root / "home", model), dtype="float32", threads=1), model
+def engine(lively_home: Home) -> Engine:
+    return Engine(lively_home, dtype="float32", threads=1)
 
 
 @by_default("houlsby")
-def test_each_is_served_beside_its_base(served: tuple[Engine, Path], tmp_path: Path, name: str) -> None:
+def test_each_is_served_beside_its_base(engine: Engine, model_dir: Path, tmp_path: Path, name: str) -> None:
     """Greedy answers are those of transformers over the same files, and the base's stay its own."""
-    engine, model = served
-    shaken(name, model, 0.2)[0].save(tmp_path, kit.BASE)
+    shaken(name, model_dir, 0.2)[0].save(tmp_path, kit.BASE)
     kit.write_artefact(tmp_path, "adapter", kit.BASE)
-    base = kit.hf_model(model)
-    net = insert_saved(kit.hf_model(model), tmp_path) if is_bottleneck(tmp_path) else kit.hf_adapted(model, tmp_path)
+    base = kit.hf_model(model_dir)
+    net = (
+        insert_saved(kit.hf_model(model_dir), tmp_path)
+        if is_bottleneck(tmp_path)
+        else kit.hf_adapted(model_dir, tmp_path)
+    )
     prompts = [kit.random_prompt(n, n) for n in (5, 40)]
     asked = [kit.ask(p, 20, artefact=str(tmp_path)) for p in prompts] + [kit.ask(p, 20) for p in prompts]
     wanted = [kit.reference(m, p, 20) for m in (net, base) for p in prompts]

@@ -21,16 +21,6 @@ EMBEDDING, NORM, UP = "model.embed_tokens.weight", "model.norm.weight", "model.l
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return kit.make_model(tmp_path_factory.mktemp("lively") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Home:
-    return kit.make_home(tmp_path_factory.mktemp("engine") / "home", model_dir)
-
-
-@pytest.fixture(scope="module")
 def artefacts(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, Path]:
     """Random deltas of each kind, strong enough to change the answers, and a LoRA adapter."""
     g = torch.Generator().manual_seed(0)
@@ -61,8 +51,10 @@ def reference(model_dir: Path, artefact: Path | None, prompt: list[int]) -> list
     return kit.reference(model, prompt, 16)
 
 
-def test_deltas_base_and_adapters_answer_side_by_side(home: Home, model_dir: Path, artefacts: dict[str, Path]) -> None:
-    engine = Engine(home, dtype="float32", threads=1)
+def test_deltas_base_and_adapters_answer_side_by_side(
+    lively_home: Home, model_dir: Path, artefacts: dict[str, Path]
+) -> None:
+    engine = Engine(lively_home, dtype="float32", threads=1)
     prompts = [kit.random_prompt(9, seed) for seed in range(2)]
     asked = [(p, a) for p in prompts for a in (None, *artefacts.values())]
     requests = [kit.ask(p, 16, **({} if a is None else {"artefact": str(a)})) for p, a in asked]
@@ -82,9 +74,9 @@ def held(net: Any) -> dict[str, int]:
 @pytest.mark.parametrize("first", ["base", "delta"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_a_delta_does_not_change_lies_in_memory_once(
-    home: Home, artefacts: dict[str, Path], first: str, dtype: str
+    lively_home: Home, artefacts: dict[str, Path], first: str, dtype: str
 ) -> None:
-    engine = Engine(home, dtype=dtype, threads=1, limits=Limits(max_models=8))
+    engine = Engine(lively_home, dtype=dtype, threads=1, limits=Limits(max_models=8))
     requests = [{}, *({"artefact": str(artefacts[name])} for name in ("biases", "whole", "sparse"))]
     for extra in requests if first == "base" else requests[::-1]:
         kit.answer(engine, kit.ask([5, 6, 7], 2, **extra))
@@ -104,8 +96,8 @@ def test_what_a_delta_does_not_change_lies_in_memory_once(
     assert own["sparse"] == {"model.embed_tokens", "lm_head"}
 
 
-def test_a_damaged_delta_is_one_clear_error(home: Home, artefacts: dict[str, Path], tmp_path: Path) -> None:
-    engine = Engine(home, dtype="float32", threads=1)
+def test_a_damaged_delta_is_one_clear_error(lively_home: Home, artefacts: dict[str, Path], tmp_path: Path) -> None:
+    engine = Engine(lively_home, dtype="float32", threads=1)
     save_delta(tmp_path, kit.BASE, {"model.nothing": Piece(WHOLE, (3,), torch.zeros(3))})
     kit.write_artefact(tmp_path, "delta", kit.BASE)
     log = kit.run_all(engine, [kit.ask([5], 2, artefact=str(tmp_path))])[0]

@@ -26,19 +26,9 @@ CHAT = [{"role": "user", "content": "Question 3: what colour is the sea? Think w
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return kit.make_model(tmp_path_factory.mktemp("lively") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Home:
-    return kit.make_home(tmp_path_factory.mktemp("engine") / "home", model_dir)
-
-
-@pytest.fixture(scope="module")
-def engine(home: Home) -> Engine:
+def engine(lively_home: Home) -> Engine:
     """Small chunks, so that prompts are computed in several pieces."""
-    return Engine(home, dtype="float32", threads=1, limits=Limits(chunk_tokens=64))
+    return Engine(lively_home, dtype="float32", threads=1, limits=Limits(chunk_tokens=64))
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +59,29 @@ def test_greedy_is_generate(engine: Engine, base: Any, length: int) -> None:
     assert len(set(wanted)) > 5 or len(wanted) < 10  # a model that repeats itself would prove nothing
 
 
+@pytest.mark.parametrize("at_once", [2, 16])
+def test_a_requests_choices_share_its_prompt(home: Home, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They say the same as with a prompt for each; and of the prompt, only the last token is computed for each."""
+    asked = {**kit.ask(kit.random_prompt(150, 3), 6), "n": 5, "temperature": 1.0, "seed": 7, "logit_bias": {2: -100}}
+    computed, compute = [], Engine._compute
+
+    def counted(engine: Engine, model: Any, work: list[tuple[Any, int]]) -> None:
+        computed.append(sum(n for _, n in work))
+        compute(engine, model, work)
+
+    monkeypatch.setattr(Engine, "_compute", counted)
+    limits = Limits(chunk_tokens=64, max_running=at_once)
+    texts, tokens = [], []
+    for _ in range(2):
+        said = Engine(home, dtype="float32", threads=1, limits=limits).generate(parse_request(asked))
+        texts.append([c["text"] for c in said["choices"]])
+        tokens.append(sum(computed))
+        computed.clear()
+        monkeypatch.setattr(Engine, "_share_prompts", lambda engine: None)
+    assert texts[0] == texts[1] and len(set(texts[0])) > 1
+    assert tokens == [5 * (150 + 5) - 4 * 149, 5 * (150 + 5)]
+
+
 def test_an_answer_that_grows_through_the_pools_is_generate(engine: Engine, base: Any) -> None:
     """No end token is allowed, so the answer moves through pools of 128, 256 and 512."""
     prompt = kit.random_prompt(5, 1)
@@ -82,8 +95,8 @@ def test_an_answer_that_grows_through_the_pools_is_generate(engine: Engine, base
     assert len(wanted) == 270 and log[-1]["choices"][0]["finish_reason"] == "length"
 
 
-def test_a_chat_is_generate_on_the_rendered_template(engine: Engine, base: Any, home: Home) -> None:
-    tokenizer = Tokenizer.load(home.models / kit.BASE)
+def test_a_chat_is_generate_on_the_rendered_template(engine: Engine, base: Any, lively_home: Home) -> None:
+    tokenizer = Tokenizer.load(lively_home.models / kit.BASE)
     prompt = tokenizer.encode_chat(CHAT)
     log = kit.run_all(engine, [{"base": kit.BASE, "messages": CHAT, "temperature": 0.0, "max_tokens": 30}])[0]
     wanted = kit.reference(base, prompt, 30)
@@ -197,10 +210,10 @@ def test_n_choices(engine: Engine) -> None:
     assert log[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 100, "total_tokens": 103}
 
 
-def test_streamed_is_whole(engine: Engine, home: Home) -> None:
+def test_streamed_is_whole(engine: Engine, lively_home: Home) -> None:
     """Hot sampling of a random model: broken characters, special tokens, everything."""
     requests = [kit.ask([9, i], 60, temperature=2.0, seed=i, n=2, logit_bias={2: -100}) for i in range(8)]
-    decode = Tokenizer.load(home.models / kit.BASE).decode
+    decode = Tokenizer.load(lively_home.models / kit.BASE).decode
     for log in kit.run_all(engine, requests):
         for choice in log[-1]["choices"]:
             i = choice["index"]
@@ -223,7 +236,7 @@ def test_stop_texts_cut_where_they_begin(engine: Engine) -> None:
     assert len(stops) > 20
 
 
-def test_an_end_token_ends(home: Home, base: Any, tmp_path: Path, model_dir: Path) -> None:
+def test_an_end_token_ends(lively_home: Home, base: Any, tmp_path: Path, model_dir: Path) -> None:
     """The 9th token of an answer is declared an end token in generation_config.json, beside the usual one."""
     prompt = kit.random_prompt(9, 5)
     whole = kit.reference(base, prompt, 20)
@@ -233,7 +246,7 @@ def test_an_end_token_ends(home: Home, base: Any, tmp_path: Path, model_dir: Pat
     settings = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [2, end]}))
     wanted = kit.reference(kit.hf_model(folder), prompt, 20)
-    engine = Engine(home, dtype="float32", threads=1)
+    engine = Engine(lively_home, dtype="float32", threads=1)
     ended, cut = kit.run_all(engine, [{**kit.ask(prompt, m), "base": str(folder)} for m in (20, len(wanted))])
     assert kit.tokens(ended) == kit.tokens(cut) == wanted and 0 < len(wanted) < 20
     assert ended[-1]["choices"][0]["finish_reason"] == "stop"
@@ -345,14 +358,14 @@ def test_a_failed_step_fails_its_requests_only(engine: Engine, base: Any, adapte
 
 
 @pytest.mark.slow
-def test_models_and_adapters_make_room(home: Home, adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_models_and_adapters_make_room(lively_home: Home, adapters: dict[str, Path], tmp_path: Path) -> None:
     """With room for one model and one adapter everything is still answered right, in turn."""
     whole = kit.write_artefact(kit.make_model(tmp_path / "result", seed=5), "weights", None)
     sources: list[dict[str, Any]] = [{}, {"artefact": str(whole)}]
     sources += [{"artefact": str(adapters[k])} for k in ("plain", "rank", "dora")]
     requests = [kit.ask(kit.random_prompt(10, i), 12, **sources[i % 5]) for i in range(10)]
-    small = Engine(home, dtype="float32", threads=1, limits=Limits(max_models=1, max_adapters=1))
-    roomy = Engine(home, dtype="float32", threads=1)
+    small = Engine(lively_home, dtype="float32", threads=1, limits=Limits(max_models=1, max_adapters=1))
+    roomy = Engine(lively_home, dtype="float32", threads=1)
     assert [kit.tokens(x) for x in kit.run_all(small, requests)] == [
         kit.tokens(x) for x in kit.run_all(roomy, requests)
     ]
@@ -371,9 +384,9 @@ def test_artefact_decoding_defaults(engine: Engine, tmp_path: Path, model_dir: P
     assert len(kit.answer(engine, {**raw, "max_tokens": 9})) == 9
 
 
-def test_packed_bfloat16_is_bfloat16(home: Home, base: Any) -> None:
+def test_packed_bfloat16_is_bfloat16(lively_home: Home, base: Any) -> None:
     """Packed weights only change the order of sums: the log-probabilities stay within bfloat16's rounding."""
-    engine = Engine(home, dtype="bfloat16", threads=1)
+    engine = Engine(lively_home, dtype="bfloat16", threads=1)
     prompt = kit.random_prompt(40, 6)
     log = kit.run_all(engine, [kit.ask(prompt, 1, logprobs=5, logit_bias={2: -100})])[0]
     with torch.inference_mode():

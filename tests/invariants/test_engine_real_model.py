@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import engine_kit as kit
+import tiny
 from tunewright.core.home import Home
 from tunewright.engine.engine import Engine, Event
-from tunewright.models.loader import materialise
 
-NAME = "smollm2-135m-instruct"
+NAME = tiny.SMOLLM2
 QUESTIONS = (
     "What is the capital of France?",
     "Write a haiku about the sea.",
@@ -24,17 +24,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    return Home(tmp_path_factory.mktemp("real") / "home").ensure()
+def home(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Home:
+    made = Home(tmp_path_factory.mktemp("real") / "home").ensure()
+    (made.models / NAME).symlink_to(smollm2, target_is_directory=True)
+    return made
 
 
 @pytest.fixture(scope="module")
-def folder(home: Home) -> Path:
-    return materialise(NAME, home)
-
-
-@pytest.fixture(scope="module")
-def logs(home: Home, folder: Path) -> list[list[Event]]:
+def logs(home: Home) -> list[list[Event]]:
     """The engine's answers in float32, all computed together."""
     engine = Engine(home, dtype="float32", threads=1)
     return kit.run_all(engine, [request(q) for q in QUESTIONS], spread=3)
@@ -50,10 +47,10 @@ def request(question: str) -> dict[str, Any]:
     }
 
 
-def test_greedy_is_generate(folder: Path, logs: list[list[Event]]) -> None:
+def test_greedy_is_generate(smollm2: Path, logs: list[list[Event]]) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer, net = AutoTokenizer.from_pretrained(folder), kit.hf_model(folder)
+    tokenizer, net = AutoTokenizer.from_pretrained(smollm2), kit.hf_model(smollm2)
     for question, log in zip(QUESTIONS, logs, strict=True):
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from plain import assert_relative, lora, plain_loss, plain_model, rows_to_groups, step
+from plain import assert_relative, fast, give_biases, lora, plain_loss, plain_model, rows_to_groups, step
 from torch import Tensor, nn
 
 import tiny
 from tunewright.core.example import Example, Group
-from tunewright.models.fast_llama import FastLlama
 from tunewright.models.fast_serves import why_not
 from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy
@@ -33,11 +32,6 @@ def groups(tiny_model_dir: Path) -> list[Group]:
     return rows_to_groups(tiny_model_dir, tiny.sft_rows(7))
 
 
-def fast(model: nn.Module, kernels: Kernels, dtype: torch.dtype = torch.float32) -> Policy:
-    assert why_not(model, dtype) is None
-    return Policy(model, None if dtype == torch.float32 else dtype, fast=FastLlama(model, dtype, kernels))
-
-
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "up_proj"], "r": 3}], ids=["all", "some"])
 def test_a_step_is_that_of_transformers_and_peft(
     tiny_model_dir: Path, groups: list[Group], kernels: Kernels, tmp_path: Path, options: dict[str, Any]
@@ -51,15 +45,6 @@ def test_a_step_is_that_of_transformers_and_peft(
     assert loss == pytest.approx(want.item(), abs=1e-5)
     theirs = {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}
     assert_relative(grads, theirs, 1e-4)
-
-
-def give_biases(model: nn.Module) -> None:
-    """transformers starts biases at zero, where leaving them out would not be seen."""
-    g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("bias"):
-                p.add_(torch.randn(p.shape, generator=g))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
@@ -103,6 +88,7 @@ def test_any_cut_of_a_step_is_the_whole_step(tiny_model_dir: Path, groups: list[
         assert_relative(grads, want_grads, 1e-5)
 
 
+@pytest.mark.parametrize("wanted", ["some", "no"])
 @pytest.mark.parametrize("choice", ["none", "full"])
 @pytest.mark.parametrize("kind", ["low rank", "full", "tiles"])
 def test_some_rows_are_those_of_all_rows(
@@ -112,15 +98,19 @@ def test_some_rows_are_those_of_all_rows(
     kernels: Kernels,
     kind: str,
     choice: str,
+    wanted: str,
 ) -> None:
-    """The last layer computes less where few tokens are wanted: first, last and some of both halves of the pack."""
+    """The last layer computes less where few tokens are wanted: first, last and some of both halves of the pack, or
+    none, when a micro-batch has nothing to train on."""
     if kind == "tiles":
-        policy = fast(rounded(request.getfixturevalue("tiled"))[1], kernels, torch.bfloat16)
+        policy = fast(rounded(request.getfixturevalue("tiled"))[0], kernels, torch.bfloat16)
+        assert policy.fast.tiles  # type: ignore[union-attr]
     else:
         policy = fast(full(tiny_model_dir) if kind == "full" else lora(tiny_model_dir)[1], kernels)
     policy.set_checkpointing(choice)
     batch = collate(groups)
-    rows = torch.tensor([0, *range(5, batch.n_tokens - 40, 9), batch.n_tokens - 1])
+    few_rows = [0, *range(5, batch.n_tokens - 40, 9), batch.n_tokens - 1]
+    rows = torch.tensor(few_rows if wanted == "some" else [], dtype=torch.int64)
     g_ND = torch.randn(len(rows), 1, generator=torch.Generator().manual_seed(1))
     found = []
     for some in (True, False):
@@ -425,9 +415,8 @@ def test_hidden_states_that_the_plain_modules_made_take_the_plain_head(
     ],
 )
 def test_the_path_is_chosen_and_told(
-    tiny_model_dir: Path, pytestconfig: pytest.Config, kernels: Kernels, wanted: str, room: float, name: str, why: str
+    tiny_model_dir: Path, kernels: Kernels, wanted: str, room: float, name: str, why: str
 ) -> None:
     _, model = lora(tiny_model_dir)
-    compiled = pytestconfig.rootpath / ".pytest_cache" / "kernels"
-    chosen = choose_path(model, torch.float32, 1, compiled, wanted, room)
+    chosen = choose_path(model, torch.float32, 1, tiny.KERNELS, wanted, room)
     assert (chosen.name, chosen.forward is None) == (name, name == "plain") and why in chosen.why

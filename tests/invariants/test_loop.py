@@ -5,131 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from loop_kit import BATCH, EPOCHS, ROWS, losses, make_parts, resumed_is, weights_hash
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 from tunewright.core import durable
-from tunewright.core.durable import sha256_file
-from tunewright.core.errors import Diverged, Interrupted
-from tunewright.core.events import EventWriter
-from tunewright.core.example import Example, Group
-from tunewright.core.run import Run
-from tunewright.core.spec import parse_spec
-from tunewright.models.loader import load_model
-from tunewright.models.policy import Policy
-from tunewright.objectives.sft import SFT
-from tunewright.ops.noise import neftune
-from tunewright.ops.runtime import choose_dtype
+from tunewright.core.errors import Diverged
 from tunewright.train.checkpoint import State, load_newest
 from tunewright.train.loop import Parts, train
-from tunewright.train.optim import OPTIMIZERS
-from tunewright.train.optim.schedules import Linear
-from tunewright.train.plan import Plan, order, resolve
-from tunewright.tuners.base import Tuner
-from tunewright.tuners.lora import LoRA
-
-EPOCHS, BATCH, ROWS = 2, 4, 10
+from tunewright.train.plan import Plan, order
 
 
-def make_groups(n: int = ROWS) -> list[Group]:
-    """Rows of different lengths, the first third of each not trained."""
-    g = torch.Generator().manual_seed(3)
-    groups = []
-    for i in range(n):
-        length = int(torch.randint(6, 40, (1,), generator=g))
-        ids = torch.randint(5, 300, (length,), generator=g).tolist()
-        groups.append(Group((Example(tuple(ids), tuple(float(k >= length // 3) for k in range(length)), i + 1),)))
-    return groups
-
-
-def make_parts(
-    folder: Path,
-    model_dir: Path,
-    attempt: int = 1,
-    stop: Callable[[], bool] = lambda: False,
-    *,
-    tuner: Tuner | None = None,
-    optimizer: str = "adamw",
-    dropout: float = 0.0,
-    neftune_alpha: float = 0.0,
-    dtype: str = "float32",
-) -> Parts:
-    spec = parse_spec(
-        {
-            "model": "tiny",
-            "training_file": "f",
-            "n_epochs": EPOCHS,
-            "batch_size": BATCH,
-            "seed": 5,
-            "micro_batch_tokens": 64,
-            "save_every_steps": 1,
-            "eval_rows": 2,
-        }
-    )
-    groups = make_groups()
-    tuner = tuner or LoRA(LoRA.Options(r=4, alpha=8, dropout=dropout))
-    torch_dtype = choose_dtype(dtype)
-    model = tuner.attach(load_model(model_dir, torch_dtype), seed=5)
-    plan = resolve(
-        spec,
-        groups,
-        groups[:3],
-        tuner.card,
-        dtype=dtype,
-        threads=1,
-        context=512,
-        parameters=1,
-        trainable=1,
-        versions={},
-    )
-    tuner.begin(plan.total_steps, plan.total_steps // EPOCHS)
-    options = Linear.Options(warmup=2)
-    rule = OPTIMIZERS.load(optimizer)
-    run = Run(folder)
-
-    def write_artefact(place: Path, state: State) -> None:
-        place.mkdir()
-        tuner.save(place, "tiny")
-
-    return Parts(
-        run=run,
-        spec=spec,
-        plan=plan,
-        policy=Policy(
-            model, None if torch_dtype == torch.float32 else torch_dtype, embedding_noise=neftune(model, neftune_alpha)
-        ),
-        tuner=tuner,
-        objective=SFT(SFT.Options()),
-        optimizer=rule.build(tuner.trainable(), plan.learning_rate, rule.Options(weight_decay=0.01)),
-        rate=lambda s: plan.learning_rate * Linear.factor(s, plan.total_steps, options),
-        groups=groups,
-        valid=groups[:3],
-        events=EventWriter(run.attempt(attempt) / "events.jsonl", attempt),
-        write_artefact=write_artefact,
-        stop=stop,
-    )
-
-
-def losses(parts: Parts) -> list[tuple[Any, ...]]:
-    keys = ("step", "train_loss", "train_mean_token_accuracy", "grad_norm", "full_valid_loss")
-    return [tuple(e.data.get(k) for k in keys) for e in parts.run.events() if e.type == "metrics"]
-
-
-def weights_hash(parts: Parts) -> str:
-    last = parts.run.checkpoint(parts.plan.total_steps) / "artefact" / "adapter_model.safetensors"
-    return sha256_file(last)
-
-
-def test_equals_a_plain_transformers_and_peft_loop(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_equals_a_plain_transformers_and_peft_loop(tmp_path: Path, tiny_model_dir: Path, golden: Parts) -> None:
     """Every step's loss to 1e-5: the same rows padded in one batch, labels of -100, transformers' own loss."""
-    parts = make_parts(tmp_path, tiny_model_dir)
-    ours = make_parts(tmp_path / "weights", tiny_model_dir)
-    train(parts, State())
+    parts, ours = golden, make_parts(tmp_path, tiny_model_dir)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config)
     theirs = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -166,11 +61,10 @@ def test_equals_a_plain_transformers_and_peft_loop(tmp_path: Path, tiny_model_di
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
-def test_any_cut_of_a_step_is_the_same_step(tmp_path: Path, tiny_model_dir: Path, budget: int) -> None:
-    whole, cut = make_parts(tmp_path / "a", tiny_model_dir), make_parts(tmp_path / "b", tiny_model_dir)
-    train(whole, State())
+def test_any_cut_of_a_step_is_the_same_step(tmp_path: Path, tiny_model_dir: Path, golden: Parts, budget: int) -> None:
+    cut = make_parts(tmp_path, tiny_model_dir)
     train(replace(cut, plan=replace(cut.plan, micro_batch_tokens=budget)), State())
-    for a, b in zip(losses(whole), losses(cut), strict=True):
+    for a, b in zip(losses(golden), losses(cut), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
 
 
@@ -180,11 +74,9 @@ class Crash(BaseException):
 
 @pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_resume_is_exact_from_a_crash_at_a_file_operation_of_a_save(
-    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, stride: int
+    tmp_path: Path, tiny_model_dir: Path, golden: Parts, monkeypatch: pytest.MonkeyPatch, stride: int
 ) -> None:
     """Stride 1: at every one of them."""
-    golden = make_parts(tmp_path / "golden", tiny_model_dir)
-    train(golden, State())
     expected, weights = losses(golden), weights_hash(golden)
     count = {"n": 0, "at": 0}
     rename, replace_ = os.rename, os.replace
@@ -220,25 +112,8 @@ def test_resume_is_exact_from_a_crash_at_a_file_operation_of_a_save(
     assert points > 10
 
 
-def test_a_stop_saves_and_the_next_attempt_is_exact(tmp_path: Path, tiny_model_dir: Path) -> None:
-    golden = make_parts(tmp_path / "golden", tiny_model_dir)
-    train(golden, State())
-    asked = {"n": 0}
-
-    def stop() -> bool:
-        asked["n"] += 1
-        return asked["n"] > 3
-
-    parts = make_parts(tmp_path / "stopped", tiny_model_dir, stop=stop)
-    with pytest.raises(Interrupted):
-        train(parts, State())
-    again = make_parts(tmp_path / "stopped", tiny_model_dir, attempt=2)
-    state, _ = load_newest(again.run, again.tuner, again.optimizer, again.events)
-    assert 0 < state.step < again.plan.total_steps
-    again.events.write("resumed", "", {"step": state.step})
-    train(again, state)
-    assert losses(again) == losses(golden)
-    assert weights_hash(again) == weights_hash(golden)
+def test_a_stop_saves_and_the_next_attempt_is_exact(tmp_path: Path, tiny_model_dir: Path, golden: Parts) -> None:
+    resumed_is(golden, partial(make_parts, tmp_path, tiny_model_dir))
 
 
 def test_divergence_fails_with_the_rows(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -2,58 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_loop import losses, make_parts, weights_hash
+from loop_kit import losses, make_parts, resumed_is
 
-from tunewright.core.errors import Interrupted
 from tunewright.models.policy import Policy
 from tunewright.ops import noise
 from tunewright.ops.packing import collate
 from tunewright.train import scaling
-from tunewright.train.checkpoint import State, load_newest
-from tunewright.train.loop import train
+from tunewright.train.checkpoint import State
+from tunewright.train.loop import Parts, train
 
 BOTH = {"dropout": 0.3, "neftune_alpha": 5.0}
 NOISES = [BOTH, *(pytest.param({name: BOTH[name]}, marks=pytest.mark.slow) for name in BOTH)]
 
 
 @pytest.mark.parametrize("options", NOISES)
-def test_any_cut_of_a_step_is_the_same_step(tmp_path: Path, tiny_model_dir: Path, options: dict[str, Any]) -> None:
+def test_any_cut_of_a_step_is_the_same_step(
+    tmp_path: Path, tiny_model_dir: Path, golden: Parts, options: dict[str, Any]
+) -> None:
     whole, cut = (make_parts(tmp_path / name, tiny_model_dir, **options) for name in "ab")
     train(replace(whole, plan=replace(whole.plan, micro_batch_tokens=10_000)), State())
     train(replace(cut, plan=replace(cut.plan, micro_batch_tokens=1)), State())
     for a, b in zip(losses(whole), losses(cut), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
-    still = make_parts(tmp_path / "c", tiny_model_dir)
-    train(still, State())
-    assert losses(still)[-1] != pytest.approx(losses(whole)[-1], abs=1e-4)
+    assert losses(golden)[-1] != pytest.approx(losses(whole)[-1], abs=1e-4)
 
 
 def resumed_is_whole(folder: Path, model: Path, **options: Any) -> None:
-    """Stopped after three steps and continued: the same losses and weights, bit for bit."""
     golden = make_parts(folder / "golden", model, **options)
     train(golden, State())
-    parts = make_parts(folder / "stopped", model, stop=after(3), **options)
-    with pytest.raises(Interrupted):
-        train(parts, State())
-    again = make_parts(folder / "stopped", model, attempt=2, **options)
-    state, _ = load_newest(again.run, again.tuner, again.optimizer, again.events)
-    assert 0 < state.step < again.plan.total_steps
-    again.events.write("resumed", "", {"step": state.step})
-    train(again, state)
-    assert losses(again) == losses(golden)
-    assert weights_hash(again) == weights_hash(golden)
-
-
-def after(n: int) -> Callable[[], bool]:
-    asked = iter(range(10**6))
-    return lambda: next(asked) >= n
+    resumed_is(golden, partial(make_parts, folder / "stopped", model, **options))
 
 
 @pytest.mark.slow
@@ -97,15 +81,11 @@ def test_validation_and_a_look_at_the_reference_have_no_noise(tmp_path: Path, ti
 
 
 @pytest.mark.slow
-def test_float16_follows_float32_and_resumes_exactly(tmp_path: Path, tiny_model_dir: Path) -> None:
-    exact, half = (
-        make_parts(tmp_path / "a", tiny_model_dir),
-        make_parts(tmp_path / "b", tiny_model_dir, dtype="float16"),
-    )
-    train(exact, State())
+def test_float16_follows_float32_and_resumes_exactly(tmp_path: Path, tiny_model_dir: Path, golden: Parts) -> None:
+    half = make_parts(tmp_path / "b", tiny_model_dir, dtype="float16")
     state = train(half, State())
     assert (state.loss_scale, state.well_scaled) == (scaling.FIRST, half.plan.total_steps)
-    for a, b in zip(losses(exact), losses(half), strict=True):
+    for a, b in zip(losses(golden), losses(half), strict=True):
         assert b[1] == pytest.approx(a[1], rel=0.01)
         assert b[3] == pytest.approx(a[3], rel=0.05)
     resumed_is_whole(tmp_path / "c", tiny_model_dir, dtype="float16")

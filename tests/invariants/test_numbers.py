@@ -14,8 +14,7 @@ from torch import Tensor
 
 import tiny
 from tunewright.core.example import Group
-from tunewright.core.home import find_home
-from tunewright.models.loader import load_model, materialise
+from tunewright.models.loader import load_model
 from tunewright.models.policy import Policy, head_of
 from tunewright.objectives.sft import SFT
 from tunewright.ops.packing import collate, pack
@@ -151,36 +150,24 @@ def test_merged_weights_in_a_job_that_continues(tiny_model_dir: Path, groups: li
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real model, from the data folder of this machine if it is there already, else made for these tests."""
-    from tunewright.core.home import Home
-
-    home = find_home()
-    name = "smollm2-135m-instruct"
-    if not (home.models / name / "config.json").is_file():
-        home = Home(tmp_path_factory.mktemp("smollm")).ensure()
-    return materialise(name, home)
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_the_real_model_step_is_that_of_transformers_and_peft(smollm2: Path, tmp_path: Path) -> None:
+    check_lora_step(smollm2, rows_to_groups(smollm2, tiny.sft_rows(3)), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.real_model
-def test_the_real_model_step_is_that_of_transformers_and_peft(smollm: Path, tmp_path: Path) -> None:
-    check_lora_step(smollm, rows_to_groups(smollm, tiny.sft_rows(3)), tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.real_model
-def test_the_real_model_answers_and_splits_digits(smollm: Path) -> None:
+def test_the_real_model_answers_and_splits_digits(smollm2: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.tokenize("in  2024") == ["in", "ĠĠ", "2", "0", "2", "4"]
     assert tokenizer.tokenize("<|im_end|>") == ["<|im_end|>"]
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True
     )["input_ids"]
-    model = load_model(smollm)
+    model = load_model(smollm2)
     with torch.no_grad():
         for _ in range(8):
             batch = collate([Group((_example(prompt),))])

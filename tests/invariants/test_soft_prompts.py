@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from loop_kit import make_groups
 from peft import PeftModel, get_peft_model
-from plain import assert_relative, plain_loss, plain_model, step
+from plain import assert_relative, plain_loss, plain_model, shake, step
 from pydantic import ValidationError
-from test_loop import make_groups
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -58,12 +58,7 @@ def make(kind: str, **options: Any) -> SoftPrompt:
 
 def shaken(kind: str, folder: Path, size: float = 0.1, **options: Any) -> tuple[SoftPrompt, nn.Module]:
     tuner = make(kind, **options)
-    model = tuner.attach(load_model(folder), 0)
-    g = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in tuner.trainable().values():
-            p.add_(size * torch.randn(p.shape, generator=g))
-    return tuner, model
+    return tuner, shake(tuner, folder, size)
 
 
 @pytest.mark.parametrize(
@@ -275,11 +270,6 @@ def artefact(folder: Path, kind: str, model: Path) -> Path:
     folder.mkdir()
     shaken(kind, model, 0.5)[0].save(folder, kit.BASE)
     return kit.write_artefact(folder, "adapter", kit.BASE)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return kit.make_model(tmp_path_factory.mktemp("lively") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def test_every_format_accepts_its_own_example(name: str) -> None:
     row = json.loads(format.example)
     assert format.name == name and format.fits(row)
     assert convert(name, row).source == 214
-    assert decide([row]).format is format
+    assert (decide([row]).format is format) != format.asked
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -303,3 +303,16 @@ def test_ambiguous_and_unknown_fields() -> None:
     assert all(f.wants in unknown.reason for f in all_formats())
     assert "rename 'mesages' to 'messages'" in decide([["mesages"]]).reason
     assert "Nearest" not in decide([["zzz"]]).reason and decide([[]]).format is None
+
+
+def test_what_graders_know_of_a_prompt() -> None:
+    """The row's own fields and the prompt; an answer at its end is left out of the prompt and told as the reference."""
+    row = convert("reinforcement", {"messages": [USER, ANSWER, USER, ANSWER], "answer": {"a": [1]}, "tools": None})
+    assert row.shape == "prompt" and [m.role for m in row.messages] == ["user", "assistant", "user"]
+    assert row.item == {"messages": [USER, ANSWER, USER], "answer": {"a": [1]}, "reference_answer": ANSWER["content"]}
+    own = convert("reinforcement", {"messages": [USER, ANSWER], "reference_answer": "mine"})
+    assert (own.item or {})["reference_answer"] == "mine"
+    text = convert("reinforcement", {"prompt": "Hi", "answer": 1})
+    assert text.item == {"prompt": "Hi", "answer": 1} and text.messages[0].content == "Hi"
+    (found,) = problems("reinforcement", {"messages": [ANSWER]})
+    assert "has no message to answer" in found.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def store(tiny_home: Home) -> Iterator[Store]:
+def store(tiny_home: Home, described: Path) -> Iterator[Store]:
+    shutil.copy(described, tiny_home.cache)
     opened = Store.open(tiny_home)
     yield opened
     for run in (opened.run(job_id) for job_id in opened.job_ids()):

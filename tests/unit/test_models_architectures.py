@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import tiny
 from tunewright.core.errors import UserError
 from tunewright.core.example import Example, Group
 from tunewright.models import probe
@@ -19,19 +20,6 @@ from tunewright.models.policy import Policy, head_of
 from tunewright.ops import attention
 from tunewright.ops.packing import collate
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 PACKED: dict[str, dict[str, Any]] = {
     "phi3": {},
     "olmo2": {},
@@ -56,7 +44,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def save(kind: str, changes: dict[str, Any], folder: Path, tokenizer: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, **{**SMALL, **changes})
+        config = AutoConfig.for_model(kind, **{**tiny.SMALL, **changes})
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     shutil.copy(tokenizer / "tokenizer.json", folder)
     return folder

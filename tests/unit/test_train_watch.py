@@ -9,7 +9,7 @@ import pytest
 
 from tunewright.train.advise import RULES, Epoch, History, advise
 from tunewright.train.plan import Plan
-from tunewright.train.watch import ENOUGH, WINDOW, look
+from tunewright.train.watch import ENOUGH, WINDOW, look, of_rollouts
 
 PLAN = Plan(
     n_rows=1000, n_valid_rows=50, n_tokens=100_000, n_epochs=3, batch_size=8, total_steps=375, learning_rate=1e-3,
@@ -93,3 +93,24 @@ def test_few_steps_and_a_tiny_rate_are_unusual_too() -> None:
 def test_without_validation_the_training_loss_is_compared() -> None:
     plan = replace(PLAN, base={"loss": 3.0, "source": "train"})
     assert list(advise(plan, History(1e-3, epochs((3.0, None), (3.0, None), (3.0, None))))) == ["learns_nothing"]
+
+
+def rewarded(rewards: list[float], kls: list[float]) -> list[tuple[int, str, str]]:
+    """(step, rule, what it asks for) of each alarm."""
+    history: dict[str, list[float]] = {}
+    streaks: dict[str, int] = {}
+    found = []
+    for step, (reward, kl) in enumerate(zip(rewards, kls, strict=True), 1):
+        values = {"loss": 0.0, "grad_norm": 1.0, **of_rollouts({"train_mean_reward": reward, "train_kl": kl})}
+        found += [(step, a.rule.name, a.action) for a in look(history, streaks, step, values)]
+    return found
+
+
+def test_a_reward_that_collapses_and_a_kl_that_explodes_are_told_once_and_nothing_is_rolled_back() -> None:
+    ordinary = [0.5 + (i * 7 % 5) / 20 for i in range(40)]
+    assert rewarded(ordinary, [0.01 * i for i in range(40)]) == []
+    assert rewarded(ordinary + [0.1] * 20, [0.05] * 60) == [(45, "lost_reward", "warn")]
+    assert rewarded(ordinary + [0.6] * 20, [0.05] * 40 + [3.0] * 20) == [(43, "kl", "warn")]
+    below = [-1.0 - (i * 7 % 5) / 20 for i in range(40)]
+    assert rewarded(below + [-4.0] * 10, [0.0] * 50) == [(45, "lost_reward", "warn")]
+    assert of_rollouts({"train_kl": 9.0}) == {}

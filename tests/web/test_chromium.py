@@ -165,7 +165,7 @@ def test_the_browser_had_nothing_to_complain_about_and_asked_nobody_else(browser
     browser.driver.get_log("browser")
     for path in ("/jobs", finished, "/jobs/new", "/recipes", "/playground"):
         browser.open(path)
-        time.sleep(2)
+        time.sleep(1)
         script = "return performance.getEntriesByType('resource').map(e => e.name)"
         foreign = [u for u in browser.driver.execute_script(script) if not u.startswith((browser.url, "data:"))]
         assert foreign == []

@@ -262,6 +262,30 @@ def test_a_job_with_too_few_rows_fails_readably(api: Program, key: str) -> None:
     visit(api, key, look)
 
 
+@pytest.mark.slow
+def test_a_chain_shows_its_stages(api: Program, key: str) -> None:
+    """One whose last stage's file is too short: nothing is trained, and every stage is on the page."""
+    with httpx.Client(base_url=api.url, headers={"authorization": f"Bearer {key}"}, timeout=CHECK_SECONDS) as client:
+        files = [
+            client.post("/v1/files", files={"file": (f"{n}.jsonl", rows(n))}, data={"purpose": "fine-tune"}).json()[
+                "id"
+            ]
+            for n in (12, 4)
+        ]
+        stages = [{"name": "first"}, {"name": "second", "training_file": files[1]}]
+        body = {"model": "tiny", "training_file": files[0], "suffix": "two", "tunewright": {"stages": stages}}
+        job = client.post("/v1/fine_tuning/jobs", json=body).json()
+
+    async def look(user: User) -> None:
+        await user.open(f"/jobs/{job['id']}")
+        await sees(user, "stages", "first", "second", "Waiting", seconds=CHECK_SECONDS)
+        await sees(user, "job-error", "Stage 'second': ", "must have at least 10 examples", seconds=CHECK_SECONDS)
+        await user.should_not_see("resume-job")
+        await user.should_not_see("stage-link")
+
+    visit(api, key, look)
+
+
 def test_the_draft_survives_a_reload(api: Program, key: str) -> None:
     async def steps(user: User) -> None:
         await user.open("/jobs/new")

@@ -17,6 +17,8 @@ from tunewright.web.client import Api, ApiDown, ApiError, delta_from, error_from
 from tunewright.web.desk import Desk
 from tunewright.web.feeds import Feed
 from tunewright.web.guard import HostOriginGuard, allowed_hosts
+from tunewright.web.pages import job as job_page
+from tunewright.web.pages import stages as stages_page
 
 # --- charts ----------------------------------------------------------------------------------------------------------
 
@@ -422,6 +424,26 @@ def piece(text: str) -> str:
 
 
 USAGE = 'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}}'
+
+
+@pytest.mark.parametrize(
+    ("statuses", "words", "share", "again"),
+    [
+        (("waiting", "waiting"), "Stage 1 of 2: a (waiting)", 0.0, False),
+        (("validating_files", "waiting"), "Stage 1 of 2: a (validating files)", 0.0, True),
+        (("succeeded", "running"), "Stage 2 of 2: b (running)", 0.5, True),
+        (("succeeded", "succeeded"), "All 2 stages have finished.", 1.0, True),
+    ],
+)
+def test_how_far_a_chain_is(statuses: tuple[str, str], words: str, share: float, again: bool) -> None:
+    stages = [
+        {"name": n, "status": s, "id": None if s == "waiting" else f"ftjob-{n}"}
+        for n, s in zip("ab", statuses, strict=True)
+    ]
+    job = {"status": "failed", "tunewright": {"stages": stages}}
+    assert stages_page.stages_of(job) == stages and stages_page.stages_of({"tunewright": {}}) == []
+    assert (stages_page.chain_words(stages), stages_page.share_done(stages)) == (words, share)
+    assert job_page.failed_chain(job) == again and not job_page.failed_chain({**job, "status": "running"})
 
 
 def test_an_answer_streams_into_the_chat() -> None:

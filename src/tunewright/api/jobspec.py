@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunewright.api.requests import CreateJob, Hyper
+from tunewright.api import reinforcement
+from tunewright.api.requests import CreateJob, Hyper, Reinforcement, ReinforcementHyper
+from tunewright.core import chain
 from tunewright.core.errors import UserError, did_you_mean
 from tunewright.core.run import Artefact
 from tunewright.core.spec import KINDS, JobSpec, check_parts, parse_spec
@@ -32,11 +34,13 @@ def build_spec(request: CreateJob, describe: Mapping[str, Any], start: Artefact 
         differs.
     """
     own = dict(request.tunewright or {})
-    _check_own_keys(own)
+    check_own_keys(own)
     if start is not None and start.kind in ("adapter", "delta"):
-        own["tuner"] = _inherited(start.tuner, own.get("tuner"))
+        own["tuner"] = inherited(start.tuner, own.get("tuner"))
     hyper = hyperparameters(request)
     objective = _objective(request, own, hyper, describe)
+    if isinstance(hyper, ReinforcementHyper):
+        own = {**own, **reinforcement.fields(hyper, own)}
     raw = {
         **own,
         **({} if objective is None else {"objective": objective}),
@@ -51,7 +55,7 @@ def build_spec(request: CreateJob, describe: Mapping[str, Any], start: Artefact 
     return check_parts(parse_spec(raw), dict(describe))
 
 
-def _inherited(tuner: dict[str, Any], asked: Any) -> Any:
+def inherited(tuner: dict[str, Any], asked: Any) -> Any:
     """The asked tuner over the parent's options, if it is the same one."""
     wanted = {"name": asked} if isinstance(asked, str) else asked
     if wanted is None:
@@ -68,8 +72,8 @@ def hyperparameters(request: CreateJob) -> Hyper:
     return request.hyperparameters or Hyper()
 
 
-def _check_own_keys(own: dict[str, Any]) -> None:
-    known = sorted(set(JobSpec.model_fields) - set(ELSEWHERE))
+def check_own_keys(own: dict[str, Any]) -> None:
+    known = sorted({*JobSpec.model_fields, *chain.OWN} - set(ELSEWHERE))
     problems = []
     for key in own:
         if key in ELSEWHERE:
@@ -90,9 +94,11 @@ def _objective(request: CreateJob, own: dict[str, Any], hyper: Hyper, describe: 
     if request.method is None:
         return asked
     name = _of_method(request.method.type, describe)
-    options = {k: v for k, v in hyper.model_dump().items() if k not in COMMON and v not in ("auto", "default")}
     block = getattr(request.method, request.method.type)
-    if block is not None:
+    options = {k: v for k, v in hyper.model_dump().items() if k not in COMMON and v != "auto"}
+    if isinstance(block, Reinforcement):
+        options = reinforcement.options(block, describe["objective"][name]["defaults"])
+    elif block is not None:
         options |= {k: v for k, v in block.model_dump(exclude={"hyperparameters"}).items() if v is not None}
     asked_part = {"name": asked} if isinstance(asked, str) else dict(asked or {})
     if asked_part.get("name", name) != name:

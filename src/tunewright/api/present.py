@@ -52,17 +52,20 @@ def file(row: FileRow) -> File:
 def job(row: JobRow) -> Job:
     """The job as OpenAI shows it: `auto` gives way to numbers once the worker has resolved them."""
     resolved = row.resolved or {}
+    of_method = {**row.spec["objective"], **resolved} if resolved else {}
+    if "eval_every" in of_method:
+        of_method["eval_interval"] = of_method["eval_every"]  # OpenAI's name for it
     return Job(
         id=row.id,
         created_at=row.created_at,
         error=_error(row),
         estimated_finish=row.estimated_finish if row.status in ("running", "pausing") else None,
-        fine_tuned_model=row.name if row.status == "succeeded" else None,
+        fine_tuned_model=_result(row) if row.status == "succeeded" else None,
         finished_at=row.finished_at,
         hyperparameters=Hyperparameters(**_numbers(row.hyperparameters, resolved)),
         integrations=row.integrations or [],
         metadata=row.metadata,
-        method=_method(row.method, {**row.spec["objective"], **resolved} if resolved else {}),
+        method=_method(row.method, of_method),
         model=row.model,
         organization_id=ORGANIZATION_ID,
         result_files=row.result_files,
@@ -74,6 +77,11 @@ def job(row: JobRow) -> Job:
         validation_file=row.validation_file,
         tunewright=row.tunewright or {},
     )
+
+
+def _result(row: JobRow) -> str:
+    """The model that a job left; a chain's is its last stage's."""
+    return row.tunewright["stages"][-1]["fine_tuned_model"] if row.is_chain and row.tunewright else row.name
 
 
 def _error(row: JobRow) -> JobError | None:

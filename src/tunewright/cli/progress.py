@@ -29,8 +29,8 @@ PLAIN_EVERY_S = 5.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def run_foreground(home: Home, run: Run, console: Console) -> Event:
-    """Train `run` to its end and return the attempt's `end` event.
+def run_foreground(home: Home, run: Run, console: Console, whole: Run | None = None) -> Event:
+    """Train `run` to its end and return the attempt's `end` event. whole: the chain that it is a stage of.
 
     A first Ctrl-C (or SIGTERM) lets the worker finish its step and save; a second one kills it. A worker that died
     without an end gives an event with status `killed`. Raises Busy when another process works on the run already.
@@ -44,7 +44,7 @@ def run_foreground(home: Home, run: Run, console: Console) -> Event:
         worker = start_worker(run, home)
         end = _follow(worker, run, attempt, stops, view)
     end = end or _killed(worker, run, attempt)
-    _closing_words(home, run, end, console)
+    _closing_words(home, whole or run, end, console)
     return end
 
 

@@ -49,6 +49,7 @@ class Conversation(BaseModel):
     label, reward: what a classifier (several classes: a list) or a grader says of the row; without a text, label says
         whether the answer at the end of `messages` is a good one.
     margin: by how much the preferred answer is better, in units of reward.
+    item: of a prompt to be answered and graded: what graders know of the row.
     source: where the row came from (1-based line or row number).
     """
 
@@ -64,6 +65,7 @@ class Conversation(BaseModel):
     label: str | float | bool | list[str] | None = None
     reward: float | None = None
     margin: float | None = None
+    item: dict[str, Any] | None = None
     source: int = 0
 
     @property

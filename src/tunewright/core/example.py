@@ -18,6 +18,8 @@ class Example:
     wanted: whether somebody marked the answer as good, or None where nobody did (pairs, supervised rows).
     labels: the numbers of all classes of a row that may have several, or none of them; None if it is no such row.
     margin: of a preferred answer: by how much its reward is to exceed the other's; None is 0.
+    item: of a prompt that is to be answered and graded: what graders know of the row, as JSON.
+    per_token: {name: [T]}, further numbers of each token as a target (advantages, old log-probabilities), or None.
     """
 
     ids: tuple[int, ...]
@@ -29,12 +31,17 @@ class Example:
     wanted: bool | None = None
     labels: tuple[int, ...] | None = None
     margin: float | None = None
+    item: str | None = None
+    per_token: dict[str, tuple[float, ...]] | None = None
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.weights):
             raise ValueError(f"an example has {len(self.ids)} ids and {len(self.weights)} weights")
         if self.types and len(self.types) != len(self.ids):
             raise ValueError(f"an example has {len(self.ids)} ids and {len(self.types)} types")
+        for name, values in (self.per_token or {}).items():
+            if len(values) != len(self.ids):
+                raise ValueError(f"an example has {len(self.ids)} ids and {len(values)} values of {name}")
 
     @property
     def is_labelled(self) -> bool:

@@ -5,7 +5,7 @@ runs/<job id>/
   plan.json                what was decided by measuring; later attempts obey it
   data/                    the training and validation files, by hash
   start/                   the artefact this job continues from, if it does
-  teacher/                 the tuned model that this job learns from, if it does
+  teacher/                 the tuned model that this job learns from, or its reward model, if it does
   attempts/N/events.jsonl  one line an event; worker.json (pid, creation time)
   worker.log               what the workers printed
   checkpoints/step-000030/ artefact/, optimizer state, trainer.json, MANIFEST.json
@@ -13,6 +13,7 @@ runs/<job id>/
   answers/                 what a teacher on another server answered to the training and validation rows
   prepared/                what the tuner chose to train by looking at the data, if it does
   retained/                what a method against forgetting measured before step 1 (EWC's Fisher information)
+  samples.jsonl            what the model answered in a job over rewards, and how it was graded
   labels.json              the classes of a classification job, in order
   step_metrics.csv         OpenAI's result file
   lock                     held by the worker
@@ -44,8 +45,10 @@ class JobFile(BaseModel):
     name: the `ft:` name the finished model will have. base: the catalogue name or folder of the weights below it.
     train, validation: the copied data files. more: those of other roles (core.spec.extra_files).
     sources: {"train": {"name", "sha256", "bytes"}, "validation": …}.
-    teacher: of a job that learns from another model: {"base": catalogue name or folder of its weights, and "over": what
-        lies over them, or the weights themselves, if it is a tuned model}.
+    teacher: of a job that learns from another model, or that another one judges for: {"base": catalogue name or folder
+        of its weights, and "over": what lies over them, or the weights themselves, if it is a tuned model}.
+    stages: of a chain: {name: job spec}, in order; its data files are in `more`, as `NAME/train` …
+    chain: of a job that is a stage of a chain: {"id": the chain's, "stage": name}.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,6 +63,8 @@ class JobFile(BaseModel):
     sources: dict[str, dict[str, Any]] = {}
     start: str | None = None
     teacher: dict[str, str] = {}
+    stages: dict[str, JobSpec] = {}
+    chain: dict[str, str] = {}
 
     def file(self, role: str) -> str:
         """The data file of a role: `train`, `validation` or one of `more`."""

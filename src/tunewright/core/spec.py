@@ -22,6 +22,8 @@ Auto = Literal["auto"]
 Spec = TypeVar("Spec", bound=BaseModel)
 # head -> the plain objective that trains it
 HEADS = {"lm": "sft", **{head: head for head in ("classify", "multilabel", "regress", "reward")}}
+# objectives whose rows are prompts to be answered and graded: with format `auto` these are read as such
+GRADED = ("grpo", "ppo", "rloo")
 KINDS = ("tuner", "objective", "optimizer", "schedule")  # one part each
 LISTS = ("retain",)  # any number of parts
 
@@ -129,8 +131,8 @@ class JobSpec(BaseModel):
     mix: further training files and their shares of an epoch: `[b.jsonl]` or `{files: [{file: b.jsonl, weight: 2}]}`;
         with `order: in_turn` first all epochs of training_file, then of each file.
     n_epochs: passes over the data. batch_size: groups (rows) in one optimizer step.
-    learning_rate: absolute; `auto` is the tuner's default, for preferences a tenth of it (ORPO: a fifth), times
-        learning_rate_multiplier.
+    learning_rate: absolute; `auto` is the tuner's default, for preferences and rewards a tenth of it (ORPO: a
+        fifth), times learning_rate_multiplier.
     learning_rate_multiplier: a factor on the learning rate; `auto` is 1.
     max_grad_norm: gradients are scaled down to this norm; 0 never clips.
     max_length: tokens a row may have; `auto` is the model's context, and 1024 (or the context) for the blocks into
@@ -264,7 +266,7 @@ class JobSpec(BaseModel):
             if not getattr(self, name):
                 object.__setattr__(self, name, getattr(preset, name))
         if self.format == "auto":
-            object.__setattr__(self, "format", preset.format)
+            object.__setattr__(self, "format", "reinforcement" if self.objective.name in GRADED else preset.format)
         object.__setattr__(self, "decoding", {**preset.decoding, **self.decoding})
         return self
 
@@ -379,6 +381,10 @@ def _problems(kind: str, part: Part, rows: dict[str, Any], head: str) -> Iterato
     for name in card.get("required", ()):
         if not part.options.get(name):
             yield f"{kind} '{part.name}' needs its option '{name}': {known[name].get('description', '')}"
+    either = card.get("either", ())
+    if either and not any(part.options.get(name) for name in either):
+        said = "; ".join(f"'{name}': {known[name].get('description', '')}" for name in either)
+        yield f"{kind} '{part.name}' needs one of its options {said}"
     if kind == "objective" and card.get("head", head) != head:
         fits = [name for name, other in rows.items() if other["card"].get("head", "lm") == head]
         yield (

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tunewright.core.asking import Answer, Call, Teacher, ask
 from tunewright.core.conversation import Conversation
@@ -15,6 +16,8 @@ from tunewright.core.errors import DataError, Interrupted, Problem
 from tunewright.data.spans import plain
 
 POLL = 0.2
+
+Row = TypeVar("Row")
 
 
 @dataclass
@@ -48,12 +51,36 @@ def answered_rows(
 ) -> Iterator[Call]:
     """The rows as chat rows that end with the teacher's answer, in order; unusable answers are left out.
 
+    budget, concurrency, stop, errors: as in_turn has them; also DataError for a row that cannot be asked.
+    """
+
+    def one(prompt: list[Call], halt: threading.Event) -> Answer:
+        return ask(teacher, prompt, halt)
+
+    prompts = map(prompt_of, rows)
+    for prompt, answer in in_turn(prompts, one, asked, budget=budget, concurrency=concurrency, stop=stop):
+        if answer.text:
+            before = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in prompt]
+            yield {"messages": [*before, {"role": "assistant", "content": answer.text}]}
+
+
+def in_turn(
+    rows: Iterable[Row],
+    one: Callable[[Row, threading.Event], Answer],
+    asked: Asked,
+    *,
+    budget: int,
+    concurrency: int,
+    stop: Callable[[], bool],
+) -> Iterator[tuple[Row, Answer]]:
+    """Every row with its answer, in order, several asked for at a time. one: asks for a row; the event ends waiting.
+
     After `budget` tokens no more is asked for; answers on disk count, so that every attempt stops at the same row, and
     up to `concurrency` answers on the way come on top. Raises Interrupted when `stop` became true, EndpointDown when
-    the server does not answer after several tries, UserError when it refuses, DataError for a row that cannot be asked.
+    the server does not answer after several tries, UserError when it refuses.
     """
     halt = threading.Event()
-    waiting: deque[tuple[list[Call], Future[Answer]]] = deque()
+    waiting: deque[tuple[Row, Future[Answer]]] = deque()
     pool = ThreadPoolExecutor(concurrency)
     try:
         for row in rows:
@@ -61,8 +88,7 @@ def answered_rows(
             if asked.tokens >= budget:
                 asked.left_out += 1
                 continue
-            prompt = prompt_of(row)
-            waiting.append((prompt, pool.submit(ask, teacher, prompt, halt)))
+            waiting.append((row, pool.submit(one, row, halt)))
             if len(waiting) >= concurrency:
                 yield from _next(waiting, asked, budget, stop)
         while waiting:
@@ -73,13 +99,13 @@ def answered_rows(
 
 
 def _next(
-    waiting: deque[tuple[list[Call], Future[Answer]]], asked: Asked, budget: int, stop: Callable[[], bool]
-) -> Iterator[Call]:
-    """Wait for the oldest answer; its row, if it can be learned and the budget was not spent before it."""
-    prompt, future = waiting[0]
+    waiting: deque[tuple[Row, Future[Answer]]], asked: Asked, budget: int, stop: Callable[[], bool]
+) -> Iterator[tuple[Row, Answer]]:
+    """Wait for the oldest answer; its row with it, unless the budget was spent before it."""
+    row, future = waiting[0]
     while True:
         if stop():
-            raise Interrupted("Stopped while the teacher was asked; its answers so far are kept.")
+            raise Interrupted("Stopped while another server was asked; its answers so far are kept.")
         try:
             answer = future.result(POLL)
             break
@@ -90,9 +116,7 @@ def _next(
         asked.left_out += 1
         return
     asked.count(answer)
-    if answer.text:
-        before = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in prompt]
-        yield {"messages": [*before, {"role": "assistant", "content": answer.text}]}
+    yield row, answer
 
 
 def prompt_of(row: Conversation) -> list[Call]:

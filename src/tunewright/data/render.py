@@ -6,6 +6,7 @@ inside a trained turn: after the generation prompt, up to and including the end-
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,7 +85,8 @@ def render_rows(
 ) -> Iterator[Group]:
     """Groups of examples, in the order of the rows: one example each, or two (preferred, rejected) for `preference`.
 
-    shape: `chat`, `preference`, `unpaired`, `text` or `labelled`; every row must have it.
+    shape: `chat`, `preference`, `unpaired`, `prompt`, `text` or `labelled`; every row must have it. A prompt is
+        rendered up to where the answer begins, and nothing of it is trained.
     train_on: `assistant` trains every assistant turn whose weight is not 0, `last` only the last of them.
     max_length: tokens that an example may have. overlong: `error` refuses the file, `truncate` cuts the end off,
     `drop` leaves the example (or pair) out.
@@ -149,6 +151,8 @@ def _render(
         raise DataError(str(problem), problems=[problem])
     if shape == "labelled":
         return [labelled(row, tokenizer, labels, several=head == "multilabel")]
+    if shape == "prompt":
+        return [_prompt(row, tokenizer)]
     if shape == "preference" and head != "lm" and reads_frames(tokenizer):
         return [_with_margin(framed_pair(row, tokenizer), row)]
     if tokenizer.decoder_start_id is not None:
@@ -272,6 +276,16 @@ def _marked(row: Conversation, tokenizer: Tokenizer, report: RenderReport) -> Gr
     return Group((replace(example, wanted=bool(row.label)),))
 
 
+def _prompt(row: Conversation, tokenizer: Tokenizer) -> Group:
+    """What is to be answered, with what graders know of the row."""
+    names = [f"messages[{i}]" for i in range(len(row.messages))]
+    turns = Turns([plain(m) for m in row.messages], row.tools, {}, names, row.source)
+    _refuse_control_tokens(turns, tokenizer)
+    ids = tokenizer.encode_chat(turns.messages, turns.tools)
+    item = json.dumps(row.item or {}, ensure_ascii=False)
+    return Group((Example(tuple(ids), (0.0,) * len(ids), row.source, item=item),))
+
+
 def _with_margin(pair: Group, row: Conversation) -> Group:
     if row.margin is None:
         return pair
@@ -295,12 +309,12 @@ def _fit(group: Group, max_length: int, overlong: Overlong, report: RenderReport
         report.longest, report.longest_line = length(longest), longest.source
     if length(longest) > max_length:
         report.overlong += 1
-        if overlong != "truncate":
-            report.dropped += overlong == "drop"
+        if overlong != "truncate" or longest.item is not None:
+            report.dropped += overlong != "error"
             return None
         cut = tuple(shortened(e, max_length, tokenizer) for e in group.examples)
         group = Group(cut, min(group.prefix, max_length))
-    if not all(e.is_labelled or any(w > 0 for w in e.weights[1:]) for e in group.examples):
+    if not all(e.is_labelled or e.item is not None or any(w > 0 for w in e.weights[1:]) for e in group.examples):
         report.empty += 1
         return None
     if len(group.examples) > 1 and all(e.ids == group.examples[0].ids for e in group.examples):

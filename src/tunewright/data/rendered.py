@@ -116,7 +116,7 @@ def write_groups(folder: Path, groups: Iterable[Group]) -> int:
 
 def sizes(groups: Sequence[Group]) -> npt.NDArray[np.int64]:
     """[n, 3] of every group: tokens, sum of the squares of its texts' lengths, tokens with a loss."""
-    if isinstance(groups, StoredGroups | JoinedGroups):
+    if isinstance(groups, Groups):
         return groups.sizes
     return np.array([_size(g) for g in groups], np.int64).reshape(len(groups), 3)
 

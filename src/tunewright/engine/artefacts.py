@@ -20,7 +20,7 @@ from tunewright.core.durable import MANIFEST, check_folder, read_json
 from tunewright.core.errors import ModelNotFound, UserError
 from tunewright.core.home import Home
 from tunewright.core.ids import parse_model_name
-from tunewright.core.run import ARTEFACT, find_artefact, read_artefact
+from tunewright.core.run import ARTEFACT, base_of, find_artefact, read_artefact
 from tunewright.data.tokenizer import Tokenizer
 from tunewright.engine import attention, linear, soft
 from tunewright.engine.kv_cache import KVCache
@@ -111,7 +111,7 @@ class Artefacts:
         if record.kind not in ("adapter", "delta"):
             kinds = "adapter, delta, weights or recipe"
             raise UserError(f"A model of kind '{record.kind}' cannot be served; use {kinds}.", param="model")
-        return self._target(self._base(record.base or str(base)), folder, record.decoding)
+        return self._target(self._base(base_of(folder, record) or str(base)), folder, record.decoding)
 
     def acquire(self, target: Target) -> Model | None:
         """The loaded model, pinned; None if it must wait until another model or adapter is idle and can go."""

@@ -22,7 +22,6 @@ from torch import Tensor
 from tunewright.core.errors import TunewrightError, UserError
 from tunewright.core.home import Home
 from tunewright.engine.artefacts import Artefacts, Model, Target
-from tunewright.engine.attention import Chunk, Singles, StepPlan
 from tunewright.engine.follow import Followed, Recipes
 from tunewright.engine.mixing import Mixing
 from tunewright.engine.reports import done, report
@@ -30,6 +29,7 @@ from tunewright.engine.request import GenerateRequest, Settled, encode, settle
 from tunewright.engine.rows import RowModels
 from tunewright.engine.sampler import add_logits, choose, draw, edit_logits
 from tunewright.engine.scheduler import Limits, Scheduler, Sequence
+from tunewright.engine.step_plan import plan_of, route
 from tunewright.engine.text import Piece, TextStream
 from tunewright.engine.tools import MARK, parse_tool_calls
 from tunewright.ops.runtime import choose_dtype, set_threads
@@ -66,15 +66,23 @@ class Request:
 
 
 class Engine:
-    """home: the data folder. dtype: auto, float32 or bfloat16. threads: CPU threads, or auto for all."""
+    """home: the data folder. dtype: auto, float32 or bfloat16. threads: CPU threads, or auto for all.
+
+    artefacts: what answers, where it is not the models of the data folder (engine/held.py).
+    """
 
     def __init__(
-        self, home: Home, dtype: str = "auto", threads: int | str = "auto", limits: Limits | None = None
+        self,
+        home: Home,
+        dtype: str = "auto",
+        threads: int | str = "auto",
+        limits: Limits | None = None,
+        artefacts: Artefacts | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.dtype = choose_dtype(dtype)
         self.set_threads(threads)
-        self.artefacts = Artefacts(home, self.dtype, self.limits)
+        self.artefacts = artefacts or Artefacts(home, self.dtype, self.limits)
         self.recipes = Recipes(self.artefacts)
         self.rows = RowModels(home, self.dtype, self.limits.max_models)
         self.scheduler = Scheduler(self.limits)
@@ -181,6 +189,7 @@ class Engine:
         """Advance every running answer by one token. Returns whether there is more to do."""
         with torch.inference_mode():
             self.scheduler.admit(self._start)
+            self._share_prompts()
             work: dict[Model, list[tuple[Sequence, int]]] = {}
             for sequence, n in self.scheduler.plan():
                 work.setdefault(sequence.model, []).append((sequence, n))
@@ -220,6 +229,18 @@ class Engine:
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": self.threads,
         }
+
+    def _share_prompts(self) -> None:
+        """Give each choice that has just started the keys and values of its request's prompt, if another choice has
+        computed them; if one is at it, let it wait for that. The last token stays to be computed, for its logits."""
+        for s in self.scheduler.running:
+            if not s.shares or s.n_done or s.n_prompt < 2:
+                continue
+            others = [x for x in s.request.sequences if x is not s and x.cache is not None]
+            ready = next((x for x in others if x.n_done >= s.n_prompt - 1), None)
+            s.waits = ready is None and any(x.index < s.index for x in others)
+            if ready is not None:
+                s.model.kv.copy(ready.place, s.place, s.virtual + s.n_prompt - 1)
 
     def _start(self, sequence: Sequence) -> bool:
         """Load what the sequence and its helpers need; if not all of it can be, nothing is held."""
@@ -265,18 +286,19 @@ class Engine:
             if n == s.n_new:
                 keep.append(len(ids) - 1)
                 complete.append(s)
-        model.routing.parts = _route(work, first)
+        model.routing.parts = route(work, first)
         net: Any = model.net
+        device = next(net.parameters()).device
         logits_NV = net(
-            input_ids=torch.tensor([ids]),
-            position_ids=torch.tensor([positions]),
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
             use_cache=False,
-            logits_to_keep=torch.tensor(keep or [0]),
-            kv=_plan(work, first),
+            logits_to_keep=torch.tensor(keep or [0], device=device),
+            kv=plan_of(work, first, device),
         ).logits[0]
         for s, n in work:
             s.place.length += n
-        for s, logits_V in zip(complete, logits_NV.float(), strict=False):
+        for s, logits_V in zip(complete, logits_NV.float().cpu(), strict=False):
             if s.request.id in self.requests:
                 self._hear(s, logits_V)
 
@@ -349,6 +371,7 @@ def _leader(
     own = (request, index, tokens, len(tokens), end, how, text)
     team = [Sequence(*own, virtual=t.virtual, target=t, weight=weight) for t, weight in parts]
     team[0].helpers = team[1:]
+    team[0].shares = len(team) == 1 and request.asked.n > 1
     for helper in team[1:]:
         helper.leader = team[0]
     return team[0]
@@ -369,32 +392,3 @@ def first_line(error: BaseException) -> str:
     """What an error says, without a stack trace."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-def _route(work: list[tuple[Sequence, int]], first: dict[Sequence, int]) -> list[tuple[str, Tensor | None]]:
-    """Which rows belong to which adapter; None when all rows are one adapter's."""
-    rows: dict[str, list[int]] = {}
-    for s, n in work:
-        rows.setdefault(s.target.adapter_key, []).extend(range(first[s], first[s] + n))
-    if len(rows) == 1:
-        return [(key, None) for key in rows if key]
-    return [(key, torch.tensor(at)) for key, at in rows.items() if key]
-
-
-def _plan(work: list[tuple[Sequence, int]], first: dict[Sequence, int]) -> StepPlan:
-    chunks = [Chunk(s.place, first[s], first[s] + n, s.place.length) for s, n in work if n > 1]
-    by_pool: dict[int, list[Sequence]] = {}
-    for s, n in work:
-        if n == 1:
-            by_pool.setdefault(id(s.place.pool), []).append(s)
-    singles = []
-    for members in by_pool.values():
-        places = [(s.place.slot, first[s], s.place.length) for s in members]
-        pool = members[0].place.pool
-        rows_N = torch.zeros(len(pool.owners), dtype=torch.long)
-        at_N = torch.zeros_like(rows_N)
-        for slot, row, at in places:
-            rows_N[slot], at_N[slot] = row, at
-        slots_B = torch.tensor(sorted(slot for slot, _, _ in places))
-        singles.append(Singles(pool, rows_N, at_N, slots_B, max(at for _, _, at in places) + 1))
-    return StepPlan(singles, chunks)

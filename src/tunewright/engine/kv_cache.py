@@ -105,6 +105,14 @@ class KVCache:
                 there[cache.slot, :, : given.shape[2]] = given[0]
             cache.length = keys.shape[2]
 
+    def copy(self, source: Cache, target: Cache, length: int) -> None:
+        """Begin a new sequence with the first `length` tokens of another one."""
+        for layer in list(source.pool.k):
+            kept = source.pool.k[layer], source.pool.v[layer]
+            for there, given in zip(target.pool.layer(layer, *kept), kept, strict=True):
+                there[target.slot, :, :length] = given[source.slot, :, :length]
+        target.length = length
+
     def get(self, cache: Cache) -> list[tuple[Tensor, Tensor]]:
         """The sequence's keys and values [1, H, N, K] of each layer, as copies."""
         pool, slots, end = cache.pool, slice(cache.slot, cache.slot + 1), cache.length

@@ -36,6 +36,7 @@ class Sequence:
     target, model: the weights, and where they are loaded. helpers: of an answer whose tokens are chosen from the logits
     of several models, the sequences of the others: they share `tokens`, start and end with their leader, and each
     model's `logits` of the next token, times `weight`, are added up once all are there.
+    shares: whether it takes over the prompt from another choice of its request; waits: while that one computes it.
     """
 
     request: Any
@@ -56,6 +57,8 @@ class Sequence:
     logits: Any = None
     leader: Sequence | None = None
     helpers: list[Sequence] = field(default_factory=list)
+    shares: bool = False
+    waits: bool = False
 
     @property
     def team(self) -> list[Sequence]:
@@ -123,11 +126,13 @@ class Scheduler:
     def plan(self) -> list[tuple[Sequence, int]]:
         """What the step computes: (sequence, new tokens). Running answers each get their token, prompts share the rest.
 
-        A prompt that does not fit is computed over several steps; the oldest comes first.
+        A prompt that does not fit is computed over several steps; the oldest comes first. One that waits has none.
         """
         left = self.limits.chunk_tokens
         out = []
         for s in self.running:
+            if s.waits:
+                continue
             n = 1 if s.n_new == 1 else min(s.n_new, left)
             if s.n_new > 1:
                 left -= n

@@ -6,6 +6,7 @@ import logging
 
 from tunewright.core.errors import TunewrightError
 from tunewright.core.run import JobFile, Run
+from tunewright.jobs.chain import stage_list
 from tunewright.jobs.launchers import Launcher
 from tunewright.jobs.rows import JobRow
 from tunewright.jobs.store import Store
@@ -30,6 +31,8 @@ def row_of(run: Run) -> JobRow:
     """The row of a run whose only record is its folder."""
     job: JobFile = run.job()
     spec = job.spec
+    stages = {name: stage.model_dump(mode="json") for name, stage in job.stages.items()}
+    shown = {"stages": stage_list(job.stages, {})} if stages else {"chain": job.chain} if job.chain else None
     return JobRow(
         id=run.id,
         created_at=int(job.created_at),
@@ -38,7 +41,7 @@ def row_of(run: Run) -> JobRow:
         name=job.name,
         training_file=spec.training_file,
         validation_file=spec.validation_file,
-        spec=spec.model_dump(mode="json"),
+        spec=spec.model_dump(mode="json") | ({"stages": stages} if stages else {}),
         hyperparameters={
             "n_epochs": spec.n_epochs,
             "batch_size": spec.batch_size,
@@ -47,6 +50,7 @@ def row_of(run: Run) -> JobRow:
         seed=spec.seed or 0,
         suffix=spec.suffix,
         metadata=spec.metadata,
+        tunewright=shown,
         status="running",
         attempt=max(run.attempts(), default=0),
         started_by="foreground",

@@ -22,6 +22,7 @@ from tunewright.core.spec import JobSpec, extra_files
 from tunewright.models.catalogue import resolve
 
 _UNFINISHED_SECONDS = 24 * 3600
+OTHER_MODELS = ("teacher", "judge", "reward_model")  # options that name one
 _PARAMS = {"train": "training_file", "validation": "validation_file"}
 
 
@@ -48,6 +49,7 @@ def create_run(
     validation_path: Path | None = None,
     more: Mapping[str, Path] | None = None,
     names: dict[str, str] | None = None,
+    chain: Mapping[str, str] | None = None,
 ) -> Run:
     """Make the run folder of a job and return it; when this returns, the job survives a power cut.
 
@@ -55,6 +57,7 @@ def create_run(
     artefact to continue from comes along, so that nothing of the job depends on files that others may delete.
     more: the data files of other roles (core.spec.extra_files).
     names: {"train": …, "validation": …}, what the files are called, if not as their paths say.
+    chain: of which chain the job is a stage, as JobFile has it.
     Raises ModelNotFound, NotFound for a missing data file, SpecError for one that was not given, DiskFull, StateError
     if the job has begun already.
     """
@@ -64,17 +67,13 @@ def create_run(
     job_id = job_id or new_id("ftjob-")
     seed = secrets.randbelow(1 << 31) if spec.seed is None else spec.seed
     spec = spec.model_copy(update={"seed": seed})
-    origin = find_origin(spec.model, home)
-    for url in named_endpoints(spec.objective.options):
-        find_endpoint(url)
-    named = spec.objective.options.get("teacher")
-    teacher = find_origin(named, home) if isinstance(named, str) else None
+    origin, teacher = find_names(home, spec)
     run = Run(home.runs / job_id)
-    _make_way(run)
+    make_way(run)
     with disk_full_is_clear(f"the run folder of {job_id}"):
         try:
             paths = {"train": train_path, "validation": validation_path, **(more or {})}
-            sources, places = _fill(home, run, origin, {k: p for k, p in paths.items() if p is not None}, names or {})
+            sources, places = fill(home, run, origin, {k: p for k, p in paths.items() if p is not None}, names or {})
             taught = {} if teacher is None else _take_teacher(run, teacher)
             fsync_path(home.runs)
             run.write_job(
@@ -90,6 +89,7 @@ def create_run(
                     sources=sources,
                     start=None if origin.artefact is None else "start",
                     teacher=taught,
+                    chain=dict(chain or {}),
                 )
             )
         except BaseException:
@@ -98,7 +98,23 @@ def create_run(
     return run
 
 
-def _fill(
+def find_names(home: Home, spec: JobSpec) -> tuple[Origin, Origin | None]:
+    """What the job starts from, and the other model of this machine that it needs, if it does.
+
+    Raises ModelNotFound, SpecError (also for an endpoint that may not be called).
+    """
+    origin = find_origin(spec.model, home)
+    options = spec.objective.options
+    for url in named_endpoints(options):
+        find_endpoint(url)
+    if options.get("endpoint") and not options.get("model"):
+        text = f"The objective '{spec.objective.name}' names an endpoint; give its option 'model', too."
+        raise SpecError(text, param="objective")
+    named = next((options[key] for key in OTHER_MODELS if options.get(key)), None)
+    return origin, find_origin(named, home) if isinstance(named, str) else None
+
+
+def fill(
     home: Home, run: Run, origin: Origin, paths: dict[str, Path], names: dict[str, str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Everything but job.json, which makes the folder a job; returns what job.json says of the data: where each file
@@ -107,7 +123,7 @@ def _fill(
     sources, places = {}, {}
     for role, path in paths.items():
         places[role], sources[role] = _take_data(
-            home, run, path, names.get(role), _PARAMS.get(role, role.partition("-")[0])
+            home, run, path, names.get(role), _PARAMS.get(role.rpartition("/")[2], role.partition("-")[0])
         )
     if origin.artefact is not None:
         copy_tree(origin.artefact, run.folder / "start")
@@ -159,7 +175,7 @@ def _short(last: str, name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-") or "model"
 
 
-def _make_way(run: Run) -> None:
+def make_way(run: Run) -> None:
     """Remove a folder of the same id whose job was never acknowledged; never one that has begun."""
     if not run.folder.exists():
         return
@@ -174,7 +190,8 @@ def _take_data(home: Home, run: Run, path: Path, name: str | None, param: str) -
         raise NotFound(f"There is no file '{name or path}'.", param=param)
     name = name or path.name
     draft = run.folder / "data" / f"draft-{random_part(8)}"
-    link_or_copy(path, draft, link=home.files in path.absolute().parents)
+    never_changes = {home.files, home.runs} & set(path.absolute().parents)
+    link_or_copy(path, draft, link=bool(never_changes))
     digest = sha256_file(draft)
     suffix = Path(name).suffix.lower()
     target = f"data/{digest}{suffix if re.fullmatch(r'[.][a-z0-9]{1,8}', suffix) else ''}"

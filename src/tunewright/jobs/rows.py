@@ -21,17 +21,17 @@ from sqlalchemy import (
 
 TRANSITIONS: dict[str, frozenset[str]] = {
     "validating_files": frozenset({"queued", "failed", "cancelled"}),
-    "queued": frozenset({"running", "failed", "cancelled"}),
+    "queued": frozenset({"running", "paused", "failed", "cancelled"}),  # paused: a stage of a chain that is to rest
     "running": frozenset({"pausing", "paused", "cancelling", "succeeded", "failed", "queued"}),
     "pausing": frozenset({"paused", "cancelling", "succeeded", "failed"}),
     "paused": frozenset({"queued", "running", "cancelled", "succeeded", "failed"}),
     "cancelling": frozenset({"cancelled"}),
     "cancelled": frozenset(),
     "succeeded": frozenset(),
-    "failed": frozenset(),
+    "failed": frozenset({"running"}),  # a chain, whose failed stage is done again
 }
 STATUSES = tuple(TRANSITIONS)
-TERMINAL = frozenset(s for s, after in TRANSITIONS.items() if not after)
+TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
 WITH_WORKER = frozenset({"running", "pausing", "cancelling"})
 
 T = TypeVar("T")
@@ -71,6 +71,7 @@ class JobRow:
     error: {code, message, param} of a failed job, or of one that paused because the disk was full.
     retry: {count, not_before, step}: crashes since the last progress, and when the next attempt may start.
     started_by: `api` or `foreground`.
+    A chain has also `stages` in its spec, and in `tunewright` the list of them as people see it.
     """
 
     id: str
@@ -99,6 +100,10 @@ class JobRow:
     attempt: int = 0
     retry: dict[str, Any] | None = None
     started_by: str = "api"
+
+    @property
+    def is_chain(self) -> bool:
+        return "stages" in self.spec
 
 
 @dataclass(frozen=True)

@@ -247,15 +247,26 @@ class Store:
     # ---- checkpoints and models ----
 
     def list_checkpoints(self, job_id: str, after: str | None = None, limit: int = 10) -> Page[CheckpointRow]:
-        """The callable checkpoints that are on the disk, newest first; a finished job's model is the first."""
-        job = self.get_job(job_id)
-        rows = [] if job is None else [m.checkpoint for m in models.of_job(self.run(job_id), job, self._saved(job_id))]
+        """The callable checkpoints that are on the disk, newest first; a finished job's model is the first.
+
+        A chain's are those of its stages' jobs, the last stage first.
+        """
+        found = [self.get_job(part) for part in self._parts(job_id)]
+        left = [models.of_job(self.run(j.id), j, self._saved(j.id)) for j in found if j is not None]
+        rows = [m.checkpoint for of_job in left for m in of_job]
         if after is not None:
             ids = [r.id for r in rows]
             if after not in ids:
                 raise NotFound(f"No such checkpoint: {after}", param="after")
             rows = rows[ids.index(after) + 1 :]
         return Page(rows[:limit], len(rows) > limit)
+
+    def _parts(self, job_id: str) -> list[str]:
+        """The jobs whose results are the job's: itself, or those of a chain's stages."""
+        job = self.get_job(job_id)
+        if job is None or not job.is_chain:
+            return [job_id]
+        return [stage["id"] for stage in reversed((job.tunewright or {})["stages"]) if stage["id"] is not None]
 
     def list_models(self) -> list[ModelRow]:
         """Every recipe, then every model and checkpoint that jobs left, newest job first."""

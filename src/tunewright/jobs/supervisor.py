@@ -16,10 +16,12 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from tunewright.core.errors import Busy, DiskFull, NotFound, StateError, TunewrightError
+from tunewright.core.chain import in_stage
+from tunewright.core.errors import Busy, DiskFull, NotFound, StateError, TunewrightError, UserError
 from tunewright.core.home import Home
 from tunewright.core.run import Run
-from tunewright.jobs import exits, foreground, space
+from tunewright.core.spec import JobSpec
+from tunewright.jobs import chains, exits, foreground, space
 from tunewright.jobs.describe import load_describe
 from tunewright.jobs.journal import Line
 from tunewright.jobs.launchers import LAUNCHERS, Launcher
@@ -38,18 +40,31 @@ KILL_S = 10.0
 
 
 def check_data(home: Home, run: Run) -> None:
-    """Check the data files of a run. Raises the DataError that OpenAI's job error is made of."""
+    """Check the data files of a run; of a chain, those of all its stages. Raises the DataError that OpenAI's job error
+    is made of."""
+    job = run.job()
+    if not job.stages:
+        check_files(home, run, job.spec, {"train": job.train, "validation": job.validation}, job.sources)
+    for name, spec in job.stages.items():
+        paths = {role: job.more.get(f"{name}/{role}") for role in ("train", "validation")}
+        sources = {role: job.sources.get(f"{name}/{role}", {}) for role in paths}
+        try:
+            check_files(home, run, spec, paths, sources)
+        except UserError as e:
+            raise in_stage(name, e) from e
+
+
+def check_files(home: Home, run: Run, spec: JobSpec, paths: dict[str, Any], sources: dict[str, dict[str, Any]]) -> None:
+    """Check the training and the validation file of a job in the run folder."""
     from tunewright.data.validate import check_file, raise_for
 
-    job = run.job()
-    shapes = load_describe(home)["objective"][job.spec.objective.name]["card"].get("shapes")
-    wanted = (("training", "train", job.train, job.spec.min_examples), ("validation", "validation", job.validation, 1))
-    for what, key, path, least in wanted:
-        if path is not None:
-            name = job.sources.get(key, {}).get("name", "")  # the copy in the run folder is called by its hash
-            place = run.folder / path
+    shapes = load_describe(home)["objective"][spec.objective.name]["card"].get("shapes")
+    for what, key, least in (("training", "train", spec.min_examples), ("validation", "validation", 1)):
+        if paths[key] is not None:
+            name = sources.get(key, {}).get("name", "")  # the copy in the run folder is called by its hash
+            place = run.folder / paths[key]
             report = check_file(
-                place, format=job.spec.format, purpose_shapes=shapes, min_examples=least, name=name or place.name
+                place, format=spec.format, purpose_shapes=shapes, min_examples=least, name=name or place.name
             )
             raise_for(report, what)
 
@@ -161,12 +176,16 @@ class Supervisor:
     # ---- starting ----
 
     def _start(self, job: JobRow) -> None:
+        if job.is_chain:
+            self.store.update_job(job.id, {"queued"}, status="running")
+            return
         run = self.store.run(job.id)
         if self.launcher.alive(run):
             self._attach(job, run)
             return
         waits = (job.retry or {}).get("not_before", 0.0) > self.clock()
-        if waits or self._stopping or len(self.store.jobs_with(WITH_WORKER)) >= self.max_running:
+        running = [j for j in self.store.jobs_with(WITH_WORKER) if not j.is_chain]
+        if waits or self._stopping or len(running) >= self.max_running:
             return
         attempt = max(run.attempts(), default=0) + 1
         if not self.store.update_job(job.id, {"queued"}, status="running", attempt=attempt, error=None):
@@ -186,6 +205,9 @@ class Supervisor:
     # ---- watching ----
 
     def _watch(self, job: JobRow) -> None:
+        if job.is_chain:
+            chains.follow(self, job)
+            return
         run, child = self.store.run(job.id), self._children.get(job.id)
         code = None if child is None else child.poll()  # asked before reading, so that the last lines are not missed
         alive = self.launcher.alive(run)
@@ -225,6 +247,9 @@ class Supervisor:
             self._asked.pop(job.id, None)
 
     def _look_at_paused(self, job: JobRow) -> None:
+        if job.is_chain:
+            chains.follow(self, job)
+            return
         run = self.store.run(job.id)
         if self.launcher.alive(run):
             self._attach(job, run)
@@ -261,6 +286,8 @@ class Supervisor:
                 raise StateError(f"The job {job_id} has already {_has(job.status)}; it cannot be cancelled.")
             if job.status == "cancelling":
                 return
+            if job.is_chain:
+                chains.stop_at_once(self, job)
             if job.status in CANCEL_AT_ONCE:
                 changes, say = exits.cancelled(self.clock())
             else:
@@ -282,6 +309,9 @@ class Supervisor:
     def resume(self, job_id: str) -> None:
         """As request_resume, from any thread."""
         job = self._job(job_id)
+        if job.is_chain:
+            chains.resume(self, job)
+            return
         if job.status != "paused":
             more = " It is saving a checkpoint; try again in a moment." if job.status == "pausing" else ""
             raise StateError(f"The job {job_id} is {_is(job.status)}; only a paused job can be resumed.{more}")

@@ -15,15 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tunewright.models.fast_attention import BOTH_WAYS, Heads, Segments, TileAttention, TorchAttention
+from tunewright.models.fast_serves import head_dim, tiles_fit
 from tunewright.models.fast_weights import Linear, Room
 from tunewright.models.layouts import PACKED, causal_lm, layout_of
-from tunewright.ops.attention import segment_attention
 from tunewright.ops.kernels import Kernels
 from tunewright.ops.logprob import TileHead
-from tunewright.ops.lora import BLOCK, TileProduct, TorchProduct, padded
+from tunewright.ops.lora import TileProduct, TorchProduct, padded
 from tunewright.ops.types import Batch
-
-BOTH_WAYS = -1  # the kernels' window of an encoder (attention.h)
 
 
 def serves(model: nn.Module, dtype: torch.dtype) -> bool:
@@ -42,12 +41,6 @@ def serves(model: nn.Module, dtype: torch.dtype) -> bool:
     )
 
 
-def tiles_fit(config: Any) -> bool:
-    """Whether the AMX kernels take these sizes."""
-    sizes = (config.hidden_size, config.intermediate_size, config.hidden_size // config.num_attention_heads)
-    return all(n % BLOCK == 0 for n in sizes)
-
-
 class FastBert:
     """What Policy takes as `fast`. dtype: of the products; sums, norms and the residual stream are float32."""
 
@@ -59,7 +52,9 @@ class FastBert:
         self.head: TileHead | None = None
         self.dtype = dtype
         self.tiles = kernels.tiles and dtype == torch.bfloat16 and tiles_fit(body.config)
-        attend = Tiles(kernels, body.config) if self.tiles else Torch(body.config)
+        n = body.config.num_attention_heads
+        heads = Heads(n, n, head_dim(body.config), BOTH_WAYS)
+        attend = TileAttention(kernels, heads) if self.tiles else TorchAttention(heads)
         self.embeddings = Embeddings(body.embeddings)
         kind = TileProduct if self.tiles else TorchProduct
         self.layers = [Layer(kind, kernels, layer, attend, dtype) for layer in body.encoder.layer]
@@ -84,11 +79,11 @@ class FastBert:
 
     def forward(self, batch: Batch, keep: bool) -> tuple[Tensor, list[Any]]:
         """([T, D], for the backward: of the embeddings' norm, then of each layer)."""
-        n, starts = batch.n_tokens, batch.cu_seqlens.to(torch.int64)
+        n, at = batch.n_tokens, _segments(batch)
         x_TD, norm = self.embeddings.forward(batch)
         x_TD, saved = F.pad(x_TD, (0, 0, 0, padded(n) - n)), list[Any]([norm])
         for i, layer in enumerate(self.layers):
-            out_TD, kept = layer.forward(x_TD, starts)
+            out_TD, kept = layer.forward(x_TD, at)
             if keep:
                 again = {"none": False, "selective": i % 2 == 1, "full": True}[self.checkpointing]
                 saved.append(x_TD if again else kept)
@@ -97,15 +92,19 @@ class FastBert:
 
     def backward(self, d_TD: Tensor, batch: Batch, saved: list[Any]) -> list[Tensor | None]:
         """Gradients of `parameters`. `saved` is emptied on the way."""
-        n, starts = batch.n_tokens, batch.cu_seqlens.to(torch.int64)
+        n, at = batch.n_tokens, _segments(batch)
         d_TD, found = F.pad(d_TD, (0, 0, 0, padded(n) - n)), []
         for layer in reversed(self.layers):
             kept = saved.pop()
             if isinstance(kept, Tensor):
-                kept = layer.forward(kept, starts)[1]
-            d_TD, gradients = layer.backward(d_TD, kept, starts)
+                kept = layer.forward(kept, at)[1]
+            d_TD, gradients = layer.backward(d_TD, kept, at)
             found[:0] = gradients
         return [*self.embeddings.backward(d_TD[:n], batch, saved.pop()), *found]
+
+
+def _segments(batch: Batch) -> Segments:
+    return Segments(batch.n_tokens, batch.cu_seqlens.to(torch.int64), None, batch.cu_seqlens.tolist(), None)
 
 
 class _Encoder(torch.autograd.Function):
@@ -191,66 +190,16 @@ class Embeddings:
         self.words.grad = self.gradient.index_add_(0, tokens_T, d_TD)
 
 
-class Tiles:
-    """Attention of every token to its whole segment on the AMX kernels, bfloat16."""
-
-    def __init__(self, kernels: Kernels, config: Any) -> None:
-        self.kernels, self.heads = kernels, config.num_attention_heads
-
-    def forward(self, qkv_TN: Tensor, starts: Tensor, out_TD: Tensor) -> Tensor:
-        """Fill out; returns what the backward needs: log-sum-exp [heads, T]."""
-        lse_HT = torch.empty(self.heads, qkv_TN.shape[0])
-        out_TD[int(starts[-1]) :] = 0
-        self.kernels("attention_tiles", *self._sizes(qkv_TN, starts, out_TD, lse_HT))
-        return lse_HT
-
-    def backward(
-        self, d_TD: Tensor, qkv_TN: Tensor, starts: Tensor, out_TD: Tensor, lse_HT: Any, to_TN: Tensor
-    ) -> None:
-        """Fill `to` with the gradient of query, key and value."""
-        to_TN[int(starts[-1]) :] = 0
-        parts = (*to_TN.split(d_TD.shape[1], 1), to_TN.stride(0))
-        sizes = self._sizes(qkv_TN, starts, out_TD, lse_HT)
-        self.kernels("attention_backward_tiles", *sizes, d_TD, d_TD.stride(0), *parts)
-
-    def _sizes(self, qkv_TN: Tensor, starts: Tensor, out_TD: Tensor, lse_HT: Tensor) -> tuple[Any, ...]:
-        hd, h = out_TD.shape[1] // self.heads, self.heads
-        parts = (*qkv_TN.split(out_TD.shape[1], 1), qkv_TN.stride(0), starts, starts.numel() - 1)
-        return (*parts, h, h, hd, hd**-0.5, BOTH_WAYS, out_TD, out_TD.stride(0), lse_HT, out_TD.shape[0], None)
-
-
-class Torch:
-    """The same in torch, any dtype."""
-
-    def __init__(self, config: Any) -> None:
-        self.heads = config.num_attention_heads
-
-    def forward(self, qkv_TN: Tensor, starts: Tensor, out_TD: Tensor) -> tuple[Tensor, Tensor]:
-        n, d = int(starts[-1]), out_TD.shape[1]
-        out_TD[n:] = 0
-        with torch.enable_grad():
-            leaf = qkv_TN[:n].detach().clone().requires_grad_()
-            q, k, v = (part.view(1, n, self.heads, -1).transpose(1, 2) for part in leaf.split(d, 1))
-            o = segment_attention(q, k, v, starts.tolist(), causal=False)[0].transpose(0, 1)
-        out_TD[:n] = o.detach().reshape(n, d)
-        return leaf, o
-
-    def backward(self, d_TD: Tensor, qkv_TN: Tensor, starts: Tensor, out_TD: Tensor, graph: Any, to_TN: Tensor) -> None:
-        n, (leaf, o) = int(starts[-1]), graph
-        to_TN[n:] = 0
-        (to_TN[:n],) = torch.autograd.grad(o, leaf, d_TD[:n].view_as(o))
-
-
 @dataclass(frozen=True)
 class Kept:
     """What a layer's backward needs of its forward, [T, ...] in the dtype of the products.
 
-    x, middle: what attention and MLP read. wide: the MLP's inner side before GELU. attention: of Tiles or Torch.
+    x, middle: what attention and MLP read. wide: the MLP's inner side before GELU. seen: of the attention's forward.
     """
 
     x: Tensor
     qkv: Tensor
-    attention: Any
+    seen: Any
     attended: Tensor
     normed1: Normed
     middle: Tensor
@@ -261,7 +210,7 @@ class Kept:
 class Layer:
     """Attention and MLP of one layer, each with a residual and a norm after it."""
 
-    def __init__(self, kind: Any, kernels: Kernels, module: Any, attend: Tiles | Torch, dtype: torch.dtype) -> None:
+    def __init__(self, kind: Any, kernels: Kernels, module: Any, attend: Any, dtype: torch.dtype) -> None:
         attention, own = module.attention, module.attention.self
         self.attend, self.dtype = attend, dtype
         self.qkv: Any = Linear(kind, kernels, dtype, [own.query, own.key, own.value])
@@ -277,7 +226,7 @@ class Layer:
         for linear in self.linears:
             linear.refresh()
 
-    def forward(self, x_TD: Tensor, starts: Tensor) -> tuple[Tensor, Kept]:
+    def forward(self, x_TD: Tensor, at: Segments) -> tuple[Tensor, Kept]:
         """[T, D] float32, and what backward() needs."""
         t, d = x_TD.shape
         m, none = self.up.product.n, torch.empty(t, 0, dtype=self.dtype)
@@ -287,16 +236,16 @@ class Layer:
         added_TD, active_TM = scratch.take(d), scratch.take(m)
         low_TD = x_TD.to(self.dtype)
         self.qkv.product.forward(low_TD, none, qkv_TN, "bias", self.qkv.bias)
-        attention = self.attend.forward(qkv_TN, starts, attended_TD)
+        seen = self.attend.forward(qkv_TN, attended_TD, at)
         self.o.product.forward(attended_TD, none, added_TD, "bias", self.o.bias)
         middle_TD, normed1 = self.norm1.forward(x_TD + added_TD)
         low_middle_TD = middle_TD.to(self.dtype)
         self.up.product.forward(low_middle_TD, none, wide_TM, "gelu", self.up.bias, active_TM)
         self.down.product.forward(active_TM, none, added_TD, "bias", self.down.bias)
         out_TD, normed2 = self.norm2.forward(middle_TD + added_TD)
-        return out_TD, Kept(low_TD, qkv_TN, attention, attended_TD, normed1, low_middle_TD, wide_TM, normed2)
+        return out_TD, Kept(low_TD, qkv_TN, seen, attended_TD, normed1, low_middle_TD, wide_TM, normed2)
 
-    def backward(self, d_TD: Tensor, k: Kept, starts: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def backward(self, d_TD: Tensor, k: Kept, at: Segments) -> tuple[Tensor, list[Tensor]]:
         """(gradient of the input, gradients of the parameters)."""
         t, d = d_TD.shape
         none = torch.empty(t, 0, dtype=self.dtype)
@@ -313,7 +262,7 @@ class Layer:
         low_TD = d_TD.to(self.dtype)
         self.o.product.backward(low_TD, none, d_attended_TD)
         o = self.o.gradients(k.attended, none, low_TD, none)
-        self.attend.backward(d_attended_TD, k.qkv, starts, k.attended, k.attention, d_qkv_TN)
+        self.attend.backward(d_attended_TD, k.qkv, k.attended, at, k.seen, d_qkv_TN)
         self.qkv.product.backward(d_qkv_TN, none, back_TD)
         qkv = self.qkv.gradients(k.x, none, d_qkv_TN, none)
         return d_TD + back_TD, [*qkv, *o, *up, *down, *norm1, *norm2]

@@ -3,57 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunewright.models.fast_attention import Segments
 from tunewright.ops.lora import padded
 
 
 @dataclass(frozen=True)
-class Shape:
-    """heads, kv: query and key/value heads. hd: width of a head. window: 0 or the sliding window. eps: of RMSNorm."""
-
-    heads: int
-    kv: int
-    hd: int
-    window: int
-    eps: float
-
-    @property
-    def q(self) -> slice:
-        return slice(0, self.heads * self.hd)
-
-    @property
-    def k(self) -> slice:
-        return slice(self.q.stop, self.q.stop + self.kv * self.hd)
-
-    @property
-    def v(self) -> slice:
-        return slice(self.k.stop, self.k.stop + self.kv * self.hd)
-
-
-@dataclass(frozen=True)
 class Packed:
-    """A batch for the kernels: tokens padded to whole blocks (n of them real), where segments start, cosine and sine
+    """A batch for the kernels: tokens padded to whole blocks (n of them real), where segments lie, cosine and sine
     [T, hd/2]. inputs: [n, D] embeddings of the tokens where a soft prompt is among them, else None.
     below: whether something below the layers is trained. record: the same as a struct of C (layer.h, Pack).
-
-    A segment that others continue is one with them in `starts` (ops/families.py); holes: [T, 2] which of its earlier
-    tokens a token does not see, or None. segments, prefixes: as ops.attention has them.
     """
 
     tokens_T: Tensor
     inputs: Tensor | None
     below: bool
-    starts: Tensor
-    holes: Tensor | None
+    at: Segments
     cosine: Tensor
     sine: Tensor
-    n: int
     record: Tensor
-    segments: list[int]
-    prefixes: list[tuple[int, int]] | None
+
+    @property
+    def n(self) -> int:
+        return self.at.n
 
     @property
     def total(self) -> int:
@@ -66,7 +42,7 @@ class Kept:
 
     What the norms made of x and mid is always made again: writing it to memory and reading it there takes as long.
 
-    small: [2 + heads, T] float32, 1/rms of both norms and the attention's log-sum-exp. graph: attention without tiles.
+    small: [2 + heads, T] float32, 1/rms of both norms and the log-sum-exp. seen: what attention keeps for its backward.
     low: [T, r] of each product's update, narrow results, in the order of Layer.linears. alone: what o and down add to
     the residual, where they have gains. room: all but x and small where the layer is one call of the kernels. rows:
     where only some tokens' outputs are wanted, these; chosen: their x and what they attended to, and all behind the
@@ -79,7 +55,7 @@ class Kept:
     low: tuple[Tensor, ...] = ()
     qkv: Tensor | None = None
     attended: Tensor | None = None
-    graph: tuple[Tensor, Tensor] | None = None
+    seen: Any = None
     mid: Tensor | None = None
     gu: Tensor | None = None
     alone: tuple[Tensor | None, Tensor | None] = (None, None)

@@ -13,19 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunewright.models.fast_kept import (
-    Kept,
-    Packed,
-    Shape,
-    if_given,
-    spread_rows,
-    take_rows,
-)
+from tunewright.models.fast_attention import Heads, Segments, TileAttention, TorchAttention
+from tunewright.models.fast_kept import Kept, Packed, if_given, spread_rows, take_rows
 from tunewright.models.fast_serves import WINDOWS, head_dim, tiles_fit
 from tunewright.models.fast_weights import Layer, Linear, Norm, Room, Values, norm_parameters
 from tunewright.models.layouts import causal_lm, decoder_of, virtual_of
 from tunewright.models.policy import head_of
-from tunewright.ops.attention import prefixes_of, segment_attention
+from tunewright.ops.attention import prefixes_of
 from tunewright.ops.families import families
 from tunewright.ops.kernels import Kernels, double
 from tunewright.ops.logprob import TileHead
@@ -52,10 +46,9 @@ class FastLlama:
         self.tiles = runs_on_tiles(model, dtype, kernels)
         kind = TileProduct if self.tiles else TorchProduct
         window = WINDOWS[config.model_type](decoder)
-        hd = head_dim(config)
-        self.shape = Shape(
-            config.num_attention_heads, config.num_key_value_heads, hd, window or 0, float(config.rms_norm_eps)
-        )
+        self.shape = Heads(config.num_attention_heads, config.num_key_value_heads, head_dim(config), window or 0)
+        self.attend: Any = TileAttention(kernels, self.shape) if self.tiles else TorchAttention(self.shape)
+        self.eps = float(config.rms_norm_eps)
         self.embedding: nn.Parameter = decoder.embed_tokens.weight
         self.padding: int | None = decoder.embed_tokens.padding_idx
         self.rotary = decoder.rotary_emb
@@ -85,7 +78,7 @@ class FastLlama:
         pack = self._pack(batch, inputs)
         keep = torch.is_grad_enabled() and (pack.below or bool(parameters))
         with torch.autocast("cpu", enabled=False):  # each product has its dtype; autocast would change torch's
-            if rows is not None and padded(rows.numel()) >= padded(batch.n_tokens):
+            if rows is not None and not 0 < padded(rows.numel()) < padded(batch.n_tokens):
                 return _Hidden.apply(self, pack, None, keep, inputs, *parameters)[rows]
             return _Hidden.apply(self, pack, rows, keep, inputs, *parameters)
 
@@ -101,11 +94,11 @@ class FastLlama:
         (starts, holes), s = families(batch), self.shape
         sizes = [total, n, s.heads, s.kv, s.hd, s.window, starts.numel() - 1]
         places = [t.data_ptr() for t in (starts, cosine, sine)]
-        record = torch.tensor([*sizes, *places, double(s.eps), 0 if holes is None else holes.data_ptr()])
+        record = torch.tensor([*sizes, *places, double(self.eps), 0 if holes is None else holes.data_ptr()])
         below = (self.embedding if inputs is None else inputs).requires_grad
         own = None if inputs is None else inputs.detach()
-        segments, prefixes = batch.cu_seqlens.tolist(), prefixes_of(batch)
-        return Packed(tokens, own, below, starts, holes, cosine, sine, n, record, segments, prefixes)
+        at = Segments(n, starts, holes, batch.cu_seqlens.tolist(), prefixes_of(batch))
+        return Packed(tokens, own, below, at, cosine, sine, record)
 
     # ---- forward
 
@@ -150,7 +143,7 @@ class FastLlama:
             qkv += w.qkv.bias
         self._rope(qkv, b, 1.0)
         attended = room.take(w.o.product.k)
-        graph = self._attention(qkv, attended, small[2:], b)
+        seen = self.attend.forward(qkv, attended, b.at, small[2:])
         chosen = (x, attended) if rows is None else (take_rows(x, rows), take_rows(attended, rows))
         mid, gu, h = behind.take(d), behind.take(w.gate_up.product.n), own.take(w.down.product.k)[:n]
         alone = [None if linear.product.gain is None else behind.take(d) for linear in (w.o, w.down)]
@@ -159,7 +152,7 @@ class FastLlama:
         w.gate_up.product.forward(xn2, low[2], gu, "swiglu", h)
         out = torch.empty(n, d, dtype=self.dtype)
         w.down.product.forward(h, low[3], out, "add", mid, *if_given(alone[1]))
-        return out, Kept(x, small, None, low, qkv, attended, graph, mid, gu, (alone[0], alone[1]), rows, chosen)
+        return out, Kept(x, small, None, low, qkv, attended, seen, mid, gu, (alone[0], alone[1]), rows, chosen)
 
     def _layer_at_once(self, w: Layer, x: Tensor, b: Packed, own: Room) -> tuple[Tensor, Kept]:
         """_layer of tiles with nothing but low-rank updates."""
@@ -170,33 +163,12 @@ class FastLlama:
 
     def _rmsnorm(self, x: Tensor, weight: Tensor, to: Tensor, rstd: Tensor) -> Tensor:
         sizes = (rstd, x.shape[0], x.shape[1])
-        self.kernels.rows("rmsnorm", self.dtype, x, x.stride(0), weight, self.shape.eps, to, to.stride(0), *sizes)
+        self.kernels.rows("rmsnorm", self.dtype, x, x.stride(0), weight, self.eps, to, to.stride(0), *sizes)
         return to
 
     def _rope(self, qkv: Tensor, b: Packed, sign: float) -> None:
         s = self.shape
         self.kernels.rows("rope", self.dtype, qkv, qkv.stride(0), b.cosine, b.sine, sign, b.total, s.heads + s.kv, s.hd)
-
-    def _attention(self, qkv: Tensor, out: Tensor, lse: Tensor, b: Packed) -> tuple[Tensor, Tensor] | None:
-        """Fill `out`, and lse [heads, T] on tiles; without tiles returns torch's graph (leaf, output)."""
-        s = self.shape
-        width = s.heads * s.hd
-        out[b.n :] = 0
-        if not self.tiles:
-            with torch.enable_grad():
-                leaf = qkv[: b.n].detach().clone().requires_grad_()
-                q, k, v = (leaf[:, c].view(1, b.n, -1, s.hd).transpose(1, 2) for c in (s.q, s.k, s.v))
-                seen = {"window": s.window or None, "prefixes": b.prefixes}
-                o = segment_attention(q, k, v, b.segments, **seen)[0].transpose(0, 1)
-            out[: b.n] = o.detach().reshape(b.n, width)
-            return leaf, o
-        self.kernels("attention_tiles", *self._attention_sizes(qkv, out, lse, b))
-        return None
-
-    def _attention_sizes(self, qkv: Tensor, out: Tensor, lse: Tensor, b: Packed) -> tuple[Any, ...]:
-        s = self.shape
-        parts = (qkv, qkv[:, s.k], qkv[:, s.v], qkv.stride(0), b.starts, b.starts.numel() - 1)
-        return (*parts, s.heads, s.kv, s.hd, s.hd**-0.5, s.window, out, out.stride(0), lse, b.total, b.holes)
 
     # ---- backward
 
@@ -244,7 +216,7 @@ class FastLlama:
         assert k.small is not None and k.mid is not None and k.attended is not None and k.gu is not None
         assert k.chosen is not None
         n, d = k.mid.shape
-        rstd1, rstd2, lse = k.small[0], k.small[1, :n], k.small[2:]
+        rstd1, rstd2 = k.small[0], k.small[1, :n]
         low = (scratch.take(w.qkv.product.r), *(scratch.take(p.product.r)[:n] for p in (w.o, w.gate_up, w.down)))
         dgu, h, dout = scratch.take(w.gate_up.product.n)[:n], own.take(w.down.product.k)[:n], scratch.take(d)[:n]
         dy, sums = w.down.before_gain(dx, k.alone[1], dout)
@@ -265,7 +237,7 @@ class FastLlama:
         if k.rows is not None:
             dmid, dattended = spread_rows(dmid, k.rows, b.total), spread_rows(dattended, k.rows, b.total)
         dqkv = scratch.take(w.qkv.product.n)
-        self._attention_backward(k, lse, dattended, dqkv, b)
+        self.attend.backward(dattended, k.qkv, k.attended, b.at, k.seen, dqkv)
         self._rope(dqkv, b, -1.0)
         dqkv, sums = w.qkv.before_gain(dqkv, self._product_again(w, k, b), dqkv)
         g_norm1: list[Tensor] = []
@@ -298,19 +270,6 @@ class FastLlama:
         first = (dy, dy.stride(0), x, x.stride(0), norm.weight, rstd, residual, ld, to, to.stride(0))
         self.kernels.rows("rmsnorm_backward", self.dtype, *first, dw, x.shape[0], x.shape[1])
         return [] if dw is None else [dw.sum(0)]
-
-    def _attention_backward(self, k: Kept, lse: Tensor, dout: Tensor, dqkv: Tensor, b: Packed) -> None:
-        s = self.shape
-        dqkv[b.n :] = 0
-        if not self.tiles:
-            assert k.graph is not None
-            leaf, out = k.graph
-            (found,) = torch.autograd.grad(out, leaf, dout[: b.n].view(b.n, s.heads, s.hd))
-            dqkv[: b.n] = found
-            return
-        sizes = self._attention_sizes(k.qkv, k.attended, lse, b)  # type: ignore[arg-type]
-        to = (dqkv, dqkv[:, s.k], dqkv[:, s.v], dqkv.stride(0))
-        self.kernels("attention_backward_tiles", *sizes, dout, dout.stride(0), *to)
 
 
 class _Hidden(torch.autograd.Function):

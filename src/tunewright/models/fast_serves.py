@@ -109,6 +109,4 @@ def copied_bytes(model: nn.Module, dtype: torch.dtype, tiles: bool) -> int:
 
 def tiles_fit(config: Any) -> bool:
     """Whether every width is a multiple of a tile."""
-    hd = head_dim(config)
-    widths = (config.hidden_size, config.intermediate_size, hd, config.num_key_value_heads * hd)
-    return all(w % BLOCK == 0 for w in widths)
+    return all(n % BLOCK == 0 for n in (config.hidden_size, config.intermediate_size, head_dim(config)))

@@ -109,16 +109,21 @@ class Policy:
             noisy = self.embedding_noise is not None
             return heads.scores(self.model, batch, self.layout, self.hidden, noisy).float()
 
-    def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]:
+    def token_stats(
+        self, batch: Batch, want: set[str], value: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """{name: [T] float32}, 0 where weights_T is 0: only supervised tokens reach the LM head.
 
-        want: names from ops.logprob.STATS.
+        want: names from ops.logprob.STATS. value: a head that says one number of each hidden state before a token,
+        [N, D] -> [N], as `value`; no gradient goes from it to the model.
         """
         rows = batch.weights_T.nonzero()[:, 0]
         h_ND = self.hidden(batch, rows)
         with self._cast():
             tiles = None if self.fast is None else self.fast.head
             stats = logprob.token_stats(h_ND, head_of(self.model), batch.targets_T[rows], want, tiles=tiles)
+        if value is not None:
+            stats["value"] = value(h_ND.detach())
         return {name: _spread(values, rows, batch.n_tokens) for name, values in stats.items()}
 
     def divergence(self, batch: Batch, teacher: Teacher, kind: str) -> Tensor:
@@ -162,6 +167,10 @@ class Policy:
                 for h in h_ND.split(logprob.CHUNK)
             ]
         return batch.targets_T.index_copy(0, rows, torch.cat(drawn)) if drawn else batch.targets_T
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Within this the model's own modules, whoever runs them (the engine), compute in the policy's dtype."""
+        return self._cast()
 
     def _cast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:

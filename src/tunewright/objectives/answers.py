@@ -31,7 +31,7 @@ class Answers:
         concurrency: int = Field(4, ge=1, le=64, description="rows that are asked for at the same time")
 
     card: ClassVar[ObjectiveCard] = ObjectiveCard(
-        title="A teacher's answers", shapes=("chat", "prompt"), required=("endpoint", "model"), asks=True
+        title="A teacher's answers", shapes=("chat", "prompt"), required=("endpoint", "model"), asks="teacher"
     )
 
     def __init__(self, options: Answers.Options) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -18,8 +19,10 @@ class ObjectiveCard:
     head: which of the model's outputs it trains: `lm` (the next token), or one for whole rows (models/heads.py).
     lr_factor: what the tuner's default learning rate, which is made for supervised training, is multiplied by.
     beside: further shapes that validation files and the files of `mix` may have.
-    required: options that must be given. One with the option `teacher` compares with that model, which it is given as
-    its attribute `teacher`. asks: its rows are answered by another server first (train/asking.py).
+    required: options that must be given; either: options of which one must be. One with the option `teacher` compares
+    with that model, which it is given as its attribute `teacher`. asks: who makes its rows first: a `teacher` on
+    another server that answers them (train/asking.py), or a `judge` of two answers, there or here (train/judging.py).
+    needs_rollouts: its rows are prompts that the model answers itself (objectives/rollouts.py).
     """
 
     title: str
@@ -28,7 +31,8 @@ class ObjectiveCard:
     needs_reference: bool = False
     needs_rollouts: bool = False
     required: tuple[str, ...] = ()
-    asks: bool = False
+    either: tuple[str, ...] = ()
+    asks: str = ""
     openai_method: str | None = None
     head: str = "lm"
     lr_factor: float = 1.0
@@ -44,7 +48,9 @@ class Options(BaseModel):
 class TokenModel(Protocol):
     """What an objective may ask of the model: quantities per target token or per row, never [T, V] logits."""
 
-    def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]: ...
+    def token_stats(
+        self, batch: Batch, want: set[str], value: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]: ...
 
     def divergence(self, batch: Batch, teacher: Any, kind: str) -> Tensor: ...
 

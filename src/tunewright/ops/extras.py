@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -11,13 +11,17 @@ import torch
 from tunewright.core.example import Example
 from tunewright.ops.types import Source
 
+Numbers = Mapping[str, tuple[float, ...]]
+
 
 def extras(examples: Sequence[Example]) -> dict[str, Any]:
-    """The fields types_T, source and per_segment of a Batch of these examples, as far as one of them has such a thing.
+    """The fields types_T, source, per_token and per_segment of a Batch of these examples, as far as one has such.
 
     Raises ValueError if only some examples have a source: an encoder-decoder needs one for each.
     """
     found: dict[str, Any] = {}
+    if any(e.per_token for e in examples):
+        found["per_token"] = of_targets([e.per_token for e in examples], [len(e.ids) for e in examples])
     if any(e.types for e in examples):
         found["types_T"] = torch.tensor([t for e in examples for t in e.types or (0,) * len(e.ids)])
     if any(e.source_ids for e in examples):
@@ -42,6 +46,21 @@ def numbers(examples: Sequence[Any], field: str) -> torch.Tensor:
     """[S] float32, NaN where an example has none; yes is 1 and no is 0."""
     values = [getattr(e, field) for e in examples]
     return torch.tensor([float("nan") if v is None else float(v) for v in values], dtype=torch.float32)
+
+
+def of_targets(given: Sequence[Numbers | None], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+    """{name: [T] float32} of texts of these lengths: what each position predicts has, 0 at a text's end or without it.
+
+    given: {name: [length]} of the tokens themselves, for each text, or None.
+    """
+    names = sorted({name for own in given for name in own or ()})
+    return {
+        name: torch.tensor(
+            [v for own, n in zip(given, lengths, strict=True) for v in (*(own or {}).get(name, (0.0,) * n)[1:], 0.0)],
+            dtype=torch.float32,
+        )
+        for name in names
+    }
 
 
 def _classes(examples: Sequence[Example]) -> torch.Tensor:

@@ -14,13 +14,14 @@ from itertools import accumulate
 import torch
 
 from tunewright.core.example import Example, Group
-from tunewright.ops.extras import numbers
+from tunewright.ops.extras import Numbers, numbers, of_targets
 from tunewright.ops.types import Batch
 
 
 @dataclass(frozen=True)
 class Segment:
-    """ids: tokens. weights: of what each token predicts. start: position of the first. example: its number or -1."""
+    """ids: tokens. weights: of what each token predicts. start: position of the first. example: its number or -1.
+    per_token: of the tokens themselves."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
@@ -30,6 +31,7 @@ class Segment:
     parent: int = -1
     example: int = -1
     wanted: bool | None = None
+    per_token: Numbers | None = None
 
 
 def share_prefixes(groups: Sequence[Group]) -> Batch:
@@ -79,7 +81,8 @@ def n_tokens(group: Group) -> int:
 def _branch(example: Example, group: int, shared: int, parent: int, number: int) -> Segment:
     start = max(shared - 1, 0)
     weights = (*example.weights[start + 1 :], 0.0)
-    return Segment(example.ids[start:], weights, example.source, group, start, parent, number, example.wanted)
+    more = example.per_token and {name: values[start:] for name, values in example.per_token.items()}
+    return Segment(example.ids[start:], weights, example.source, group, start, parent, number, example.wanted, more)
 
 
 def _batch(segments: Sequence[Segment]) -> Batch:
@@ -103,5 +106,6 @@ def _batch(segments: Sequence[Segment]) -> Batch:
         group_S=per_segment([s.group for s in segments]),
         last_S=per_segment(ends) - 1,
         source_S=per_segment([s.source for s in segments]),
+        per_token=of_targets([s.per_token for s in segments], [len(s.ids) for s in segments]),
         per_segment={"example": per_segment([s.example for s in segments]), **marked},
     )

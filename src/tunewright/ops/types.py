@@ -38,6 +38,7 @@ class Batch:
     noise_T: [T] int64 keys of the step's dropout and embedding noise (ops/noise.py), or None for no noise.
     types_T: [T] int64 which text of a pair each token belongs to (BERT's token types), or None: all 0.
     source: the encoder's side, for encoder-decoders only.
+    per_token: further [T] float32 tensors by name, of the targets as weights_T (advantages, old log-probabilities).
     per_segment, per_group: further [S] and [G] tensors by name (rewards, reference log-probs …). per_segment["label"]:
         float32, the class number or value that a head learns; NaN where there is none. per_segment["labels"]: [S, K]
         float32, 1 for each class that a row has, of the first K. per_segment["margin"]: float32, of preferred answers.
@@ -58,6 +59,7 @@ class Batch:
     noise_T: Tensor | None = None
     types_T: Tensor | None = None
     source: Source | None = None
+    per_token: dict[str, Tensor] = field(default_factory=dict)
     per_segment: dict[str, Tensor] = field(default_factory=dict)
     per_group: dict[str, Tensor] = field(default_factory=dict)
 

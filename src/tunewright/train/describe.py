@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -31,8 +32,10 @@ def describe_part(part: Any) -> dict[str, Any]:
     }
 
 
+@cache
 def describe() -> dict[str, Any]:
-    """{kind: {name: describe_part}} for every table, entry points included, and the versions it holds for."""
+    """{kind: {name: describe_part}} for every table, entry points included, and the versions it holds for. Made once a
+    process: read it, do not change it."""
     tables = {table.kind: {name: describe_part(table.load(name)) for name in table} for table in TABLES}
     return {**tables, "versions": {p: version(p) for p in ("torch", "transformers", "peft")}}
 

@@ -25,6 +25,8 @@ from tunewright.tuners.base import parameter_bytes
 SMALLEST = 128
 STARTS = 32  # micro-batches that are filled to find the fullest
 CAUTION = 1.15  # on what a small micro-batch says of a large one
+# on a micro-batch, where steps have several: the holes that pieces of other sizes leave in the allocator's heap
+HOLES = {"plain": 1.5, "fast": 1.1}
 # what a step costs against the fastest setting: recomputing layers, and less efficient products of few rows
 RECOMPUTING = {"none": 1.0, "selective": 1.17, "full": 1.34}
 FEW_ROWS = ((2048, 1.0), (1024, 1.04), (512, 1.1), (256, 1.25), (0, 1.5))
@@ -54,7 +56,7 @@ def fitting(parts: Parts, room: Room, peak: meter.Peak) -> Iterator[Parts]:
 
     Raises OutOfMemory with the numbers and the nearest change that fits when there is no further one.
     """
-    ratio = 0.0  # measured against counted, unknown at first
+    small, large = 0.0, 0.0  # measured against counted, of a small micro-batch and of those tried; unknown at first
     dtype = parts.plan.dtype
     least = float("inf")
     fullest = fullest_step(parts.plan, parts.groups)
@@ -64,17 +66,18 @@ def fitting(parts: Parts, room: Room, peak: meter.Peak) -> Iterator[Parts]:
             max(_tokens(rows) for _, rows in work_of(parts, heavy, tokens)), checkpointing, dtype
         )
         tried = with_setting(parts, tokens, checkpointing)
-        if not ratio and room.fixed + counted > 0.4 * room.limit:
-            ratio = _calibrate(tried, room, peak, tokens)
-        expected = room.fixed + counted * (ratio or 1.0)
+        if not (small or large) and room.fixed + counted > 0.4 * room.limit:
+            small = _calibrate(tried, room, peak, tokens)
+        holes = HOLES[parts.plan.path] if has_several(tried) else 1.0
+        expected = room.fixed + counted * (max(small * holes, large) or 1.0)
         least = min(least, expected)
         if expected > room.limit:
             continue
         used = run_heaviest(tried, heavy, peak)
         if used is not None and used + room.state <= room.limit:
             yield tried
-        ratio = max(ratio, ((used or room.limit) - room.fixed + room.state) / counted)
-    raise OutOfMemory(refusal(parts, room, least, max(ratio, 0.1)))
+        large = max(large, ((used or room.limit) - room.fixed + room.state) / counted)
+    raise OutOfMemory(refusal(parts, room, least, max(small, large, 0.1)))
 
 
 def settings(parts: Parts, fullest: Sequence[int]) -> list[tuple[int, str]]:
@@ -153,13 +156,11 @@ def run_heaviest(parts: Parts, heavy: Sequence[Group], peak: meter.Peak) -> int 
     Where steps have several micro-batches it is run twice: the gradients of the first are there in the second, and the
     allocator's holes.
     """
-    longest = np.sort(sizes(parts.groups)[:, TOKENS])[-parts.plan.batch_size :].sum()
-    several = (longest > parts.plan.micro_batch_tokens and parts.plan.batch_size > 1) or len(parts.retain) > 0
     drop_gradients(parts)
     meter.release()
     peak.restart()
     try:
-        for _ in range(2 if several else 1):
+        for _ in range(2 if has_several(parts) else 1):
             for terms, rows in work_of(parts, heavy, parts.plan.micro_batch_tokens):
                 run_terms(parts, terms, rows, max(parts.plan.micro_batch_tokens, _tokens(rows)), step=0)
     except (MemoryError, RuntimeError) as e:
@@ -169,6 +170,12 @@ def run_heaviest(parts: Parts, heavy: Sequence[Group], peak: meter.Peak) -> int 
     finally:
         drop_gradients(parts)
     return meter.peak()
+
+
+def has_several(parts: Parts) -> bool:
+    """Whether a step of the job may have more than one micro-batch."""
+    longest = np.sort(sizes(parts.groups)[:, TOKENS])[-parts.plan.batch_size :].sum()
+    return (longest > parts.plan.micro_batch_tokens and parts.plan.batch_size > 1) or len(parts.retain) > 0
 
 
 def drop_gradients(parts: Parts) -> None:

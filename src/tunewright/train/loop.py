@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from tunewright.core.errors import Interrupted, SpecError, did_you_mean
+from tunewright.core.errors import EndpointDown, Interrupted, SpecError, did_you_mean
 from tunewright.core.events import EventWriter
 from tunewright.core.example import Group
 from tunewright.core.run import Run
@@ -28,10 +28,12 @@ from tunewright.ops.runtime import seed_step
 from tunewright.ops.types import Batch, Term
 from tunewright.train import scaling, watch
 from tunewright.train.advise import Epoch, History, advise
-from tunewright.train.checkpoint import State, prune, save_checkpoint
+from tunewright.train.checkpoint import State, list_checkpoints, prune, save_checkpoint
 from tunewright.train.plan import Plan, Where, step_rows, valid_rows
 from tunewright.train.recovery import roll_back, skip, with_room
 from tunewright.train.retain.base import Retain
+from tunewright.train.rollouts import Rollout, Rollouts
+from tunewright.train.told import checkpoint_metrics, finite, is_better, metrics_message, named
 from tunewright.tuners.base import Tuner
 
 SHOWN = ("retain_", "router_")  # how the terms begin that events show besides the objective's own
@@ -54,6 +56,7 @@ class Parts:
 
     rate: learning rate of a step (1-based). write_artefact(folder, state): fills a new folder with a servable artefact.
     stop: whether the process was asked to stop; looked at between steps. retain: methods against forgetting, begun.
+    rollouts: where `groups` and `valid` are prompts that the model answers itself.
     """
 
     run: Run
@@ -70,6 +73,7 @@ class Parts:
     write_artefact: Callable[[Path, State], None]
     stop: Callable[[], bool]
     retain: Sequence[Retain] = ()
+    rollouts: Rollouts | None = None
     advised: set[str] = field(default_factory=set)  # advice that was given, in earlier attempts too
 
     def with_room(self, step: int, where: Where, groups: Sequence[Group], compute: Callable[[int], T]) -> T:
@@ -154,7 +158,7 @@ def train(parts: Parts, state: State) -> State:
     Every step writes one `metrics` event; every epoch end and every save_every_seconds a checkpoint.
     """
     per_epoch = math.ceil(parts.plan.n_rows / parts.plan.batch_size)
-    started, first_tokens = time.monotonic(), state.tokens
+    started, first_tokens, first_step = time.monotonic(), state.tokens, state.step
     before, saved_at = state.seconds, started
     parts.policy.model.train()
     scaling.start(state, parts.plan.dtype)
@@ -162,7 +166,9 @@ def train(parts: Parts, state: State) -> State:
     while state.step < parts.plan.total_steps and not state.stopped_early:
         step = state.step + 1
         groups = [parts.groups[i] for i in step_rows(parts.plan, step)]
-        means, grad_norm = optimize(parts, step, groups, state)
+        rolled = answered(parts, step, groups, state)
+        groups, updates = (groups, 1) if rolled is None else (rolled.groups, rolled.updates)
+        *_, (means, grad_norm) = (optimize(parts, step, groups, state) for _ in range(updates))
         state.step = step
         state.tokens += sum(g.n_tokens for g in groups)
         state.supervised += sum(w > 0 for g in groups for e in g.examples for w in e.weights[1:])
@@ -171,10 +177,11 @@ def train(parts: Parts, state: State) -> State:
             "step": step,
             "total_steps": parts.plan.total_steps,
             **measured(parts, "train_", means),
+            **({} if rolled is None else named("train_", rolled.figures)),
             **validate(parts, step, at_epoch_end),
         }
-        speed = (state.tokens - first_tokens) / max(time.monotonic() - started, 1e-9)
-        left = parts.plan.n_tokens * parts.plan.n_epochs - state.tokens
+        took = max(time.monotonic() - started, 1e-9)
+        speed = (state.tokens - first_tokens) / took
         state.last = metrics
         state.seconds = before + time.monotonic() - started
         parts.events.write(
@@ -188,7 +195,7 @@ def train(parts: Parts, state: State) -> State:
                 "trained_tokens": state.tokens,
                 "supervised_tokens": state.supervised,
                 "tokens_per_second": speed,
-                "eta_s": left / speed,
+                "eta_s": seconds_left(parts, state, speed, took / (step - first_step)),
             },
         )
         keep_watch(parts, state, grad_norm, groups)
@@ -203,18 +210,41 @@ def train(parts: Parts, state: State) -> State:
     return state
 
 
+def answered(parts: Parts, step: int, prompts: Sequence[Group], state: State) -> Rollout | None:
+    """The model's own answers to a step's prompts, graded; None where rows have theirs. If that cannot go on (a judge
+    is down, a stop was asked for), what was trained so far is saved."""
+    if parts.rollouts is None:
+        return None
+    try:
+        return parts.rollouts.roll(step, prompts, parts.plan)
+    except (EndpointDown, Interrupted):
+        if state.step and state.step not in list_checkpoints(parts.run):
+            checkpoint(parts, state, "recovery")
+        raise
+
+
+def seconds_left(parts: Parts, state: State, speed: float, a_step: float) -> float:
+    """speed: tokens a second. a_step: seconds; of answers nobody knows before how many tokens they have."""
+    if parts.rollouts is not None:
+        return (parts.plan.total_steps - state.step) * a_step
+    return (parts.plan.n_tokens * parts.plan.n_epochs - state.tokens) / speed
+
+
 def optimize(parts: Parts, step: int, groups: Sequence[Group], state: State) -> tuple[dict[str, float], float]:
     """One optimizer step over `groups`: returns the terms' means and the gradient norm before clipping.
 
-    A loss or gradient that is not finite skips the update (train/recovery.py).
+    A loss or gradient that is not finite skips the update (train/recovery.py). Without groups (all rewards of each
+    group were equal) there is nothing to learn, and no update.
     """
+    if not groups:
+        return {"loss": math.nan, "accuracy": math.nan}, 0.0
     parameters = trained(parts.optimizer)
     for group in parts.optimizer.param_groups:
         group["lr"] = parts.rate(step)
     means = parts.with_room(step, "train", groups, lambda tokens: gradients(parts, step, groups, tokens, state))
     parts.tuner.on_gradients(step)
     means |= pulls(parts)
-    norm = clip(parameters, parts.spec.max_grad_norm or math.inf)
+    norm = scaling.clip(parameters, parts.spec.max_grad_norm or math.inf)
     if math.isfinite(means["loss"]) and math.isfinite(norm):
         parts.tuner.update(parts.optimizer, step)
         torch.autograd.graph.increment_version(parameters)  # fused optimizers forget to, and the fast path relies on it
@@ -236,16 +266,6 @@ def pulls(parts: Parts) -> dict[str, float]:
 def trained(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     """All that is trained. The tuner knows it too, but looks through the whole model for it."""
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def clip(parameters: list[torch.nn.Parameter], limit: float) -> float:
-    """Scale the gradients down to the norm `limit`; returns the norm before. torch's clip_grad_norm_ without its pass
-    over all gradients where that would multiply them by 1."""
-    total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = float(total)
-    if not norm + 1e-6 <= limit:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
-    return norm
 
 
 def gradients(parts: Parts, step: int, groups: Sequence[Group], tokens: int, state: State) -> dict[str, float]:
@@ -276,17 +296,20 @@ def keep_watch(parts: Parts, state: State, grad_norm: float, groups: Sequence[Gr
     loss = state.last["train_loss"]
     if loss is not None:
         state.loss_sum, state.loss_steps = state.loss_sum + loss, state.loss_steps + 1
-    for alarm in watch.look(state.history, state.streaks, state.step, {"loss": loss, "grad_norm": finite(grad_norm)}):
+    values = {"loss": loss, "grad_norm": finite(grad_norm) if groups else None, **watch.of_rollouts(state.last)}
+    for alarm in watch.look(state.history, state.streaks, state.step, values):
         text = f"{alarm.rule.says} ({alarm.value:.4g} against {alarm.median:.4g}) since step {alarm.first}"
         state.alarms += 1
         if alarm.action == "act":
             roll_back(parts.run, parts.plan, parts.events, alarm.first, state.step, text, rows_of(groups))
-        warning = f"Training may be diverging: {text}. If it goes on, the job rolls back and halves the learning rate."
+        warning = f"Training may be diverging: {text}. {alarm.rule.advice}"
         parts.events.write("message", warning, {"step": state.step, "watch": alarm.rule.name}, "warn")
 
 
 def say_advice(parts: Parts, state: State) -> None:
     """Write each advice that the run's history calls for once."""
+    if parts.rollouts is not None:
+        return  # its rules read losses, and that of rollouts says nothing
     usual = parts.tuner.card.default_lr * parts.objective.card.lr_factor
     history = History(usual, [Epoch(**e) for e in state.epochs], state.alarms)
     for name, text in advise(parts.plan, history).items():
@@ -300,23 +323,25 @@ def validate(parts: Parts, step: int, at_epoch_end: bool) -> dict[str, Any]:
     out: dict[str, Any] = {}
     if not parts.valid:
         return out
-    last = step == parts.plan.total_steps
-    if step % parts.plan.eval_every == 0 or last:
+    if step % parts.plan.eval_every == 0 or step == parts.plan.total_steps:
         window = [parts.valid[i] for i in valid_rows(parts.plan, step, parts.spec.eval_rows)]
-        means = evaluate(parts, window, step)
-        out |= measured(parts, "valid_", means)
+        out |= evaluated(parts, "valid_", window, step)
     if at_epoch_end:
-        means = evaluate(parts, parts.valid, step)
-        out |= measured(parts, "full_valid_", means)
+        out |= evaluated(parts, "full_valid_", parts.valid, step)
     return out
+
+
+def evaluated(parts: Parts, prefix: str, groups: Sequence[Group], step: int) -> dict[str, float | None]:
+    """The metrics of validation rows under their names in events."""
+    if parts.rollouts is not None:
+        return named(prefix, parts.rollouts.evaluate(step, groups, parts.plan))
+    return measured(parts, prefix, evaluate(parts, groups, step))
 
 
 def measured(parts: Parts, prefix: str, means: dict[str, float]) -> dict[str, float | None]:
     """The terms' means under their names in events, with what the objective makes of them besides (F1 …)."""
-    report = getattr(parts.objective, "report", None)
-    more = {} if report is None else report(means)
-    values = {"loss": means["loss"], "mean_token_accuracy": means["accuracy"], **more}
-    return {f"{prefix}{name}": finite(value) for name, value in values.items()}
+    report = getattr(parts.objective, "report", None) or (lambda means: {})
+    return named(prefix, {"loss": means["loss"], "mean_token_accuracy": means["accuracy"], **report(means)})
 
 
 def end_epoch(parts: Parts, state: State, metrics: dict[str, Any]) -> None:
@@ -349,11 +374,6 @@ def end_epoch(parts: Parts, state: State, metrics: dict[str, Any]) -> None:
         )
 
 
-def is_better(name: str, value: float, best: float) -> bool:
-    """Whether a metric's value beats the best one: losses and errors fall, everything else rises."""
-    return value < best if name.endswith(("loss", "error", "perplexity")) else value > best
-
-
 def due(parts: Parts, step: int, saved_at: float) -> bool:
     """Whether a recovery checkpoint is due."""
     every = parts.spec.save_every_steps
@@ -377,24 +397,3 @@ def announce_checkpoint(events: EventWriter, state: State, kind: str) -> None:
         {"step": state.step, "kind": kind, "metrics": checkpoint_metrics(state.last)},
     )
     events.sync()
-
-
-def checkpoint_metrics(last: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's checkpoint metrics: the step's own, without what was not measured."""
-    return {k: v for k, v in last.items() if v is not None and k != "total_steps"}
-
-
-def metrics_message(m: dict[str, Any]) -> str:
-    """`Step 10/300: training loss=1.10, validation loss=1.20, full validation loss=1.15`, as OpenAI words it."""
-    parts = [
-        ("training loss", "train_loss"),
-        ("validation loss", "valid_loss"),
-        ("full validation loss", "full_valid_loss"),
-    ]
-    shown = [f"{label}={m[key]:.2f}" for label, key in parts if m.get(key) is not None]
-    return f"Step {m['step']}/{m['total_steps']}: {', '.join(shown)}"
-
-
-def finite(value: float) -> float | None:
-    """The value, or None where JSON has no number for it."""
-    return value if math.isfinite(value) else None

@@ -25,6 +25,7 @@ CHECKPOINTING = ("none", "selective", "full")
 @dataclass(frozen=True)
 class Plan:
     """n_tokens: tokens of one epoch. path: `fast` (own kernels) or `plain` (the model's modules).
+    teacher_path: the same for the teacher's model, where there is one.
     quantization: how the base is held, `none`, `nf4` or `int8`.
     checkpointing: layers that are computed again in the backward, `none`, `selective`
     (every second one) or `full`. base: loss and accuracy before step 1. available_memory_bytes: what the job may hold.
@@ -52,6 +53,7 @@ class Plan:
     parameters: int
     trainable_parameters: int
     path: str = "plain"
+    teacher_path: str = ""
     quantization: str = "none"
     checkpointing: str = "none"
     base: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +90,7 @@ def resolve(
     *,
     dtype: str,
     path: str = "plain",
+    teacher_path: str = "",
     quantization: str = "none",
     threads: int,
     context: int,
@@ -123,6 +126,7 @@ def resolve(
         seed=spec.seed if spec.seed is not None else 0,
         dtype=dtype,
         path=path,
+        teacher_path=teacher_path,
         quantization=quantization,
         threads=threads,
         micro_batch_tokens=MICRO_BATCH_TOKENS if spec.micro_batch_tokens == "auto" else spec.micro_batch_tokens,

@@ -189,7 +189,8 @@ def measure_base(parts: Parts, work: Work, steps: Steps) -> tuple[dict[str, Any]
         groups, source = parts.groups, "train"
         if not is_noisy(parts):
             sums, weights, rows = dict(steps.sums), dict(steps.weights), steps.rows
-        n = max(0, BASE_ROWS - rows)
+        # answers that are only imagined tell nothing
+        n = 0 if parts.objective.card.needs_rollouts else max(0, BASE_ROWS - rows)
     n = min(n, len(groups) - (rows if source == "train" else 0))
     sample = [groups[i * len(groups) // n] for i in range(n)]
     started = time.monotonic()

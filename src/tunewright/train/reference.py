@@ -41,10 +41,12 @@ class Reference:
             return self._policy.hidden(batch)
 
     @torch.no_grad()
-    def token_stats(self, batch: Batch, want: set[str]) -> dict[str, Tensor]:
+    def token_stats(
+        self, batch: Batch, want: set[str], value: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """{name: [T]}, as Policy.token_stats."""
         with self._at_start():
-            return self._policy.token_stats(batch, want)
+            return self._policy.token_stats(batch, want, value)
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:

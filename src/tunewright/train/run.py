@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import cache, partial
@@ -35,14 +36,15 @@ from tunewright.objectives import OBJECTIVES
 from tunewright.ops.noise import neftune
 from tunewright.ops.quant import NONE, PACKAGE, count
 from tunewright.ops.runtime import be_deterministic, choose_dtype, device, set_threads
-from tunewright.train import meter
-from tunewright.train.asking import ask_teacher
+from tunewright.train import meter, reinforce
+from tunewright.train.asking import Asking, ask_teacher
 from tunewright.train.balance import balanced
 from tunewright.train.checkpoint import State, load_newest
 from tunewright.train.describe import describe
 from tunewright.train.fast import choose_path
 from tunewright.train.finish import Start, artefact_writer, finish
 from tunewright.train.heads import copy_body, load_with_new_head
+from tunewright.train.judging import ask_judge
 from tunewright.train.labels import job_head
 from tunewright.train.loop import Parts, announce_checkpoint, train
 from tunewright.train.optim import OPTIMIZERS, SCHEDULES
@@ -51,9 +53,11 @@ from tunewright.train.preflight import Build, preflight
 from tunewright.train.prepare import prepare
 from tunewright.train.reference import find_reference
 from tunewright.train.retain import build as retain
+from tunewright.train.rollouts import Imagined
 from tunewright.train.room import held_text, room_left, room_to_load
 from tunewright.train.rows import load_groups, training_groups
 from tunewright.train.teacher import check_teacher, load_teacher, teacher_bytes
+from tunewright.train.value import with_value_head
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
 from tunewright.tuners.delta import merge_delta
@@ -61,6 +65,7 @@ from tunewright.tuners.peft_adapter import merge_adapter
 
 LEAST_CONTEXT = 16  # tokens
 MERGE = {"adapter": merge_adapter, "delta": merge_delta}
+ASK = {"teacher": ask_teacher, "judge": ask_judge}  # an objective's `asks` -> who makes its rows
 
 
 def run_job(run: Run, home: Home, events: EventWriter, stop: Callable[[], bool]) -> dict[str, Any]:
@@ -97,9 +102,12 @@ def run_once(
     tuner: Tuner = part(TUNERS, spec.tuner)
     context = context_left(start.weights, tuner)
     limit = context if spec.max_length == "auto" else min(spec.max_length, context)
+    rolls = objective.card.needs_rollouts
+    limit = reinforce.prompt_limit(objective, limit) if rolls else limit
 
     if objective.card.asks:
-        ask_teacher(run, job, spec, objective, home, events, stop)
+        judge = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events) if job.teacher else None
+        ASK[objective.card.asks](Asking(run, job, spec, objective, home, events, stop, start, judge))
 
     def load(role: str) -> StoredGroups:
         return load_groups(run, job, spec, tokenizer, objective, limit, role, events)
@@ -110,7 +118,7 @@ def run_once(
     head = job_head(run, spec, objective)
     quantization = NONE if earlier is None else earlier.quantization
     teacher = None
-    if job.teacher:
+    if job.teacher and hasattr(objective, "teacher"):
         teacher = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events)
         check_teacher(spec, teacher, tokenizer)
     if earlier is None:
@@ -128,29 +136,37 @@ def run_once(
     events.write("message", path.why)
     policy = Policy(model, autocast, fast=path.forward, embedding_noise=neftune(model, spec.neftune_alpha))
 
+    def frozen(beside: nn.Module, wanted: str, room: float = math.inf) -> tuple[Policy, str]:
+        """A further model that is only asked, on the path `wanted` where it can be, and that path's name."""
+        beside = beside.requires_grad_(False).eval()
+        chosen = choose_path(beside, dtype, threads, home.cache / "kernels", wanted, room)
+        return Policy(beside, autocast, fast=chosen.forward), chosen.name
+
     def second() -> Policy:
         """The policy at step 0, loaded again. On the same path, or it would round otherwise."""
-        frozen = attach(start, part(TUNERS, spec.tuner), spec, dtype, head, quantization).requires_grad_(False).eval()
-        other = choose_path(frozen, dtype, threads, home.cache / "kernels", path.name, math.inf)
-        return Policy(frozen, autocast, fast=other.forward)
+        return frozen(attach(start, part(TUNERS, spec.tuner), spec, dtype, head, quantization), path.name)[0]
 
     reference = cache(partial(find_reference, tuner, policy, start.over is not None, second))
     if objective.card.needs_reference:
         objective.reference = reference()
         events.write("message", f"The reference, the model at step 0, is {objective.reference.how}")
+    teacher_path = ""
     if teacher is not None:
-        taught = load_teacher(teacher, dtype, MERGE).to(device())
-        room = math.inf if earlier else room_left(spec.max_memory)
-        other = choose_path(taught, dtype, threads, home.cache / "kernels", path.name, room)
-        objective.teacher = Policy(taught, autocast, fast=other.forward)
+        asked = (earlier.teacher_path, math.inf) if earlier else (path.name, room_left(spec.max_memory))
+        objective.teacher, teacher_path = frozen(load_teacher(teacher, dtype, MERGE).to(device()), *asked)
+    rollouts = None
+    if rolls:
+        given = (run, home, objective, policy, tuner, tokenizer, groups, context, events, stop)
+        rollouts = reinforce.rollouts_of(*given)
     prepare(run, tuner, policy, objective, groups, spec.seed or 0, events, stop)
     plan = earlier or resolve(
         spec,
-        groups,
+        Imagined(groups, objective) if rolls else groups,
         valid,
         tuner.card,
         dtype=str(dtype).removeprefix("torch."),
         path=path.name,
+        teacher_path=teacher_path,
         quantization=quantization,
         threads=threads,
         context=context,
@@ -161,6 +177,7 @@ def run_once(
     )
     tuner.begin(plan.total_steps, plan.total_steps // plan.n_epochs)
     kept = retain.begin(run, job, spec, plan, tuner, policy, load, reference, events, stop)
+    tuner = with_value_head(objective, policy, tuner)
     optimizer_class, optimizer_options = row(OPTIMIZERS, spec.optimizer)
     build = partial(optimizer_class.build, lr=plan.learning_rate, options=optimizer_options)
     schedule, schedule_options = row(SCHEDULES, spec.schedule)
@@ -184,6 +201,7 @@ def run_once(
         write_artefact=artefact_writer(job, spec, tuner, start, head, quantization),
         stop=stop,
         retain=kept,
+        rollouts=rollouts,
         advised={e.data["advice"] for e in run.stream() if "advice" in e.data},
     )
     if policy.layout == PADDED:
@@ -198,7 +216,8 @@ def run_once(
     state = resume(parts, rolled_back)
     if events.attempt == 1 and not rolled_back:
         events.write("message", "Fine-tuning job started")
-    state = train(parts, state)
+    with closing(rollouts) if rollouts else nullcontext():
+        state = train(parts, state)
     parts.optimizer.zero_grad(set_to_none=True)
     meter.release()  # else reading the result back would come on top of the memory that training used
     finish(parts, state)
@@ -282,7 +301,10 @@ def attach(
 
 def decide(parts: Parts, build: Build, peak: meter.Peak) -> Plan:
     """Measure, write plan.json and say what was decided."""
-    plan = preflight(parts, build, peak)
+    if parts.rollouts is None:
+        plan = preflight(parts, build, peak)
+    else:
+        plan = reinforce.with_sampling(preflight(reinforce.imagined(parts), build, peak), parts)
     parts.run.write_plan(plan.to_json())
     if (plan.micro_batch_tokens, plan.checkpointing) != (parts.plan.micro_batch_tokens, parts.plan.checkpointing):
         text = (

@@ -45,3 +45,13 @@ def grow(state: State) -> None:
     state.well_scaled += 1
     if state.well_scaled >= GROW_AFTER and state.loss_scale < LARGEST:
         state.loss_scale, state.well_scaled = state.loss_scale * 2, 0
+
+
+def clip(parameters: list[torch.nn.Parameter], limit: float) -> float:
+    """Scale the gradients down to the norm `limit`; returns the norm before. torch's clip_grad_norm_ without its pass
+    over all gradients where that would multiply them by 1."""
+    total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = float(total)
+    if not norm + 1e-6 <= limit:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+    return norm

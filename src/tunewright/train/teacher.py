@@ -40,11 +40,11 @@ def check_teacher(spec: JobSpec, teacher: Start, tokenizer: Tokenizer) -> None:
 
 
 def load_teacher(teacher: Start, dtype: torch.dtype, merge: Mapping[str, Merge]) -> nn.Module:
-    """The model, frozen. merge: how an artefact of a kind is folded into the weights below it."""
+    """The model. merge: how an artefact of a kind is folded into the weights below it."""
     model = load_model(teacher.weights, dtype)
     if teacher.over is not None and teacher.record is not None:
         model = merge[teacher.record.kind](model, teacher.over)
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def teacher_bytes(teacher: Start, student: Start, dtype: torch.dtype) -> int:

@@ -25,6 +25,7 @@ RETRY_SECONDS = 2.0
 STATUSES = {
     "validating_files": ("Validating files", "neutral", "rule"),
     "queued": ("Queued", "neutral", "schedule"),
+    "waiting": ("Waiting", "neutral", "schedule"),
     "running": ("Running", "accent", "autorenew"),
     "pausing": ("Pausing", "warn", "pause"),
     "paused": ("Paused", "warn", "pause"),

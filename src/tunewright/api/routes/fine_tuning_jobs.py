@@ -7,14 +7,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 
-from tunewright.api import present
+from tunewright.api import create_chain, create_job, present
 from tunewright.api.body import json_body
-from tunewright.api.create_job import create
 from tunewright.api.errors import parse
 from tunewright.api.lookup import find_job
 from tunewright.api.requests import CreateJob
 from tunewright.api.schemas import Job, JobCheckpoint, JobEvent, ListPage
 from tunewright.api.state import Server, server_of
+from tunewright.core.chain import is_chain
 
 router = APIRouter()
 JOBS = "/v1/fine_tuning/jobs"
@@ -23,7 +23,7 @@ Limit20 = Annotated[int, Query(alias="limit", ge=1, le=10_000)]
 
 
 @router.post(JOBS)
-async def create_job(
+async def make_job(
     request: Request,
     body: Annotated[Any, Depends(json_body)],
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
@@ -31,6 +31,7 @@ async def create_job(
     server = server_of(request)
     wanted = parse(CreateJob, body)
     describe = await server.describe()
+    create = create_chain.create if is_chain(wanted.tunewright) else create_job.create
     return present.job(await run_in_threadpool(create, server, wanted, describe, idempotency_key, body))
 
 

@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from tunewright import __version__
 from tunewright.api import present
 from tunewright.api.body import json_body
+from tunewright.api.create_chain import check_chain
 from tunewright.api.create_job import check
 from tunewright.api.errors import parse
 from tunewright.api.filecheck import check_training_file
@@ -31,6 +32,7 @@ from tunewright.api.schemas import (
 )
 from tunewright.api.state import ORGANIZATION_ID, server_of
 from tunewright.core.allowed import QUANTIZATIONS
+from tunewright.core.chain import is_chain
 from tunewright.core.errors import AuthError, UserError
 from tunewright.core.spec import JobSpec
 from tunewright.engine.recipes.base import describe_recipes
@@ -118,7 +120,8 @@ async def check_job(request: Request, body: Body) -> JobReport:
     server = server_of(request)
     described = await server.describe()
     try:
-        await run_in_threadpool(check, server, parse(CreateJob, body), described)
+        wanted = parse(CreateJob, body)
+        await run_in_threadpool(check_chain if is_chain(wanted.tunewright) else check, server, wanted, described)
     except UserError as e:
         return JobReport(usable=False, message=e.message, param=e.param)
     return JobReport(usable=True)

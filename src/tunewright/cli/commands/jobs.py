@@ -64,4 +64,5 @@ def _row(run: Run) -> tuple[str, ...]:
     last = steps[-1].data if steps else None
     created = datetime.fromtimestamp(job.created_at).strftime("%Y-%m-%d %H:%M")
     step = f"{last['step']}/{last['total_steps']}" if last else ""
-    return (run.id, status_of(run), step, f"{last['train_loss']:.4f}" if last else "", created, job.name)
+    model = " -> ".join(job.stages) or job.name
+    return (run.id, status_of(run), step, f"{last['train_loss']:.4f}" if last else "", created, model)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tunewright.core.spec import JobSpec
 
 FILES = ("training_file", "validation_file")
+# what a file of a role is called
+WHAT = {"train": "training", "validation": "validation", "retain": "retained", "mix": "mixed"}
 
 
 def train(
@@ -25,21 +27,26 @@ def train(
     resume: Annotated[str | None, typer.Option(metavar="JOB", help="Continue this job from its checkpoint.")] = None,
     home: Annotated[Path | None, typer.Option(help="The data folder.", show_default="~/.tunewright")] = None,
 ) -> None:
-    """Train one model in the foreground, without a server.
+    """Train one model in the foreground, without a server; or, with `stages`, one after the other.
 
     Ctrl-C saves a checkpoint and prints the command that continues from it.
     """
     from rich.console import Console
 
+    from tunewright.cli.chain import train_chain
     from tunewright.cli.progress import run_foreground
     from tunewright.core.home import find_home
 
     console = Console()
     place = find_home(home).ensure()
-    run = find_run(place, resume) if resume else new_run(place, read_spec(job, set or []), console)
+    run = find_run(place, resume) if resume else begin(place, read_raw(job, set or []), console)
     if resume and set:
         raise typer.BadParameter("a resumed job keeps its spec; start a new job to change it", param_hint="--set")
-    end = run_foreground(place, run, console)
+    whole = run
+    if run.job().stages:
+        run, end = train_chain(place, whole, console)
+    else:
+        end = run_foreground(place, run, console)
     if end.data.get("status") == "succeeded":
         _done(run, end.data, console)
         return
@@ -62,12 +69,27 @@ def _tree(top: type[Any]) -> list[type[Any]]:
     return [top, *(c for sub in top.__subclasses__() for c in _tree(sub))]
 
 
+def begin(home: Home, raw: Any, console: Console) -> Run:
+    """The run folder of what a job file describes: one job, or a chain."""
+    from tunewright.cli.chain import new_chain
+    from tunewright.core.chain import is_chain
+    from tunewright.core.spec import parse_spec
+
+    return new_chain(home, raw, console) if is_chain(raw) else new_run(home, parse_spec(raw), console)
+
+
 def read_spec(path: Path | None, overrides: list[str]) -> JobSpec:
-    """The spec of a YAML file with `--set` overrides. Data paths in the file are relative to the file."""
+    """The spec of one job, as read_raw finds it."""
+    from tunewright.core.spec import parse_spec
+
+    return parse_spec(read_raw(path, overrides))
+
+
+def read_raw(path: Path | None, overrides: list[str]) -> Any:
+    """A YAML file with `--set` overrides, as plain data. Data paths in the file are relative to the file."""
     import yaml
 
     from tunewright.core.errors import SpecError
-    from tunewright.core.spec import parse_spec
 
     if path is None and not overrides:
         raise SpecError("Give a job file (`tunewright train job.yaml`), `--set` fields, or `--resume JOB`.")
@@ -83,7 +105,7 @@ def read_spec(path: Path | None, overrides: list[str]) -> JobSpec:
             raw = beside(raw, path.parent)
     for item in overrides:
         raw = override(raw, item)
-    return parse_spec(raw)
+    return raw
 
 
 def beside(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -96,6 +118,11 @@ def beside(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         found["mix"] = {**mix, "files": _with_paths(mix["files"], folder, paths=True)}
     elif isinstance(mix, list):
         found["mix"] = _with_paths(mix, folder, paths=True)
+    stages = found.get("stages")
+    if isinstance(stages, list):
+        found["stages"] = [beside(s, folder) if isinstance(s, dict) else s for s in stages]
+    elif isinstance(stages, dict):
+        found["stages"] = {k: beside(s, folder) if isinstance(s, dict) else str(folder / s) for k, s in stages.items()}
     return found
 
 
@@ -146,7 +173,7 @@ def find_run(home: Home, job_id: str) -> Run:
         known = did_you_mean(job_id, runs) or " `tunewright jobs` lists what there is."
         raise NotFound(f"There is no job '{job_id}' in {home.root}.{known}")
     end = runs[job_id].end()
-    if end is not None and end.data.get("status") == "succeeded":
+    if not runs[job_id].job().stages and end is not None and end.data.get("status") == "succeeded":
         raise StateError(f"The job {job_id} has finished; its model is {runs[job_id].job().name}.")
     return runs[job_id]
 
@@ -160,17 +187,21 @@ def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
 
     # what is quick to check comes first
     find_origin(spec.model, home)
-    check_data(Path(spec.training_file), "training", spec, console)
-    if spec.validation_file is not None:
-        check_data(Path(spec.validation_file), "validation", spec, console)
+    check_all_data(spec, console)
     spec = check_parts(spec, load_describe(home))
     more = {role: Path(file) for role, file in extra_files(spec).items()}
-    for role, path in more.items():
-        check_data(path, "retained" if role.startswith("retain") else "mixed", spec, console)
     validation = Path(spec.validation_file) if spec.validation_file else None
     return create_run(
         home, spec, job_id=new_id("ftjob-"), train_path=Path(spec.training_file), validation_path=validation, more=more
     )
+
+
+def check_all_data(spec: JobSpec, console: Console) -> None:
+    """Every data file of a job, row by row. Raises DataError."""
+    from tunewright.core.chain import files_of
+
+    for role, file in files_of(spec).items():
+        check_data(Path(file), WHAT[role.partition("-")[0]], spec, console)
 
 
 def check_data(path: Path, what: str, spec: JobSpec, console: Console) -> None:

@@ -13,6 +13,7 @@ FORMATS = Table(
         "prompt_completion": "tunewright.data.formats.prompt_completion:FORMAT",
         "unpaired": "tunewright.data.formats.unpaired:FORMAT",
         "prompt": "tunewright.data.formats.prompt:FORMAT",
+        "reinforcement": "tunewright.data.formats.reinforcement:FORMAT",
         "text_label": "tunewright.data.formats.text_label:FORMAT",
         "text": "tunewright.data.formats.text:FORMAT",
     },

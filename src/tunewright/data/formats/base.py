@@ -20,6 +20,7 @@ class Format:
     knows: fields that convert reads (others are left alone and noted); empty if convert itself refuses unknown ones.
     weak: gives way to another format that also fits (a `text` field beside `instruction` and `output`).
     alone: a row with any other field is not one of this format.
+    asked: never recognised by its fields, only taken where the job says so.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Format:
     knows: frozenset[str] = frozenset()
     weak: bool = False
     alone: bool = False
+    asked: bool = False
 
     def fits(self, row: Collection[str]) -> bool:
         if self.alone and not all(field in self.knows for field in row):

@@ -38,7 +38,8 @@ class Decision:
 
 
 def all_formats() -> list[Format]:
-    return [FORMATS.load(name) for name in FORMATS]
+    """Those that rows can be recognised by."""
+    return [f for f in map(FORMATS.load, FORMATS) if not f.asked]
 
 
 def decide(sample: Sequence[Collection[str]]) -> Decision:

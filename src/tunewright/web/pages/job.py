@@ -13,6 +13,7 @@ from tunewright.web import kit
 from tunewright.web.chart import Line, LineChart
 from tunewright.web.desk import Session
 from tunewright.web.feeds import ACTIVE, Feed, JobView
+from tunewright.web.pages.stages import build_stages, chain_of, chain_words, share_done, stages_of
 from tunewright.web.series import clock, count, duration, number, percent, series
 
 TRAIN, VALID, FULL = "#0f8a7e", "#d9822b", "#6d5bd0"
@@ -52,6 +53,12 @@ class More:
 MORE = (
     More("Reward margin", "margin-chart", three("reward_margin")),
     More("Pairs in the right order (%)", "order-chart", three("reward_accuracy"), digits=1, scale=100.0),
+    More("Mean reward", "mean-reward-chart", three("mean_reward")),
+    More("Distance from the start (KL, nats)", "kl-chart", {"train_kl": Line("Training", TRAIN)}),
+    More("Entropy (nats a token)", "entropy-chart", {"train_entropy": Line("Training", TRAIN)}),
+    More("Clipped (%)", "clip-chart", {"train_clip_share": Line("Training", TRAIN)}, digits=1, scale=100.0),
+    More("Length of answers (tokens)", "length-chart", three("completion_tokens_mean"), digits=1),
+    More("Groups that say nothing (%)", "dead-chart", {"train_dead_share": Line("Training", TRAIN)}, 1, 100.0),
     More("Rewards", "rewards-chart", two("reward")),
     More("Log-probabilities of the answers", "logps-chart", two("logp"), digits=1),
 )
@@ -82,6 +89,7 @@ class Parts:
     progress: Element
     bar: ui.linear_progress
     bar_words: kit.Text
+    stages: Element
     charts: Element
     loss: LineChart
     accuracy: LineChart
@@ -146,6 +154,8 @@ def build_parts() -> Parts:
     with kit.tag(kit.box("tw-job-progress"), "progress") as progress:
         bar = kit.progress("progress-bar")
         words = kit.tag(kit.Text("", "tw-progress-words"), "progress-words")
+    with kit.card("Stages") as stages_card:
+        stages = kit.box()
     with kit.box("tw-charts") as charts:
         with kit.card("Loss"):
             loss = LineChart("Loss", LOSS_LINES, "loss-chart")
@@ -161,7 +171,8 @@ def build_parts() -> Parts:
                     events = kit.tag(kit.box(kind="ol"), "events")
         with kit.card("Details"):
             details = kit.box()
-    parts = Parts(head, progress, bar, words, charts, loss, accuracy, checkpoints, details, events)
+    stages_card.bind_visibility_from(stages, "visible")
+    parts = Parts(head, progress, bar, words, stages, charts, loss, accuracy, checkpoints, details, events)
     steps.on_value_change(lambda e: setattr(parts, "steps", e.value))
     kit.tag(steps, "every-step")
     return parts
@@ -172,6 +183,7 @@ def update(session: Session, feed: Feed[JobView], parts: Parts, view: JobView) -
     assert job is not None
     if parts.changed("head", (job["status"], job["fine_tuned_model"], job["result_files"], job["error"])):
         refill(parts.head, lambda: build_head(session, feed, job))
+    update_stages(parts, job)
     update_progress(parts, job, view.points)
     update_charts(parts, job, view.points)
     if parts.changed("checkpoints", [c["id"] for c in view.checkpoints] or job["status"]):
@@ -206,10 +218,15 @@ def build_head(session: Session, feed: Feed[JobView], job: dict[str, Any]) -> No
             kit.button(
                 "Open in playground", lambda: kit.go(target), icon="forum", kind="primary", name="open-playground"
             )
-        for action in POSSIBLE.get(job["status"], ()):
+        for action in ("resume",) if failed_chain(job) else POSSIBLE.get(job["status"], ()):
             build_action(session, feed, job["id"], action)
     if job["error"] and job["error"].get("message"):
         kit.error_box(job["error"]["message"], "The job failed.", name="job-error")
+
+
+def failed_chain(job: dict[str, Any]) -> bool:
+    """Its failed stage can be done again."""
+    return job["status"] == "failed" and any(s["id"] for s in stages_of(job))
 
 
 def build_action(session: Session, feed: Feed[JobView], job_id: str, action: str) -> None:
@@ -234,11 +251,22 @@ def playground_path(job: dict[str, Any], model: str) -> str:
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
+def update_stages(parts: Parts, job: dict[str, Any]) -> None:
+    stages = stages_of(job)
+    parts.stages.set_visibility(bool(stages))
+    if stages and parts.changed("stages", stages):
+        refill(parts.stages, lambda: build_stages(stages))
+
+
 def update_progress(parts: Parts, job: dict[str, Any], points: list[dict[str, Any]]) -> None:
     newest = points[-1] if points else None
+    stages = stages_of(job)
     active = job["status"] in (*ACTIVE, "paused")
     parts.progress.set_visibility(active)
-    if active and parts.changed("progress", (job["status"], newest)):
+    if active and stages:
+        parts.bar.set_value(share_done(stages))
+        parts.bar_words.set_text(chain_words(stages))
+    elif active and parts.changed("progress", (job["status"], newest)):
         parts.bar.set_value(newest["step"] / newest["total_steps"] if newest else 0)
         parts.bar_words.set_text(progress_words(job, newest))
 
@@ -258,7 +286,7 @@ def progress_words(job: dict[str, Any], newest: dict[str, Any] | None) -> str:
 
 
 def update_charts(parts: Parts, job: dict[str, Any], points: list[dict[str, Any]]) -> None:
-    parts.charts.set_visibility(bool(points) or job["status"] in (*ACTIVE, "paused"))
+    parts.charts.set_visibility(bool(points) or (job["status"] in (*ACTIVE, "paused") and not stages_of(job)))
     total = points[-1]["total_steps"] if points else None
     parts.loss.show({key: series(points, key) for key in LOSS_LINES}, total)
     parts.accuracy.show({key: series(points, key) for key in ACCURACY_LINES}, total)
@@ -304,15 +332,18 @@ def build_facts(job: dict[str, Any]) -> None:
     hyper = job.get("hyperparameters") or {}
     rows: list[tuple[str, Any]] = [("Base model", job["model"])]
     rows += [("Created", clock(job["created_at"]))]
+    chain = chain_of(job)
+    if chain:
+        words = f"{chain['stage']} of {chain['id']}"
+        rows.append(("Stage", lambda: kit.tag(kit.link(words, f"/jobs/{chain['id']}", "tw-link"), "chain-link")))
     if job["finished_at"]:
         rows.append(
             ("Finished", f"{clock(job['finished_at'])} (after {duration(job['finished_at'] - job['created_at'])})")
         )
     rows += own_rows(job)
+    numbers = {"n_epochs": "Epochs", "batch_size": "Batch size", "learning_rate_multiplier": "Learning-rate multiplier"}
+    rows += [] if stages_of(job) else [(words, hyper.get(key, "–")) for key, words in numbers.items()]
     rows += [
-        ("Epochs", hyper.get("n_epochs", "–")),
-        ("Batch size", hyper.get("batch_size", "–")),
-        ("Learning-rate multiplier", hyper.get("learning_rate_multiplier", "–")),
         ("Seed", job.get("seed", "–")),
         ("Trained tokens", count(job["trained_tokens"])),
         ("Training file", lambda: file_link(job["training_file"])),

@@ -13,6 +13,7 @@ from tunewright.web.desk import Session
 from tunewright.web.feeds import ACTIVE
 from tunewright.web.pages import job as job_page
 from tunewright.web.pages.job import title_of
+from tunewright.web.pages.stages import chain_of
 from tunewright.web.series import ago
 
 # filter -> the statuses it shows
@@ -109,7 +110,8 @@ def build_items(state: ListState, jobs: list[dict[str, Any]] | None, error: Any)
 
 def build_item(state: ListState, job: dict[str, Any]) -> None:
     target = f"/jobs/{job['id']}"
-    with kit.tag(kit.link("", target, "tw-item"), "job-row") as row:
+    kind = "tw-item tw-item-stage" if chain_of(job) else "tw-item"
+    with kit.tag(kit.link("", target, kind), "job-row") as row:
         row.props["data-job"] = job["id"]
         if state.path == target:
             row.props["aria-current"] = "true"
