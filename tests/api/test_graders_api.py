@@ -68,6 +68,7 @@ def test_a_python_grader_that_raises_or_never_ends(http: httpx.Client) -> None:
         assert errors["python_grader_runtime_error"] and words in errors["python_grader_runtime_error_details"]
 
 
+@pytest.mark.slow
 def test_a_judge_that_is_a_model_of_this_server(http: httpx.Client) -> None:
     """The tiny model answers nonsense, in which there is no number."""
     told = run(http, {**JUDGE, "sampling_params": {"max_completions_tokens": 5}})

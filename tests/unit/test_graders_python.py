@@ -80,6 +80,37 @@ def test_globals_live_on_until_an_error() -> None:
     assert rewards == [1.0, 2.0, 0.0, 1.0, 2.0]
 
 
+LATER = """
+import os, threading, time
+def later():
+    time.sleep(0.1)
+    if sample_text == "end":
+        os._exit(3)
+    for n in range(3, 10):
+        try:
+            os.write(n, b'{"reward": 9.0}\\n')
+        except OSError:
+            pass
+def grade(sample, item):
+    global sample_text
+    sample_text = sample["output_text"]
+    threading.Thread(target=later).start()
+    return 0.5
+"""
+
+
+@pytest.mark.parametrize("text", ["end", "speak"])
+def test_one_that_ended_or_spoke_meanwhile_is_replaced(text: str) -> None:
+    with parse_grader(spec(LATER)) as grader:
+        for _ in range(2):
+            assert grader.grade({}, Sample(text)).reward == 0.5
+            (box,) = grader.work.idle
+            deadline = time.monotonic() + 10
+            while box.ready and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert not box.ready
+
+
 @pytest.mark.slow
 def test_several_grade_at_once() -> None:
     body = "import time\ndef grade(sample, item):\n    time.sleep(0.05)\n    return float(sample['output_text'])\n"

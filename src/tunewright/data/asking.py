@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from tunewright.core.asking import Answer, Teacher, ask
+from tunewright.core.asking import Answer, Call, Teacher, ask
 from tunewright.core.conversation import Conversation
 from tunewright.core.errors import DataError, Interrupted, Problem
 from tunewright.data.spans import plain
 
 POLL = 0.2
 
-Call = dict[str, Any]
 Row = TypeVar("Row")
 
 

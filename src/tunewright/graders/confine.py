@@ -15,7 +15,7 @@ import select
 import signal
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 CANNOT = 113  # exit code: it could not be confined; why is on standard output
@@ -119,7 +119,7 @@ def die_with_parent() -> None:
     call("prctl", PR_SET_PDEATHSIG, *map(ctypes.c_ulong, (signal.SIGKILL, 0, 0, 0)))
 
 
-def fork(then: Any) -> int:
+def fork(then: Callable[[], None]) -> int:
     """Run `then` in a child; it never returns. What it cannot do is said on standard output."""
     pid = os.fork()
     if pid:

@@ -112,7 +112,7 @@ class Judge:
         try:
             said = self.ask(messages, model=self.model, **self.sent)
         except UserError as e:
-            if getattr(e, "answered", None) in OUT_OF_REACH:
+            if isinstance(e, asking.Refused) and e.answered in OUT_OF_REACH:
                 raise EndpointDown(e.message) from e
             return failed(e.message, model_grader_server_error=True, model_grader_server_error_details=e.message)
         usage = {self.model: said.usage} if said.usage else {}

@@ -85,6 +85,9 @@ class Python:
         """Of an idle process, or a new one; it is kept if all went well."""
         with self.lock:
             box = self.idle.pop() if self.idle else None
+        if box is not None and not box.ready:
+            box.close()
+            box = None
         box = box or Sandbox(self.options.source, self.options.tunewright.timeout, self.confined)
         answer: dict[str, object] = {}
         try:

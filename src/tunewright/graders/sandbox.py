@@ -82,10 +82,15 @@ class Sandbox:
 
     def ask(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """{"reward"} or {"error"} for {"sample", "item"}. Raises Ended."""
-        assert self._process.stdout is not None
-        if select.select([self._process.stdout], [], [], 0)[0]:
-            raise Ended("it wrote something that nobody asked for")
         return self._exchange(row, self.seconds)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it waits for a line: it has not ended, nor said something that nobody asked for."""
+        assert self._process.stdout is not None
+        told = select.poll()
+        told.register(self._process.stdout, select.POLLIN)
+        return not told.poll(0)
 
     def close(self) -> None:
         """Kill the process and everything it began."""
