@@ -225,7 +225,7 @@ REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "chat rows": (
         "dpo",
         tiny.sft_rows(12),
-        r"fine-tune-chat format.*method=dpo.*such rows: answers, distill, rlaif, sft\.",
+        r"fine-tune-chat format.*method=dpo.*such rows: answers, .*, sft\.",
     ),
     "pairs for sft": ("sft", tiny.pair_rows(12), r"fine-tune-preference.*method=supervised.*rows: .*dpo.*orpo.*simpo"),
     "marks for dpo": ("dpo", tiny.marked_rows(12), r"marked good or bad.*such rows: kto\."),
