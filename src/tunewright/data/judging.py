@@ -107,14 +107,14 @@ def verdict(judge: Teacher, pair: Pair, principles: str, halt: threading.Event) 
     there = ask(judge, question(pair.prompt, first, second, principles), halt)
     choice = read_choice(there.text)
     if not choice:
-        return Answer("", there.tokens, there.why or UNCLEAR, there.kept)
+        return Answer("", there.tokens, there.why or UNCLEAR, kept=there.kept)
     back = ask(judge, question(pair.prompt, second, first, principles), halt)
     other = read_choice(back.text)
     tokens, kept = there.tokens + back.tokens, there.kept and back.kept
     if not other:
-        return Answer("", tokens, back.why or UNCLEAR, kept)
+        return Answer("", tokens, back.why or UNCLEAR, kept=kept)
     if other == choice:
-        return Answer("", tokens, SAME_PLACE[choice], kept)
+        return Answer("", tokens, SAME_PLACE[choice], kept=kept)
     return Answer(choice, tokens, kept=kept)
 
 
