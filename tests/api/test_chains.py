@@ -66,8 +66,8 @@ def sdk(server: LiveServer, chain: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def test_a_chain_survives_kills_and_repeats_nothing(tmp_path: Path, tiny_model_dir: Path) -> None:
-    home = make_home(tmp_path / "home", tiny_model_dir)
+def test_a_chain_survives_kills_and_repeats_nothing(tmp_path: Path, tiny_model_dir: Path, described: Path) -> None:
+    home = make_home(tmp_path / "home", tiny_model_dir, described)
     with LiveServer(home, "--open") as mine, httpx.Client(base_url=mine.url, timeout=300) as http:
 
         def job(job_id: str) -> dict[str, Any]:
