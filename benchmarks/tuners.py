@@ -35,8 +35,8 @@ LORA = "lora"
 IN_PEFT = (LORA, "rslora", "dora", "adalora", "vera", "oft", "ia3", "prompt", "p_tuning", "prefix")
 # shares of our LoRA's tokens/s that a tuner is to reach; the others: peft's own speed
 TARGETS = {"rslora": 0.8, "dylora": 0.8, "adalora": 0.7, "dora": 0.6}
-# options of ours for the measured steps, so that these do all that most steps of a job do
-OPTIONS: dict[str, dict[str, Any]] = {**NEEDED, "adalora": {"warmup": 0.0}}
+# options of ours for the measured steps: these do all that most steps of a job do, at LoRA's rank (rsLoRA's own is 64)
+OPTIONS: dict[str, dict[str, Any]] = {**NEEDED, "adalora": {"warmup": 0.0}, "rslora": {"r": 16}}
 BETWEEN = 3  # tuners from one run of LoRA to the next
 DATA = Path(__file__).parent / "data" / "short.jsonl"
 OURS, PEFT = "ours", "peft"
