@@ -41,7 +41,7 @@ from tunewright.data.validate import read_conversations
 BATCH, GROUP, TOKENS, RATE = 4, 8, 64, 2e-5
 GATE_BATCH = 2
 # float32: rewards, and what sums in another order leave of a loss; half: what bfloat16 leaves of it
-SAME, EXACT, CURVE = 1e-6, 1e-4, 0.02
+SAME, EXACT, EXACT_GRADIENT, CURVE = 1e-6, 1e-4, 1e-3, 0.02
 GRADER = {
     "type": "text_similarity", "name": "alike", "evaluation_metric": "fuzzy_match",
     "input": "{{ sample.output_text }}", "reference": "{{ item.answer }}",
@@ -117,10 +117,11 @@ def against(name: str, theirs: Outcome, ours: Outcome, exact: bool) -> Iterator[
     detail = f"{len(rewards[1])} off by up to {off:.1e}, mean {fmean(rewards[1]):.3f}"
     yield Gate(f"{name}: rewards", off <= SAME and lengths[0] == lengths[1], detail)
     a, b = theirs.steps[0], ours.steps[0]
-    far = abs((a.loss or 0.0) - (b.loss if b.loss is not None else 9.0))
+    far = abs((a.loss if a.loss is not None else 9.0) - (b.loss or 0.0))
     yield Gate(f"{name}: loss", far <= (EXACT if exact else CURVE), f"{a.loss}, ours {b.loss}, off by {far:.1e}")
     turned = abs((a.grad_norm or 0.0) / (b.grad_norm or 1e-9) - 1)
-    yield Gate(f"{name}: gradient norm", turned <= GRADIENT, f"{a.grad_norm}, ours {b.grad_norm}, off by {turned:.2%}")
+    ok = turned <= (EXACT_GRADIENT if exact else GRADIENT)
+    yield Gate(f"{name}: gradient norm", ok, f"{a.grad_norm}, ours {b.grad_norm}, off by {turned:.2%}")
 
 
 def figures_of(s: Setup, outcome: Outcome) -> dict[str, Any]:
