@@ -95,7 +95,7 @@ def answers_of(run: Path) -> dict[str, Any]:
 def gates(s: Setup) -> Iterator[Gate]:
     """Our first step in float32 and in the dtype that is measured, and what TRL makes of the same answers."""
     rivals = [name for name in s.sides.only if name != "ours"]
-    for dtype, names in (("float32", ["trl_default"] if rivals else []), (s.sides.dtype, rivals)):
+    for dtype, names in {"float32": rivals and ["trl_default"], s.sides.dtype: rivals}.items():
         say(f"gates: a step of ours in {dtype}")
         short: dict[str, Any] = {"dtype": dtype, "steps": 1, "batch": GATE_BATCH, "epochs": 1}
         ours = s.run(s.exact, "ours", f"gate-{dtype}-ours", s.gate, **short)
@@ -177,7 +177,8 @@ def setup(args: argparse.Namespace, place: Place) -> Setup:
     from tunewright.models.loader import materialise
 
     rows = make_prompts(args.data)
-    if len(rows) < max(GATE_BATCH, args.batch):
+    whole = len(rows) // args.batch * args.batch  # TRL leaves out a step that is not whole
+    if whole < args.batch or len(rows) < GATE_BATCH:
         sys.exit(f"--data: {args.data} has {len(rows)} rows; {max(GATE_BATCH, args.batch)} are needed")
     folder = materialise(args.model, place.home)
     model = args.model if args.natural else str(without_end(folder, place.work / "model"))
@@ -188,14 +189,14 @@ def setup(args: argparse.Namespace, place: Place) -> Setup:
         group=args.group,
         tokens=args.tokens,
         full=not args.natural,
-        train=write(place.work / "prompts.jsonl", rows),
+        train=write(place.work / "prompts.jsonl", rows[:whole]),
         gate=gate,
         prompts=prompt_hash(gate, folder),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = sides_parser(__doc__, RIVALS, DEFAULT, BATCH, "prompts", seconds=60.0)
+    p = sides_parser(__doc__, RIVALS, DEFAULT, BATCH, "prompts", seconds=45.0)
     p.add_argument("--group", type=int, default=GROUP, help="answers to a prompt (%(default)s)")
     p.add_argument("--tokens", type=int, default=TOKENS, help="of an answer, at most with --natural (%(default)s)")
     p.add_argument("--natural", action="store_true", help="answers end where the model ends them")
