@@ -52,10 +52,9 @@ RIVALS = {
     "ours": Rival(None),
     "trl_default": TRL,
     "trl_best": replace(TRL, env=TUNED, options=FUSED),
-    # what else was tried for its best
+    # what else may be its best; not transformers' continuous batching, which takes more memory than this is about
     "trl_half": replace(TRL, options=FUSED),
     "trl_parts": replace(TRL, env=TUNED, options={**FUSED, "gradient_accumulation_steps": 4}),
-    "trl_continuous": replace(TRL, env=TUNED, options={**FUSED, "use_transformers_continuous_batching": True}),
     "trl_static": replace(TRL, env=TUNED, options={**FUSED, "cache_implementation": "static"}),
 }
 DEFAULT = ("ours", "trl_default", "trl_best")
