@@ -17,6 +17,7 @@ from tunewright.core.home import Home
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+TRL_IS_THERE = (ROOT / "benchmarks" / ".venv-trl" / ".made-from").exists()
 N_ROWS = 40
 
 
@@ -102,6 +103,45 @@ def test_ctrl_c_keeps_what_was_measured(env: dict[str, str], rows: Path, tmp_pat
     assert process.returncode == 130
     found = json.loads(out.read_text())
     assert [r["rival"] for r in found["rows"]] == ["ours"] and not found["complete"] and found["gates"] == "skipped"
+
+
+def side_by_side(program: str, env: dict[str, str], rows: Path, *more: str) -> dict[str, Any]:
+    """The result of a comparison of one short round."""
+    fixed = ["--data", str(rows), "--model", "tiny", "--threads", "1", "--rounds", "1", "--json", "-"]
+    window = ["--seconds", "2", "--min-steps", "3", "--batch", "4"]
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{program}", *fixed, *window, *more],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert all(g["ok"] for g in found["gates"]) and all(r["window_steps"] > 0 for r in found["rows"])
+    assert found["versions"].keys() == found["medians"].keys() == {r["rival"] for r in found["rows"]}
+    return found
+
+
+@pytest.mark.nightly
+def test_pairs_side_by_side(env: dict[str, str], rows: Path) -> None:
+    found = side_by_side("dpo", env, rows, "--only", "ours,plain")
+    rates = {r["rival"]: r["tokens_per_second"] for r in found["rows"]}
+    assert found["ratios"] == {"plain": pytest.approx(rates["ours"] / rates["plain"])}
+    assert {"float32", "ours: tokens of each step", "ours: losses"} <= {g["name"] for g in found["gates"]}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("only", ["ours", "ours,trl_best"])
+def test_rollouts_side_by_side(env: dict[str, str], rows: Path, only: str) -> None:
+    """Every answer has its full length, and TRL makes of our answers what we do."""
+    if "trl" in only and not TRL_IS_THERE:
+        pytest.skip("the rivals' environment is not made; python -m benchmarks.venv makes it")
+    found = side_by_side("grpo", env, rows, "--only", only, "--group", "4", "--tokens", "12")
+    for row in found["rows"]:
+        assert row["completion_tokens_mean"] == 12 and row["dead_share"] < 1
+        assert row["completions_per_second"] == pytest.approx(16 * row["window_steps"] / row["window_s"])
+    if "trl" in only:
+        names = {g["name"] for g in found["gates"]}
+        assert {f"trl_default in float32: {x}" for x in ("rewards", "loss", "gradient norm")} <= names
+        assert found["ratios"].keys() == {"trl_best"}
 
 
 @pytest.mark.nightly

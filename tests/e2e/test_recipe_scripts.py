@@ -9,8 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import tiny
 
@@ -35,6 +39,28 @@ def test_our_objective_in_a_lightning_module(
     losses = [float(x) for x in re.findall(r"^step \d+: loss ([\d.]+)$", said, re.MULTILINE)]
     assert len(losses) == 12 and losses[-1] < losses[0] - 0.2
     assert mean_loss(tiny_model_dir, tmp_path / "adapter") < mean_loss(tiny_model_dir) - 0.1
+
+
+@pytest.mark.slow
+def test_sft_by_hand(tiny_model_dir: Path, tmp_path: Path, sft_file: Callable[..., Path]) -> None:
+    """transformers and peft find the rows likelier with the adapter that it leaves."""
+    data, out = sft_file(tmp_path, 24), tmp_path / "adapter"
+    said = run("sft.py", tmp_path, tiny_model_dir, data, "--epochs", "4", "--rate", "3e-3", "--out", out)
+    losses = [float(x) for x in re.findall(r"^step \d+: loss ([\d.]+), accuracy [\d.]+$", said, re.MULTILINE)]
+    assert len(losses) == 12 and losses[-1] < losses[0] - 0.5
+    assert mean_loss(tiny_model_dir, out) < mean_loss(tiny_model_dir) - 0.2
+
+
+@pytest.mark.slow
+def test_distillation_by_hand(tiny_model_dir: Path, tmp_path: Path, sft_file: Callable[..., Path]) -> None:
+    """The student's distributions come nearer to the teacher's."""
+    teacher = tiny.build_tiny_model(tmp_path / "wise", seed=1, hidden_size=96, num_hidden_layers=1)
+    data, out = sft_file(tmp_path, 24), tmp_path / "adapter"
+    options = ("--teacher", teacher, "--epochs", "4", "--rate", "1e-2", "--out", out)
+    said = run("distill.py", tmp_path, tiny_model_dir, data, *options)
+    steps = re.findall(r"^step \d+: loss ([\d.]+), accuracy [\d.]+, divergence ([\d.]+)", said, re.MULTILINE)
+    assert len(steps) == 12 and all(loss == divergence for loss, divergence in steps)
+    assert divergence_from(teacher, tiny_model_dir, out) < 0.9 * divergence_from(teacher, tiny_model_dir)
 
 
 @pytest.mark.slow
@@ -96,17 +122,35 @@ def test_rlhf_as_one_job(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert [what for what, _ in scores] == ["supervised", "PPO"] and scores[0][1] != scores[1][1]
 
 
-def mean_loss(folder: Path, adapter: Path | None = None) -> float:
-    """transformers' own loss of the rows' texts, with peft's adapter or without."""
+def opened(folder: Path, adapter: Path | None = None) -> Any:
+    """transformers' own model, with peft's adapter or without."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter)
+
+
+def texts(folder: Path) -> list[Tensor]:
+    """[1, T] ids of some rows."""
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    losses = []
-    for row in tiny.sft_rows(6):
-        ids = tokenizer.apply_chat_template(row["messages"], return_tensors="pt")["input_ids"]
-        losses.append(model(input_ids=ids, labels=ids).loss.item())
-    return sum(losses) / len(losses)
+    rows = [row["messages"] for row in tiny.sft_rows(6)]
+    return [tokenizer.apply_chat_template(row, return_tensors="pt")["input_ids"] for row in rows]
+
+
+def mean_loss(folder: Path, adapter: Path | None = None) -> float:
+    model = opened(folder, adapter)
+    return fmean(model(input_ids=ids, labels=ids).loss.item() for ids in texts(folder))
+
+
+@torch.no_grad()
+def divergence_from(teacher: Path, folder: Path, adapter: Path | None = None) -> float:
+    """KL(teacher || student) in nats a token."""
+    models = opened(teacher), opened(folder, adapter)
+    each = []
+    for ids in texts(folder):
+        p, q = (model(input_ids=ids).logits[0].log_softmax(-1) for model in models)
+        each.append((p.exp() * (p - q)).sum(-1).mean().item())
+    return fmean(each)

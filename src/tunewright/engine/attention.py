@@ -144,14 +144,18 @@ def _forward(
         what = "attention sinks" if softcap is None else "capped attention scores"
         raise UnsupportedAttention(f"{type(module).__name__} needs {what}, which the engine does not compute yet")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer, window = int(module.layer_idx), sliding_window or 0  # pyright: ignore[reportArgumentType]
-    q, k, v = query[0], key[0], value[0]
-    out = value.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
+    return attend(kv, layer, query[0], key[0], value[0], scale, sliding_window or 0)[None], None
+
+
+def attend(kv: StepPlan, layer: int, q_HTK: Tensor, k_HTK: Tensor, v_HTK: Tensor, scale: float, window: int) -> Tensor:
+    """[T, H, K]: the step's attention in one layer, its new keys and values stored."""
+    out_THK = v_HTK.new_empty(q_HTK.shape[1], q_HTK.shape[0], v_HTK.shape[2])
     for s in kv.singles:
-        out[s.rows_B] = attend_singles(s, layer, q, k, v, scale, window)
+        out_THK[s.rows_B] = attend_singles(s, layer, q_HTK, k_HTK, v_HTK, scale, window)
     for c in kv.chunks:
-        out[c.first : c.last] = attend_chunk(c, layer, q, k, v, scale, window)
-    return out[None], None
+        out_THK[c.first : c.last] = attend_chunk(c, layer, q_HTK, k_HTK, v_HTK, scale, window)
+    return out_THK
 
 
 def register() -> str:

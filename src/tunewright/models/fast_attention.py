@@ -5,6 +5,7 @@ Queries, keys and values lie side by side in one matrix [T, N], and so do their 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,26 @@ class Segments:
     holes: Tensor | None
     bounds: list[int]
     prefixes: list[tuple[int, int]] | None
+
+
+# (layer, queries [H, T, K], keys and values [Hkv, T, K]) -> [T, H, K]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A layer's attention that somebody else computes, who knows whose tokens these are."""
+
+    heads: Heads
+    layer: int
+    attend: Attend
+
+    def forward(self, qkv_TN: Tensor, out_TD: Tensor, at: Segments, lse_HT: Tensor | None = None) -> None:
+        """Fill `out`."""
+        parts = qkv_TN[: at.n].split(self.heads.widths, 1)
+        q_HTK, k_HTK, v_HTK = (x.unflatten(1, (-1, self.heads.hd)).transpose(0, 1) for x in parts)
+        out_TD[: at.n] = self.attend(self.layer, q_HTK, k_HTK, v_HTK).flatten(1)
+        out_TD[at.n :] = 0
 
 
 class TileAttention:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunewright.models.fast_attention import Heads, Segments, TileAttention, TorchAttention
+from tunewright.models.fast_attention import Attend, Heads, Segments, Served, TileAttention, TorchAttention
 from tunewright.models.fast_kept import Kept, Packed, if_given, spread_rows, take_rows
 from tunewright.models.fast_serves import WINDOWS, head_dim, tiles_fit
 from tunewright.models.fast_weights import Layer, Linear, Norm, Room, Values, norm_parameters
@@ -82,28 +82,43 @@ class FastLlama:
                 return _Hidden.apply(self, pack, None, keep, inputs, *parameters)[rows]
             return _Hidden.apply(self, pack, rows, keep, inputs, *parameters)
 
+    @torch.no_grad()
+    def serve(self, tokens_T: Tensor, positions_T: Tensor, rows_N: Tensor, attend: Attend) -> Tensor:
+        """[N, D] after the final norm of the tokens rows_N of a serving step, whose attention is the engine's."""
+        with torch.inference_mode(False):  # what it makes of the weights is written again in training
+            self.values.refresh()
+        n = tokens_T.numel()
+        pack = self._packed(tokens_T, positions_T, Segments(n, torch.tensor([0, n]), None, [0, n], None), None)
+        rows = rows_N if rows_N.numel() < n else None
+        with torch.autocast("cpu", enabled=False):
+            return self.forward(pack, rows, False, attend)[0][: rows_N.numel()]
+
     def _pack(self, batch: Batch, inputs: Tensor | None) -> Packed:
-        n = batch.n_tokens
-        total = padded(n)
+        starts, holes = families(batch)
+        at = Segments(batch.n_tokens, starts, holes, batch.cu_seqlens.tolist(), prefixes_of(batch))
+        return self._packed(batch.tokens_T, batch.position_T, at, inputs)
+
+    def _packed(self, tokens_T: Tensor, positions_T: Tensor, at: Segments, inputs: Tensor | None) -> Packed:
+        total, s = padded(at.n), self.shape
         tokens = torch.zeros(total, dtype=torch.int64)
-        tokens[:n] = batch.tokens_T
+        tokens[: at.n] = tokens_T
         positions = torch.zeros(1, total, dtype=torch.int64)
-        positions[0, :n] = batch.position_T
-        half = self.shape.hd // 2
-        cosine, sine = (t[0, :, :half].float().contiguous() for t in self.rotary(torch.empty(0), positions))
-        (starts, holes), s = families(batch), self.shape
-        sizes = [total, n, s.heads, s.kv, s.hd, s.window, starts.numel() - 1]
-        places = [t.data_ptr() for t in (starts, cosine, sine)]
-        record = torch.tensor([*sizes, *places, double(self.eps), 0 if holes is None else holes.data_ptr()])
+        positions[0, : at.n] = positions_T
+        cosine, sine = (t[0, :, : s.hd // 2].float().contiguous() for t in self.rotary(torch.empty(0), positions))
+        sizes = [total, at.n, s.heads, s.kv, s.hd, s.window, at.starts.numel() - 1]
+        places = [t.data_ptr() for t in (at.starts, cosine, sine)]
+        record = torch.tensor([*sizes, *places, double(self.eps), 0 if at.holes is None else at.holes.data_ptr()])
         below = (self.embedding if inputs is None else inputs).requires_grad
-        own = None if inputs is None else inputs.detach()
-        at = Segments(n, starts, holes, batch.cu_seqlens.tolist(), prefixes_of(batch))
-        return Packed(tokens, own, below, at, cosine, sine, record)
+        return Packed(tokens, None if inputs is None else inputs.detach(), below, at, cosine, sine, record)
 
     # ---- forward
 
-    def forward(self, b: Packed, rows: Tensor | None, keep: bool) -> tuple[Tensor, list[Kept], Tensor, Tensor]:
-        """(hidden [T, D] or of `rows`, padded; what each layer keeps, the last layer's output, 1/rms of it)."""
+    def forward(
+        self, b: Packed, rows: Tensor | None, keep: bool, attend: Attend | None = None
+    ) -> tuple[Tensor, list[Kept], Tensor, Tensor]:
+        """(hidden [T, D] or of `rows`, padded; what each layer keeps, the last layer's output, 1/rms of it).
+
+        attend: in the place of our attention."""
         x = (self.embedding[b.tokens_T[: b.n]] if b.inputs is None else b.inputs).to(self.dtype)
         x = F.pad(x, (0, 0, 0, b.total - b.n))
         own = self._own_room(b)
@@ -111,7 +126,7 @@ class FastLlama:
         kept: list[Kept] = []
         for i, layer in enumerate(self.layers):
             wanted = rows if i == len(self.layers) - 1 else None
-            x, k = self._layer(layer, x, b, own, wanted)
+            x, k = self._layer(layer, x, b, own, wanted, None if attend is None else Served(self.shape, i, attend))
             if i >= lowest:
                 again = {"none": False, "selective": i % 2 == 1, "full": True}[self.checkpointing]
                 kept.append(Kept(k.x, rows=wanted) if again else k)
@@ -126,9 +141,12 @@ class FastLlama:
         """Memory for one layer's inputs of its products, used again by the next layer."""
         return Room(b.total, max(layer.input_columns for layer in self.layers), self.dtype)
 
-    def _layer(self, w: Layer, x: Tensor, b: Packed, own: Room, rows: Tensor | None) -> tuple[Tensor, Kept]:
-        """(the layer's output, of `rows` if these alone are wanted, and all that its backward needs)."""
-        if w.one_call and rows is None:
+    def _layer(
+        self, w: Layer, x: Tensor, b: Packed, own: Room, rows: Tensor | None, attend: Served | None = None
+    ) -> tuple[Tensor, Kept]:
+        """(the layer's output, of `rows` if these alone are wanted, and all that its backward needs). attend: an
+        attention in the place of ours."""
+        if w.one_call and rows is None and attend is None:
             return self._layer_at_once(w, x, b, own)
         own.at = 0
         d, n = x.shape[1], b.total if rows is None else padded(rows.numel())
@@ -143,7 +161,7 @@ class FastLlama:
             qkv += w.qkv.bias
         self._rope(qkv, b, 1.0)
         attended = room.take(w.o.product.k)
-        seen = self.attend.forward(qkv, attended, b.at, small[2:])
+        seen = (attend or self.attend).forward(qkv, attended, b.at, small[2:])
         chosen = (x, attended) if rows is None else (take_rows(x, rows), take_rows(attended, rows))
         mid, gu, h = behind.take(d), behind.take(w.gate_up.product.n), own.take(w.down.product.k)[:n]
         alone = [None if linear.product.gain is None else behind.take(d) for linear in (w.o, w.down)]

@@ -97,7 +97,8 @@ class Rollouts:
 
     def __post_init__(self) -> None:
         limits = Limits(max_running=AT_ONCE, max_waiting=1 << 20)
-        self._engine = engine_over(self.policy.model, self.tokenizer, self.context, self.home, limits)
+        held = (self.policy.model, self.tokenizer, self.context, self.home, limits)
+        self._engine = engine_over(*held, fast=self.policy.fast)
 
     def close(self) -> None:
         self.judge.close()
