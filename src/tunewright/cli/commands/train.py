@@ -189,10 +189,9 @@ def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
 
     # what is quick to check comes first
     find_origin(spec.model, home)
-    shapes = check_all_data(spec, console)
     described = load_describe(home)
     spec = check_parts(spec, described)
-    check_all_data(spec, console, described, shapes)
+    check_all_data(spec, console, described)
     more = {role: Path(file) for role, file in extra_files(spec).items()}
     validation = Path(spec.validation_file) if spec.validation_file else None
     return create_run(
@@ -200,48 +199,31 @@ def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
     )
 
 
-def check_all_data(
-    spec: JobSpec,
-    console: Console,
-    described: dict[str, Any] | None = None,
-    seen: dict[str, tuple[str, str]] | None = None,
-) -> dict[str, tuple[str, str]]:
-    """Every data file of a job, row by row; returns {role: (format, shape)}. Raises DataError, SpecError.
-
-    described: the describe file, to look also whether the objective can use the rows, and whether they have what its
-    grader names. seen: what this function said of the files without it, so that they need not be read again.
-    """
+def check_all_data(spec: JobSpec, console: Console, described: dict[str, Any]) -> None:
+    """Every data file of a job, row by row. described: the describe file. Raises DataError, SpecError."""
     from tunewright.core.chain import files_of
-    from tunewright.jobs.checking import check_grader, usable_rows
 
-    found = {}
     for role, file in files_of(spec).items():
-        what = WHAT[role.partition("-")[0]]
-        rules = usable_rows(spec, what, described) if described and what != "retained" else {}
-        shapes = rules.get("purpose_shapes")
-        known = (seen or {}).get(role)
-        if known is None or (shapes is not None and known[1] not in shapes):
-            known = check_data(Path(file), what, spec, console, rules)
-        if rules:
-            check_grader(spec, Path(file), known[0], Path(file).name)
-        found[role] = known
-    return found
+        check_data(Path(file), WHAT[role.partition("-")[0]], spec, console, described)
 
 
-def check_data(path: Path, what: str, spec: JobSpec, console: Console, rules: dict[str, Any]) -> tuple[str, str]:
-    """The file's format and its rows' shape. Prints the report when something is wrong, then raises the one DataError.
+def check_data(path: Path, what: str, spec: JobSpec, console: Console, described: dict[str, Any]) -> None:
+    """Print the report when something is wrong, then raise the one DataError; SpecError for what the grader misses.
 
-    what: training, validation, retained (in whatever format) or mixed. rules: of jobs.checking.usable_rows.
+    what: training, validation, retained (in whatever format and shape) or mixed.
     """
     from tunewright.cli.report import print_report
     from tunewright.data.validate import check_file, raise_for
+    from tunewright.jobs.checking import check_grader, usable_rows
 
-    minimum = spec.min_examples if what == "training" else 1
-    report = check_file(path, format="auto" if what == "retained" else spec.format, min_examples=minimum, **rules)
+    minimum, retained = spec.min_examples if what == "training" else 1, what == "retained"
+    rules = {} if retained else {"format": spec.format, **usable_rows(spec, what, described)}
+    report = check_file(path, min_examples=minimum, **rules)
     if report.n_problems:
         print_report(path.name, report, console)
     raise_for(report, what=what)
-    return report.format, report.shape
+    if not retained:
+        check_grader(spec, path, report.format, path.name)
 
 
 def _done(run: Run, end: dict[str, Any], console: Console) -> None:
