@@ -149,7 +149,8 @@ def check_head(option: str, name: str, head: str) -> None:
         return
     has = "it writes text" if head == "lm" else f"it has a head for whole rows ({head})"
     if wanted == "lm":
-        text = f"The {option} '{name}' writes no text: {has}. Name a model that does."
+        what = "judge" if option == "grader" else option
+        text = f"The {what} '{name}' writes no text: {has}. Name a model that does."
     else:
         first = f"Train one first, with objective: {HEADS[wanted]}, and name its ft: model."
         text = f"'{name}' is no {wanted} model: {has}. {first}"

@@ -133,10 +133,8 @@ HYPERPARAMETERS = {
 }
 KINDS = ("objective", "tuner", "optimizer", "schedule")
 STAGE_PARTS = ("objective", "tuner")  # that a further stage of a chain chooses for itself
-STAGE_NUMBERS = {
-    **{k: HYPERPARAMETERS[k] for k in ("n_epochs", "batch_size")},
-    "learning_rate": ("Learning rate", float, 1e-12, 10.0),
-}
+RATE = ("Learning rate", float, 1e-12, 10.0)
+STAGE_NUMBERS = {**{k: HYPERPARAMETERS[k] for k in ("n_epochs", "batch_size")}, "learning_rate": RATE}
 FIRST = 0  # the id of a chain's first stage, which is the draft itself
 BEFORE = "stage:"  # a stage's model that is an earlier stage's result: this, and in a draft its id, else its name
 DEFAULT_PARTS = {"objective": "sft", "tuner": "lora", "optimizer": "adamw", "schedule": "linear", "quantization": AUTO}
@@ -181,9 +179,7 @@ def job_request(draft: dict[str, Any], describe: dict[str, Any]) -> tuple[dict[s
         body["seed"] = read(numeric, "Seed", str(draft["seed"]).strip(), int, 0, 2_147_483_647)
     method = method_of(draft.get("objective") or "sft", describe)
     extra = {kind: read(part_of, kind, draft, describe) for kind in KINDS}
-    rate = read(
-        auto_or, STAGE_NUMBERS["learning_rate"][0], draft.get("learning_rate"), *STAGE_NUMBERS["learning_rate"][1:]
-    )
+    rate = read(auto_or, RATE[0], draft.get("learning_rate"), *RATE[1:])
     more = {
         "learning_rate": None if rate == AUTO else rate,
         "quantization": None if (draft.get("quantization") or AUTO) == AUTO else draft["quantization"],
@@ -252,7 +248,8 @@ def stage_of(
 
 
 def job_file(body: dict[str, Any], draft: dict[str, Any]) -> dict[str, Any]:
-    """A request as the job file of `tunewright train` that does the same; data files are called by their names."""
+    """A request without problems as the job file of `tunewright train` that does the same; data files are called by
+    their names."""
     own = dict(body["tunewright"])
     method = body.get("method") or {}
     block = dict(method.get(method.get("type"), {}))

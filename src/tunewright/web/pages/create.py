@@ -136,9 +136,7 @@ def build_verdict(form: Form) -> None:
         if asked == [key]:
             return
         asked[:] = [key]
-        lines.clear()
-        with lines:
-            kit.code(yaml.safe_dump(job_file(body, form.draft), sort_keys=False, allow_unicode=True, width=80))
+        show_file(lines, None if wrong else job_file(body, form.draft))
         if not wrong:
             try:
                 found = [(await form.session.api.check_job(body))["message"]]
@@ -150,6 +148,15 @@ def build_verdict(form: Form) -> None:
         show(place, [text for text in found if text], ready=not wrong)
 
     kit.every(0.5, look)
+
+
+def show_file(place: Element, spec: dict[str, Any] | None) -> None:
+    place.clear()
+    with place:
+        if spec is None:
+            kit.Text("Here once what is above is complete.", "tw-muted tw-small")
+        else:
+            kit.code(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True, width=80))
 
 
 def show(place: Element, problems: list[str], ready: bool) -> None:
