@@ -90,6 +90,11 @@ def test_a_chain_is_made_by_hand(browser: Browser, folder: Path, train_file: Pat
     browser.until(lambda: "sft, then reward, then ppo" in browser.text("summary"), "the stages in the summary")
     browser.unfold("options-stage-3-objective")
     assert browser.value("stage-3-objective-reward_model") == "stage:reward"
+    asked = [{"messages": row["messages"][:2], "answer": "blue"} for row in tiny.sft_rows(12)]
+    browser.upload("chain-2", tiny.write_rows(folder / "asked.jsonl", asked))
+    browser.until(lambda: "every line can be used" in browser.text("check-chain-2"), "the check of the prompts")
+    browser.choose("stage-3-objective", "dpo")
+    browser.until(lambda: "12 problems" in browser.text("check-chain-2"), "the check of the prompts as pairs")
     browser.click("remove-stage-3")
     browser.pick("add-stage", "One more stage")
     browser.choose("stage-3-objective", "dpo")

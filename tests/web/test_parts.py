@@ -187,7 +187,7 @@ CHAIN: dict[str, Any] = {
         "grpo": {
             "schema": {"properties": {"grader": {"anyOf": [{"type": "object"}, {"type": "null"}]}}},
             "defaults": {"grader": None},
-            "card": {"openai_method": "reinforcement"},
+            "card": {"openai_method": "reinforcement", "needs_rollouts": True},
         },
     },
 }
@@ -227,6 +227,15 @@ def test_stages_become_a_chain_and_its_job_file() -> None:
     _, problems = forms.job_request({**made, "chain-4": None, "stages": [{**stages[0], "n_epochs": "0"}]}, CHAIN)
     (said,) = problems
     assert "Stage 'own': Choose a training file. Epochs is 0; allowed: auto, or" in said
+
+
+def test_rows_are_checked_as_the_objective_of_their_stage_reads_them() -> None:
+    made = draft(stages=[{"id": 4, "objective": "grpo"}, {"id": 9, "objective": "own"}])
+    found = {key: forms.row_format(key, made, CHAIN) for key in ("training_file", "chain-4", "chain-9")}
+    assert found == {"training_file": "auto", "chain-4": "reinforcement", "chain-9": "auto"}
+    made = draft(objective="grpo")
+    found = {key: forms.row_format(key, made, CHAIN) for key in ("validation_file", "mix-1", "retain-1")}
+    assert found == {"validation_file": "reinforcement", "mix-1": "reinforcement", "retain-1": "auto"}
 
 
 def test_a_grader_is_part_of_openais_method_and_of_the_job_file() -> None:

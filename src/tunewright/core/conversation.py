@@ -94,8 +94,8 @@ def item_of(row: Mapping[str, Any]) -> dict[str, Any]:
     assistant message at the end is no part of that, but `reference_answer`, unless the row has such a field itself."""
     item = {name: value for name, value in row.items() if name not in BESIDE}
     key = "messages" if "messages" in row or "prompt" not in row else "prompt"
-    said = row.get(key)
-    last = said[-1] if isinstance(said, list) and said else None
+    said = row[key] if isinstance(row.get(key), list) else []
+    last = said[-1] if said else None
     if isinstance(last, dict) and last.get("role") == "assistant":
         item = {REFERENCE: last.get("content") or "", **item, key: said[:-1]}
     return item

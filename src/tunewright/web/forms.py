@@ -225,6 +225,14 @@ def stage_names(draft: dict[str, Any]) -> dict[int, str]:
     return found
 
 
+def row_format(key: str, draft: dict[str, Any], describe: dict[str, Any]) -> str:
+    """The format in which the job would read a file's rows. key: the file's in the draft."""
+    stage = next((entry for entry in draft.get("stages") or [] if stage_role(entry) == key), draft)
+    objective = stage.get("objective") or DEFAULT_PARTS["objective"]
+    card = describe["objective"].get(objective, {}).get("card", {})
+    return "reinforcement" if card.get("needs_rollouts") and not key.startswith("retain") else AUTO
+
+
 def stage_of(
     entry: dict[str, Any], draft: dict[str, Any], describe: dict[str, Any], names: dict[int, str]
 ) -> dict[str, Any]:

@@ -87,8 +87,8 @@ def read_answers(path: Path) -> Iterator[tuple[int, dict[str, Any], str]]:
     for line, row in read_rows(path):
         if isinstance(row, Problem):
             raise DataError(str(row), problems=[row])
-        messages = row.get("messages")
-        last = messages[-1] if isinstance(messages, list) and messages else None
+        messages = row["messages"] if isinstance(row.get("messages"), list) else []
+        last = messages[-1] if messages else None
         if isinstance(last, dict) and last.get("role") == "assistant":
             yield line, item_of({**row, "messages": messages[:-1]}), str(last.get("content") or "")
             continue

@@ -47,7 +47,7 @@ def build_form(form: Form) -> None:
         with kit.box("tw-form"):
             with kit.card("1 · Data"):
                 for key, role in ROLES.items():
-                    build_data(form, key, role)
+                    form.refresh.append(build_data(form, key, role))
                 build_mix(form)
             with kit.card("2 · Model and method"):
                 build_model(form)
