@@ -242,7 +242,7 @@ REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "no mark": (
         "kto",
         changed(tiny.marked_rows(12), 2, label="maybe"),
-        "Example 3 has a label of type text that is neither true nor false",
+        "Example 3 has the label 'maybe', which is neither true nor false",
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from safetensors.torch import load_file
 from test_crash import Crash
 
 import tiny
-from tunewright.core.errors import DataError, EndpointDown, Interrupted, SpecError
+from teacher_kit import completion, teacher_server
+from tunewright.core import outbound
+from tunewright.core.errors import DataError, EndpointDown, Interrupted, SpecError, UserError
 from tunewright.core.home import Home
 from tunewright.core.run import Run, read_artefact
 from tunewright.core.spec import check_parts, parse_spec
 from tunewright.engine.engine import Engine
 from tunewright.engine.request import RowsRequest, parse_request
 from tunewright.engine.rows import RowModels
+from tunewright.graders.base import Said, Sample, Seams, parse_grader
 from tunewright.jobs.prepare import create_run
 from tunewright.train import loop, rollouts
 from tunewright.train.describe import describe
@@ -31,6 +35,8 @@ HAS_AN_A = {
     "input": "{{ sample.output_text }}", "reference": "{{ item.wanted }}",
 }  # fmt: skip
 NEVER = {**HAS_AN_A, "operation": "eq"}
+ASKED = [{"role": "user", "content": "From 0 to 1: how good is {{ sample.output_text }}?"}]
+JUDGE = {"type": "score_model", "name": "j", "model": "tiny", "input": ASKED}
 ROWS, LONG, ANSWERS = 12, 8, 6
 
 
@@ -138,9 +144,57 @@ def test_ppo_learns_from_a_reward_model_of_its_own(tiny_home: Home) -> None:
         assert x["reward"] == pytest.approx(models.judge(asked)["results"][0]["score"], rel=1e-4, abs=1e-5)
     lm = new_run(tiny_home, n_epochs=1)
     attempt(lm, tiny_home)
-    other = new_run(tiny_home, {"name": "ppo", "grader": None, "reward_model": read_artefact(lm.result).name})
-    with pytest.raises(SpecError, match="is no reward model"):
-        attempt(other, tiny_home)
+    for other in ("tiny", read_artefact(lm.result).name):
+        with pytest.raises(SpecError, match=f"'{other}' is no reward model: it writes text"):
+            new_run(tiny_home, {"name": "ppo", "grader": None, "reward_model": other})
+    with pytest.raises(SpecError, match="writes no text: it has a head for whole rows"):
+        new_run(tiny_home, {"grader": {**JUDGE, "model": name}})
+
+
+@pytest.mark.slow
+def test_a_model_of_this_machine_judges(tiny_home: Home) -> None:
+    """A tuned model, in the engine inside the worker; asked by itself, about one answer after the other, it says the
+    same. A random one says nothing that is a number, so its words are what an answer's `why` has."""
+    tuned = new_run(tiny_home, n_epochs=1)
+    attempt(tuned, tiny_home)
+    spec = {**JUDGE, "model": tuned.job().name, "sampling_params": {"max_completions_tokens": 6}}
+    run = new_run(tiny_home, {"grader": spec}, n_epochs=1)
+    attempt(run, tiny_home)
+    engine = Engine(tiny_home, dtype="float32", threads=1)
+
+    def alone(messages: Any, *, model: str, max_completion_tokens: int) -> Said:
+        own = {"messages": messages, "max_tokens": max_completion_tokens, "temperature": 0.0}
+        done = engine.generate(parse_request({"artefact": str(tuned.result), **own}))
+        return Said(done["choices"][0]["text"])
+
+    with parse_grader(spec, seams=Seams(ask=alone)) as grader:
+        for x in lines(run)[:: ANSWERS + 1]:
+            found = grader.grade({}, Sample(x["text"]))
+            assert x["errors"] == {"model_grader_parse_error": True} == found.errors and x["why"] == found.why
+    assert len({x["why"] for x in lines(run)}) > 3
+
+
+@pytest.mark.slow
+def test_a_slow_judge_does_not_hold_up_whoever_stops_the_job(tiny_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped while the judge thinks: nothing is committed, and the next attempt samples the same answers again."""
+    released = threading.Event()
+
+    def slow(body: Any) -> Any:
+        released.wait(60)
+        return 200, completion('{"result": 0.5}')
+
+    with teacher_server(slow) as server:
+        monkeypatch.setenv(outbound.VARIABLE, server.url)
+        grader = {**JUDGE, "tunewright": {"endpoint": server.url}}
+        run = new_run(tiny_home, {"grader": grader}, n_epochs=1)
+        with pytest.raises(Interrupted, match="while the step's answers were graded"):
+            attempt(run, tiny_home, 1, lambda: bool(server.seen))
+        assert not released.is_set() and lines(run) == []
+        asked = {body["messages"][-1]["content"] for _, _, body in server.seen}
+        released.set()
+        attempt(run, tiny_home, 2)
+        assert asked <= {body["messages"][-1]["content"] for _, _, body in server.seen}
+    assert {x["reward"] for x in lines(run)} == {0.5} and len(steps(run)) == 3
 
 
 def test_the_training_model_answers_as_the_engine_with_its_own_copy(tiny_home: Home) -> None:
@@ -284,6 +338,19 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "no row has 'wnated'.*Did you mean 'wanted'",
     ),
+    "two judges of this machine": (
+        {
+            "grader": {
+                "type": "multi",
+                "name": "m",
+                "graders": {"a": JUDGE, "b": {**JUDGE, "model": "tiny-2"}},
+                "calculate_output": "a + b",
+            }
+        },
+        {},
+        "names 2: grader 'tiny', grader 'tiny-2'. Use one of them for all, or give a judge an endpoint",
+    ),
+    "a judge that is not there": ({"grader": {**JUDGE, "model": "tinny"}}, {}, "Did you mean 'tiny'"),
     "an unknown grader": ({"grader": {**HAS_AN_A, "type": "strong_check"}}, {}, "Did you mean 'string_check'"),
     "a soft prompt": ({}, {"tuner": {"name": "prompt", "virtual_tokens": 4}}, "soft prompt"),
     "chosen by the data": ({}, {"tuner": "fishmask"}, "given answers"),
@@ -294,7 +361,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_done_is_refused_with_one_error(tiny_home: Home, case: str) -> None:
     objective, spec, text = REFUSED[case]
-    with pytest.raises(SpecError, match=text):
+    with pytest.raises(UserError, match=text):
         attempt(new_run(tiny_home, objective, **spec), tiny_home)
 
 

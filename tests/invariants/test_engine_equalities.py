@@ -14,8 +14,9 @@ import transformers
 
 import engine_kit as kit
 from tunewright.core.durable import commit_folder
-from tunewright.core.errors import TunewrightError, UserError
+from tunewright.core.errors import CheckpointError, TunewrightError, UserError
 from tunewright.core.home import Home
+from tunewright.core.run import BASE_IS_START
 from tunewright.data.tokenizer import Tokenizer
 from tunewright.engine.engine import Engine
 from tunewright.engine.request import parse_request
@@ -181,6 +182,20 @@ def test_whole_weights_are_served(engine: Engine, tmp_path: Path) -> None:
     prompt = kit.random_prompt(30, 4)
     wanted = kit.reference(kit.hf_model(folder), prompt, 40)
     assert kit.answer(engine, kit.ask(prompt, 40, artefact=str(folder))) == wanted
+
+
+def test_an_adapter_over_a_runs_own_weights_finds_them(engine: Engine, model_dir: Path, tmp_path: Path) -> None:
+    """A job that went on from whole weights keeps a copy of them; its adapter is no adapter of the catalogue's base."""
+    run, prompt = tmp_path / "ftjob-a", kit.random_prompt(30, 4)
+    start = kit.make_model(run / "start", seed=5)
+    adapter = kit.make_adapter(run / "result", start, 6, base=BASE_IS_START)
+    (run / "job.json").write_text("{}")
+    wanted = kit.reference(kit.hf_adapted(start, adapter), prompt, 30)
+    assert kit.answer(engine, kit.ask(prompt, 30, artefact=str(adapter))) == wanted
+    assert wanted != kit.reference(kit.hf_adapted(model_dir, adapter), prompt, 30)
+    (run / "job.json").unlink()
+    with pytest.raises(CheckpointError, match="run folder, which is gone"):
+        kit.answer(engine, kit.ask(prompt, 30, artefact=str(adapter)))
 
 
 def test_an_artefact_that_was_replaced_is_loaded_again(engine: Engine, tmp_path: Path, model_dir: Path) -> None:

@@ -59,6 +59,15 @@ def test_one_object_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(line) == {"line": 1, "reward": 1.0, "sub_rewards": {}, "errors": {}, "why": ""}
 
 
+def test_a_grader_knows_the_prompt_as_in_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The messages before the answer that is graded; that one is no reference of its own."""
+    spec = SAME.replace("{{ item.want }}", "{{ item.messages[0].content }}")
+    assert run(tmp_path, [chat("q"), chat("a")], spec) == 0
+    assert "mean reward 0.5" in capsys.readouterr().out
+    assert run(tmp_path, [chat("q")], SAME.replace("{{ item.want }}", "{{ item.reference_answer }}")) == 64
+    assert "no row has 'reference_answer'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("rows", "spec", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,12 @@ def test_the_exit_code_follows_the_table(end: dict[str, str], code: int) -> None
     assert train.exit_code(end) == code
 
 
+@pytest.fixture
+def described_home(tiny_home: Home, described: Path) -> Home:
+    shutil.copy(described, tiny_home.ensure().cache)
+    return tiny_home
+
+
 def command(home: Home, *items: str) -> int:
     sets = [part for item in items for part in ("--set", item)]
     return main.run(["train", "--home", str(home.root), *sets])
@@ -140,26 +147,53 @@ def test_a_wrong_model_name_is_said_first(tiny_home: Home, tmp_path: Path, capsy
     ids=["empty", "9 rows", "no assistant", "binary"],
 )
 def test_bad_data_starts_nothing(
-    tiny_home: Home, tmp_path: Path, content: bytes, expected: str, capsys: pytest.CaptureFixture[str]
+    described_home: Home, tmp_path: Path, content: bytes, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(content)
-    assert command(tiny_home, "model=tiny", f"training_file={path}") == 65
+    assert command(described_home, "model=tiny", f"training_file={path}") == 65
     captured = capsys.readouterr()
     assert expected in captured.out and captured.err.count("\n") == 1
-    assert not list(tiny_home.runs.iterdir())
+    assert not list(described_home.runs.iterdir())
 
 
 def test_a_bad_validation_file_is_named_as_such(
-    tiny_home: Home, tmp_path: Path, sft_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    described_home: Home, tmp_path: Path, sft_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = tmp_path / "valid.jsonl"
     bad.write_text("{oops\n")
     train_file = sft_file(tmp_path, 12)
     items = ("model=tiny", f"training_file={train_file}", f"validation_file={bad}")
-    assert command(tiny_home, *items) == 65
+    assert command(described_home, *items) == 65
     captured = capsys.readouterr()
     assert "valid.jsonl line 1" in captured.out and "validation file" in captured.err
+
+
+GRADER = "{name: grpo, grader: {type: string_check, name: s, operation: eq, input: '{{ item.x }}', reference: a}}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "expected"),
+    [
+        (["objective=dpo"], 65, "Objectives for such rows: answers, distill, rlaif, sft."),
+        ([f"objective={GRADER}"], 64, "no row has 'x'. Rows have: messages, reference_answer."),
+        (["objective={name: ppo, reward_model: tiny}"], 64, "'tiny' is no reward model: it writes text."),
+        (["objective=3"], 64, "expected a name, like lora, or an object of a name and options"),
+        (["objective={name: dpo, options: x}"], 64, "its 'options' must be an object"),
+    ],
+)
+def test_rows_and_models_that_an_objective_cannot_use_start_nothing(
+    described_home: Home,
+    tmp_path: Path,
+    sft_file: Callable[..., Path],
+    fields: list[str],
+    code: int,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command(described_home, "model=tiny", f"training_file={sft_file(tmp_path, 12)}", *fields) == code
+    assert expected in " ".join(capsys.readouterr().err.split())
+    assert not list(described_home.runs.iterdir())
 
 
 def test_a_data_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,6 +148,19 @@ def test_a_stage_goes_on_with_the_tuner_that_it_continues() -> None:
     ]
 
 
+def test_the_judge_of_a_grader_may_be_a_stage() -> None:
+    """Also within a `multi`; other texts that look like it are texts."""
+    judge = {"type": "score_model", "model": "stage:a", "input": [{"role": "user", "content": "stage:a"}]}
+    grader = {"type": "multi", "name": "stage:a", "graders": {"j": judge}}
+    found = parse_chain(chain(stage("a"), stage("b", objective={"name": "ppo", "grader": grader})))
+    assert references(found["b"]) == [("model", "a"), ("grader.model", "a")]
+    filled = fill_in(found["b"], {"a": "ft:a"}).objective.options["grader"]
+    assert filled == {**grader, "graders": {"j": {**judge, "model": "ft:a"}}}
+    judge["model"] = "stage:c"
+    with pytest.raises(SpecError, match=r"grader\.model names the stage 'c', which does not exist"):
+        parse_chain(chain(stage("a"), stage("b", objective={"name": "ppo", "grader": grader})))
+
+
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from _templates import TOOL, TOOL_CHAT
 
-from tunewright.core.conversation import Conversation
+from tunewright.core.conversation import Conversation, item_of
 from tunewright.core.errors import DataError, Problem
 from tunewright.data.formats import FORMATS
 from tunewright.data.formats.detect import all_formats, decide
@@ -312,6 +312,9 @@ def test_what_graders_know_of_a_prompt() -> None:
     assert row.item == {"messages": [USER, ANSWER, USER], "answer": {"a": [1]}, "reference_answer": ANSWER["content"]}
     own = convert("reinforcement", {"messages": [USER, ANSWER], "reference_answer": "mine"})
     assert (own.item or {})["reference_answer"] == "mine"
+    tools = {"messages": [USER], "tools": [], "answer": 1}
+    for raw in ({"messages": [USER, ANSWER], "a": 1}, tools, {"prompt": [USER, ANSWER]}, {"prompt": "Hi"}):
+        assert item_of(raw) == convert("reinforcement", raw).item, "`tunewright grade` and jobs know the same"
     text = convert("reinforcement", {"prompt": "Hi", "answer": 1})
     assert text.item == {"prompt": "Hi", "answer": 1} and text.messages[0].content == "Hi"
     (found,) = problems("reinforcement", {"messages": [ANSWER]})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -40,6 +42,25 @@ def test_pack_is_best_fit_from_the_largest_down() -> None:
 def test_a_group_is_never_split_and_a_large_one_stands_alone() -> None:
     batches = pack([group(4, 4), group(9, 9), group(2)], 10)
     assert [torch.diff(b.cu_seqlens).tolist() for b in batches] == [[9, 9], [4, 4, 2]]
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("size", [2, 6])
+def test_a_pair_or_the_answers_to_a_prompt_are_in_one_batch_at_any_budget(size: int, share: bool) -> None:
+    """Also where the answers alone would fit elsewhere, and where their prompt is computed once."""
+
+    def rolled(number: int) -> Group:
+        ids = [tuple(range(5 + number + i)) for i in range(size)]
+        made = (Example(x, (0.0,) * 4 + (1.0,) * (len(x) - 4), number) for x in ids)
+        return Group(tuple(made), prefix=4)
+
+    groups = [rolled(n) for n in range(5)]
+    for budget in (1, 9, 20, 60, 10**6):
+        batches = pack(groups, budget, share=share)
+        held = [Counter(b.source_S.tolist()) for b in batches]
+        assert sum(held, Counter()) == dict.fromkeys(range(5), size + share)
+        assert all(n == size + share for counts in held for n in counts.values()), budget
+    assert len(pack(groups, 1, share=share)) == 5 and len(pack(groups, 10**6, share=share)) == 1
 
 
 @pytest.mark.parametrize("groups", [[], [Group((Example((), ()),))]])

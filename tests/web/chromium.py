@@ -148,6 +148,17 @@ class Browser:
         self.until(entry, f"{value} in {name}").click()
         self.close_list() if many else self.until(self.closed, "the list to close")
 
+    def pick(self, name: str, words: str) -> None:
+        """Take the entry that begins with these words."""
+
+        def entry() -> WebElement | None:
+            found = self.driver.find_elements(By.CSS_SELECTOR, ITEMS)
+            return next((e for e in found if e.text.startswith(words)), None)
+
+        self.click(name)
+        self.until(entry, f"{words} in {name}").click()
+        self.until(self.closed, "the list to close")
+
     def unfold(self, name: str) -> None:
         """Open a folded block of options, and wait until nothing moves any more."""
         block = self.get(name)

@@ -77,6 +77,53 @@ def test_a_job_with_a_soft_prompt_replay_and_a_mix_is_made_by_hand(
     assert own["mix"]["temperature"] == 2 and len(own["mix"]["files"]) == 1
 
 
+def test_a_chain_is_made_by_hand(browser: Browser, folder: Path, train_file: Path) -> None:
+    """RLHF by one choice, one stage taken away again, another put in its place; reloaded in between, and started."""
+    pairs = tiny.write_rows(folder / "pairs.jsonl", tiny.pair_rows(12))
+    browser.open("/jobs/new")
+    browser.click("clear-draft")
+    browser.upload("training_file", train_file)
+    browser.until(lambda: "every line can be used" in browser.text("check-training_file"), "the check of the file")
+    browser.choose("model", "tiny")
+    browser.type("n_epochs", "1")
+    browser.pick("add-stage", "RLHF")
+    browser.until(lambda: "sft, then reward, then ppo" in browser.text("summary"), "the stages in the summary")
+    browser.unfold("options-stage-3-objective")
+    assert browser.value("stage-3-objective-reward_model") == "stage:reward"
+    asked = [{"messages": row["messages"][:2], "answer": "blue"} for row in tiny.sft_rows(12)]
+    browser.upload("chain-2", tiny.write_rows(folder / "asked.jsonl", asked))
+    browser.until(lambda: "every line can be used" in browser.text("check-chain-2"), "the check of the prompts")
+    browser.choose("stage-3-objective", "dpo")
+    browser.until(lambda: "12 problems" in browser.text("check-chain-2"), "the check of the prompts as pairs")
+    browser.click("remove-stage-3")
+    browser.pick("add-stage", "One more stage")
+    browser.choose("stage-3-objective", "dpo")
+    browser.pick("stage-3-model", "Stage 1: sft")
+    browser.click("create-job")
+    told = browser.text("create-error")
+    assert "Stage 'reward': Choose a training file." in told and "Stage 'dpo': Choose a training file." in told
+    for key in ("chain-1", "chain-3"):
+        browser.upload(key, pairs)
+        browser.until(lambda k=key: "every line can be used" in browser.text(f"check-{k}"), "the check of the pairs")
+    browser.type("stage-3-n_epochs", "2")
+    browser.type("suffix", "by-stages")
+    browser.until(lambda: "The server would take this job" in browser.text("verdict"), "the server's word")
+    browser.driver.refresh()
+    browser.until(lambda: browser.value("stage-3-n_epochs") == "2", "the draft after a reload")
+    browser.until(lambda: "sft, then reward, then dpo" in browser.text("summary"), "the stages after a reload")
+    browser.unfold("job-file")
+    told = browser.text("job-file")
+    assert "- name: dpo\n  model: stage:sft\n  training_file: pairs.jsonl" in told and "n_epochs: 2" in told
+    browser.click("create-job")
+    browser.until(lambda: "/jobs/ftjob-" in browser.driver.current_url, "the page of the new chain")
+    browser.until(lambda: browser.all("stage-link"), "the first stage's job", 200)
+    stages = browser.text("stages")
+    assert all(name in stages for name in ("sft", "reward", "dpo")) and "Waiting" in stages
+    browser.click("cancel-job")
+    browser.click("confirm-yes")
+    browser.until(lambda: browser.status() == "cancelled", "the chain to be cancelled", 120)
+
+
 def test_what_does_not_go_together_cannot_be_taken(browser: Browser) -> None:
     """Over a frozen base no tuner of the base's own weights; without bitsandbytes none in few bits. One reason each."""
     browser.open("/jobs/new")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import io
+import json
 from typing import Any
 
 import httpx
@@ -12,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunewright.core.chain import parse_chain
+from tunewright.core.spec import parse_spec
 from tunewright.web import chat, forms, rules, series
 from tunewright.web.client import Api, ApiDown, ApiError, delta_from, error_from, multipart_frame
 from tunewright.web.desk import Desk
@@ -175,6 +178,75 @@ def test_all_problems_of_a_draft_come_at_once() -> None:
     text = "\n".join(problems)
     for words in ("training file", "base model", "Epochs is 99; allowed: auto, or", "Seed is 'x'", "R is 0"):
         assert words in text
+
+
+CHAIN: dict[str, Any] = {
+    **DESCRIBE,
+    "objective": {
+        **DESCRIBE["objective"],
+        "grpo": {
+            "schema": {"properties": {"grader": {"anyOf": [{"type": "object"}, {"type": "null"}]}}},
+            "defaults": {"grader": None},
+            "card": {"openai_method": "reinforcement", "needs_rollouts": True},
+        },
+    },
+}
+RATE: dict[str, Any] = {"type": "string_check", "name": "n"}
+
+
+def test_stages_become_a_chain_and_its_job_file() -> None:
+    """A stage is named by its objective; one that goes on from another says so by that name."""
+    stages = [
+        {"id": 4, "objective": "own", "tuner": "lora", "n_epochs": "2", "batch_size": "auto", "model": "stage:0"},
+        {"id": 9, "objective": "own", "model": "stage:4"},
+        {"id": 11, "objective": "sft", "model": ""},
+    ]
+    made = draft(
+        n_epochs="3",
+        suffix="s",
+        stages=stages,
+        options={"chain-4.tuner.lora": {"r": "8"}},
+        **{f"chain-{i}": {"id": f"file-{i}", "filename": f"{i}.jsonl"} for i in (4, 9, 11)},
+    )
+    body, problems = forms.job_request(made, CHAIN)
+    assert problems == [] and "method" not in body and "hyperparameters" not in body
+    first, *later = body["tunewright"]["stages"]
+    assert (first["name"], first["objective"], first["n_epochs"]) == ("sft", {"name": "sft"}, 3)
+    assert "training_file" not in first and body["training_file"] == "file-1" and body["suffix"] == "s"
+    assert later == [
+        {
+            "name": "own", "model": "stage:sft", "training_file": "file-4", "objective": {"name": "own"},
+            "tuner": {"name": "lora", "r": 8}, "n_epochs": 2,
+        },
+        {"name": "own-2", "model": "stage:own", "training_file": "file-9", "objective": {"name": "own"}},
+        {"name": "sft-2", "training_file": "file-11", "objective": {"name": "sft"}},
+    ]  # fmt: skip
+    told = forms.job_file(body, made)
+    assert told["training_file"] == "a.jsonl" and [s.get("training_file") for s in told["stages"]][1] == "4.jsonl"
+    assert list(parse_chain(told)) == ["sft", "own", "own-2", "sft-2"]
+    _, problems = forms.job_request({**made, "chain-4": None, "stages": [{**stages[0], "n_epochs": "0"}]}, CHAIN)
+    (said,) = problems
+    assert "Stage 'own': Choose a training file. Epochs is 0; allowed: auto, or" in said
+
+
+def test_rows_are_checked_as_the_objective_of_their_stage_reads_them() -> None:
+    made = draft(stages=[{"id": 4, "objective": "grpo"}, {"id": 9, "objective": "own"}])
+    found = {key: forms.row_format(key, made, CHAIN) for key in ("training_file", "chain-4", "chain-9")}
+    assert found == {"training_file": "auto", "chain-4": "reinforcement", "chain-9": "auto"}
+    made = draft(objective="grpo")
+    found = {key: forms.row_format(key, made, CHAIN) for key in ("validation_file", "mix-1", "retain-1")}
+    assert found == {"validation_file": "reinforcement", "mix-1": "reinforcement", "retain-1": "auto"}
+
+
+def test_a_grader_is_part_of_openais_method_and_of_the_job_file() -> None:
+    made = draft(objective="grpo", n_epochs="2", options={"objective.grpo": {"grader": json.dumps(RATE)}})
+    body, problems = forms.job_request(made, CHAIN)
+    assert problems == [] and body["tunewright"]["objective"] == {"name": "grpo"}
+    assert body["method"]["reinforcement"]["grader"] == RATE
+    told = parse_spec(forms.job_file(body, made))
+    assert told.objective.options == {"grader": RATE} and told.n_epochs == 2
+    _, problems = forms.job_request(draft(objective="grpo"), CHAIN)
+    assert len(problems) == 1 and problems[0].startswith("Grader: say what gives the rewards")
 
 
 # --- what does not go together ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 from tunewright.api import jobspec
 from tunewright.api.idempotency import job_id_for
-from tunewright.api.lookup import find_data_file, find_start
+from tunewright.api.lookup import find_data_file, find_other, find_start
 from tunewright.api.requests import CreateJob
 from tunewright.api.state import Server
 from tunewright.core.chain import PREFIX, Stages, check_stages, files_of, in_stage, parse_chain
@@ -20,7 +20,6 @@ from tunewright.core.errors import UserError
 from tunewright.core.spec import JobSpec, Part
 from tunewright.jobs.chain import create_chain
 from tunewright.jobs.foreground import row_of
-from tunewright.jobs.prepare import OTHER_MODELS
 from tunewright.jobs.rows import FileRow, JobRow
 
 PARAMS = {"train": "training_file", "validation": "validation_file"}
@@ -72,11 +71,9 @@ def _inherited(spec: JobSpec, server: Server) -> JobSpec:
 
 
 def _find_models(server: Server, spec: JobSpec) -> None:
-    options = spec.objective.options
-    named = {"model": spec.model, **{f"objective.{key}": options.get(key) for key in OTHER_MODELS}}
-    for param, name in named.items():
-        if isinstance(name, str) and name and not name.startswith(PREFIX):
-            find_start(server, name, param)
+    if not spec.model.startswith(PREFIX):
+        find_start(server, spec.model, "model")
+    find_other(server, spec.objective, "objective")
 
 
 def create(

@@ -8,12 +8,12 @@ from typing import Any
 
 from tunewright.api import jobspec
 from tunewright.api.idempotency import job_id_for
-from tunewright.api.lookup import find_data_file, find_start
+from tunewright.api.lookup import find_data_file, find_other, find_start
 from tunewright.api.requests import CreateJob
 from tunewright.api.state import ORG, Server
 from tunewright.core.durable import discard
 from tunewright.core.spec import JobSpec, extra_files
-from tunewright.jobs.prepare import OTHER_MODELS, create_run
+from tunewright.jobs.prepare import create_run
 from tunewright.jobs.rows import FileRow, JobRow
 
 
@@ -31,9 +31,7 @@ def check(server: Server, request: CreateJob, describe: Mapping[str, Any]) -> Ch
     """Everything that can be known before a job is made. Raises UserError."""
     jobspec.refuse_wandb(request)
     spec = jobspec.build_spec(request, describe, find_start(server, request.model))
-    for option in OTHER_MODELS:
-        if spec.objective.options.get(option):
-            find_start(server, spec.objective.options[option], f"tunewright.objective.{option}")
+    find_other(server, spec.objective, f"method.{request.method.type}" if request.method else "tunewright.objective")
     train = find_data_file(server, request.training_file, "training_file")
     other = request.validation_file
     validation = find_data_file(server, other, "validation_file") if other else None

@@ -10,6 +10,8 @@ from tunewright.api.state import Server
 from tunewright.core.errors import ModelNotFound, NotFound, UserError, did_you_mean
 from tunewright.core.ids import parse_model_name
 from tunewright.core.run import Artefact, read_artefact
+from tunewright.core.spec import Part
+from tunewright.jobs.prepare import check_head, other_model
 from tunewright.jobs.rows import FileRow, JobRow
 from tunewright.models.catalogue import ModelInfo, list_models
 
@@ -66,6 +68,15 @@ def find_start(server: Server, name: str, param: str = "model") -> Artefact | No
         param=param,
         code="model_not_available",
     )
+
+
+def find_other(server: Server, objective: Part, where: str) -> None:
+    """Look at the model that a job asks beside its own, if it does. where: the objective is. Raises UserError."""
+    named = other_model(objective)
+    if named is not None:
+        option, name = named
+        found = find_start(server, name, f"{where}.{option}")
+        check_head(option, name, "lm" if found is None else found.head)
 
 
 class NoSuchFile(NotFound):

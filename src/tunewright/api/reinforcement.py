@@ -7,7 +7,7 @@ from typing import Any
 
 from tunewright.api.requests import Reinforcement, ReinforcementHyper
 from tunewright.core.errors import UserError
-from tunewright.graders.base import parse_grader
+from tunewright.graders.base import Seams, nobody, parse_grader
 
 WHERE = "method.reinforcement"
 SMALLEST, LARGEST = 2, 128  # answers to a prompt
@@ -33,7 +33,7 @@ def options(block: Reinforcement, defaults: Mapping[str, Any]) -> dict[str, Any]
             param=f"{WHERE}.response_format",
             code="unsupported_parameter",
         )
-    parse_grader(block.grader, None, f"{WHERE}.grader").close()
+    parse_grader(block.grader, None, f"{WHERE}.grader", Seams(ask=nobody)).close()
     found: dict[str, Any] = {"grader": block.grader}
     if hyper.compute_multiplier != "auto":
         answers = round(defaults["group_size"] * hyper.compute_multiplier)

@@ -41,10 +41,11 @@ def new_chain(home: Home, raw: Any, console: Console) -> Run:
     """Check every stage's spec and data, then write the chain's run folder. Raises UserError; then nothing was made."""
     stages = parse_chain(raw)
     check_names(home, stages)
-    stages = check_stages(stages, load_describe(home))
+    described = load_describe(home)
+    stages = check_stages(stages, described)
     for name, spec in stages.items():
         try:
-            check_all_data(spec, console)
+            check_all_data(spec, console, described)
         except UserError as e:
             raise in_stage(name, e) from e
     paths = {f"{name}/{role}": Path(p) for name, spec in stages.items() for role, p in files_of(spec).items()}

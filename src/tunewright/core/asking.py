@@ -104,8 +104,8 @@ def _patiently(teacher: Teacher, body: Call, halt: threading.Event) -> Reply:
                 text = f"{trouble}. Check the endpoint, its key and the model's name."
                 raise Refused(text, reply.status, teacher.param)
         if wait is None:
-            tries = len(teacher.back_off) + 1
-            raise EndpointDown(f"{trouble} (tried {tries} times). Its answers so far are kept; resume the job later.")
+            tried = f"(tried {len(teacher.back_off) + 1} times)"
+            raise EndpointDown(f"{trouble.rstrip('.')} {tried}. Its answers so far are kept; resume the job later.")
         halt.wait(max(wait, min((reply and reply.retry_after) or 0.0, MOST_SECONDS)))
         if halt.is_set():
             break

@@ -161,8 +161,17 @@ def parts_of(spec: JobSpec) -> Iterator[tuple[str, Part]]:
 def references(spec: JobSpec) -> list[tuple[str, str]]:
     """(where, stage's name) of all that the spec wants of other stages: `model`, or the option of a part."""
     options = [(key, value) for _, part in parts_of(spec) for key, value in part.options.items()]
-    wanted = [("model", spec.model), *options]
+    judges = [(f"{key}.model", name) for key, value in options for name in _judges(value)]
+    wanted = [("model", spec.model), *options, *judges]
     return [(where, v.removeprefix(PREFIX)) for where, v in wanted if isinstance(v, str) and v.startswith(PREFIX)]
+
+
+def _judges(option: Any) -> Iterator[Any]:
+    """Everything under a key `model` in an option that is an object, however deep: of a grader, its judges."""
+    for key, value in option.items() if isinstance(option, dict) else ():
+        if key == "model":
+            yield value
+        yield from _judges(value)
 
 
 def _bad_references(found: Stages, names: list[str]) -> Iterator[str]:
@@ -187,8 +196,13 @@ def fill_in(spec: JobSpec, models: Mapping[str, str]) -> JobSpec:
         found = isinstance(value, str) and value.startswith(PREFIX)
         return models[value.removeprefix(PREFIX)] if found else value
 
+    def judged(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: known(v) if k == "model" else judged(v) for k, v in value.items()}
+
     def filled(part: Part) -> Part:
-        return Part(name=part.name, options={k: known(v) for k, v in part.options.items()})
+        return Part(name=part.name, options={k: judged(known(v)) for k, v in part.options.items()})
 
     changes = {kind: filled(getattr(spec, kind)) for kind in KINDS}
     lists = {kind: [filled(part) for part in getattr(spec, kind)] for kind in LISTS}

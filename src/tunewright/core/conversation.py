@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant", "tool")
 Shape = Literal["chat", "preference", "unpaired", "prompt", "text", "labelled"]
+BESIDE = ("tools", "parallel_tool_calls", "functions")  # what is offered with a prompt; graders know the rest of a row
+REFERENCE = "reference_answer"
 
 
 class FunctionCall(BaseModel):
@@ -84,3 +87,15 @@ class Conversation(BaseModel):
     def label_text(self) -> str:
         """The label as one text; several classes with commas between."""
         return ", ".join(self.label) if isinstance(self.label, list) else str(self.label)
+
+
+def item_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What graders know of a row of a file as `item`: its fields, with the prompt as `messages` (or `prompt`). An
+    assistant message at the end is no part of that, but `reference_answer`, unless the row has such a field itself."""
+    item = {name: value for name, value in row.items() if name not in BESIDE}
+    key = "messages" if "messages" in row or "prompt" not in row else "prompt"
+    said = row[key] if isinstance(row.get(key), list) else []
+    last = said[-1] if said else None
+    if isinstance(last, dict) and last.get("role") == "assistant":
+        item = {REFERENCE: last.get("content") or "", **item, key: said[:-1]}
+    return item

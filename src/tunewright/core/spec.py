@@ -40,9 +40,14 @@ class Part(BaseModel):
     def _flat(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"name": value}
+        if not isinstance(value, dict | Part):
+            raise ValueError("expected a name, like lora, or an object of a name and options, like {name: lora, r: 16}")
         if isinstance(value, dict) and "name" in value:
+            options = value.get("options") or {}
+            if not isinstance(options, dict):
+                raise ValueError("its 'options' must be an object of names and values")
             rest = {k: v for k, v in value.items() if k not in ("name", "options")}
-            return {"name": value["name"], "options": {**(value.get("options") or {}), **rest}}
+            return {"name": value["name"], "options": {**options, **rest}}
         return value
 
     @model_serializer

@@ -76,7 +76,8 @@ def _class(row: Conversation, label: str, labels: Sequence[str]) -> int:
     if label not in labels:
         more = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
         known = f"{did_you_mean(label, labels)} Classes: {', '.join(list(labels)[:NAMED])}{more}."
-        raise _refused(row, f"has the label '{label[:80]}', which is not a class here.{known}", "label")
+        text = f"has the label '{label[:80]}', which is not a class here.{known} Correct it, or remove the row."
+        raise _refused(row, text, "label")
     return labels.index(label)
 
 

@@ -74,6 +74,11 @@ def check_file(
                 text = _wrong_shape(report.name, report.shape, purpose_shapes, method, objectives or {})
                 _add(report, Problem(line, text), limit)
                 purpose_shapes = None  # said once
+    if not report.shape and format != "auto" and purpose_shapes is not None:
+        shape = _shape_of(path, name)
+        if shape and shape not in purpose_shapes:  # no row is of the wanted format because all are of another one
+            text = _wrong_shape(report.name, shape, purpose_shapes, method, objectives or {})
+            report.problems, report.n_problems = [Problem(1, text)], 1
     if report.n_rows < min_examples:
         empty = " (the file is empty)" if path.stat().st_size == 0 else ""
         text = f"file has {report.n_rows} example(s), but must have at least {min_examples} examples{empty}"
@@ -177,6 +182,14 @@ def _check_row(
         if note in notes or len(notes) < MAX_NOTES:
             notes[note] += 1
     return conversation
+
+
+def _shape_of(path: Path, name: str) -> str:
+    """The shape of the file's first row in the format that its fields say; '' if there is none."""
+    try:
+        return next((row.shape for row in read_conversations(path, "auto", name)), "")
+    except DataError:
+        return ""
 
 
 def _wrong_shape(

@@ -130,6 +130,11 @@ class Seams:
     post: Post = post_json
 
 
+def nobody(messages: list[dict[str, Any]], **sent: Any) -> Said:
+    """The Seams.ask of a grader that is only checked."""
+    raise AssertionError("a grader that is only checked asks nobody")
+
+
 class Work(Protocol):
     """One type of grader. templates: every text of it that may hold variables."""
 

@@ -19,6 +19,7 @@ from tunewright.core.outbound import find_endpoint
 from tunewright.graders.base import Ask, Grade, GraderOptions, Said, Seams, Text, failed
 from tunewright.graders.templates import Scope, Template, parse_template
 
+MOST_TOKENS = 512  # of an answer of a judge without an endpoint, if the grader does not say
 OUT_OF_REACH = {401, 402, 403, 404}  # no sample would be graded: a key, an account or a model's name
 STEPS = {
     "type": "array",
@@ -130,6 +131,8 @@ def make_judge(options: JudgeOptions, seams: Seams, result: dict[str, Any], in_w
     sampling = options.sampling_params.model_dump(exclude_none=True)
     if "max_completions_tokens" in sampling:
         sampling["max_completion_tokens"] = sampling.pop("max_completions_tokens")
+    if reach.endpoint is None:
+        sampling.setdefault("max_completion_tokens", MOST_TOKENS)
     structured = reach.endpoint is not None and reach.structured
     sent = {**sampling, **({"response_format": _format(result)} if structured else {})}
     roles, texts = [m.role for m in options.input], [parse_template(m.content) for m in options.input]

@@ -1,4 +1,4 @@
-"""What graders know of the rows of a file, and whether that is all that their templates name."""
+"""Whether the rows of a file have all that a grader's templates name."""
 
 from __future__ import annotations
 
@@ -9,16 +9,10 @@ from tunewright.core.errors import Problem
 from tunewright.graders.base import Grader
 from tunewright.graders.templates import Path, Unknown, look_up
 
-BESIDE = ("messages", "tools", "parallel_tool_calls")
-
-
-def item_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What graders know of a row of a file as `item`."""
-    return {name: value for name, value in row.items() if name not in BESIDE}
-
 
 def missing_variables(grader: Grader, items: Iterable[tuple[int, Mapping[str, Any]]]) -> Iterator[Problem]:
-    """A problem for each row and variable that has no value there. items: line and what graders know of the row.
+    """A problem for each row and variable that has no value there. items: line and what graders know of the row
+    (core/conversation.py's item_of).
 
     A python grader reads what it likes, so nothing is said of it.
     """

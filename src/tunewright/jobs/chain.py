@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunewright.core.chain import Stages, fill_in, in_stage
+from tunewright.core.chain import PREFIX, Stages, fill_in, in_stage
 from tunewright.core.durable import disk_full_is_clear, fsync_path
 from tunewright.core.errors import UserError
 from tunewright.core.home import Home
@@ -129,7 +129,8 @@ def check_names(home: Home, stages: Stages) -> Origin:
     first = next(iter(stages.values())).model
     for name, spec in stages.items():
         try:
-            find_names(home, fill_in(spec, dict.fromkeys(stages, first)))
+            known = spec.model_copy(update={"model": first}) if spec.model.startswith(PREFIX) else spec
+            find_names(home, known)
         except UserError as e:
             raise in_stage(name, e) from e
     return find_origin(first, home)

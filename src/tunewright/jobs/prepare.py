@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunewright.core.chain import HEAD_OF, PREFIX
 from tunewright.core.durable import discard, disk_full_is_clear, fsync_path, sha256_file
 from tunewright.core.errors import NotFound, SpecError, StateError
 from tunewright.core.home import Home
 from tunewright.core.ids import ModelName, new_id, parse_model_name, random_part
 from tunewright.core.outbound import find_endpoint, named_endpoints
 from tunewright.core.run import JobFile, Run, base_of, find_artefact, read_artefact
-from tunewright.core.spec import JobSpec, extra_files
+from tunewright.core.spec import HEADS, JobSpec, Part, extra_files
+from tunewright.graders.base import Seams, nobody, parse_grader
+from tunewright.graders.judging import models_here
 from tunewright.models.catalogue import resolve
 
 _UNFINISHED_SECONDS = 24 * 3600
@@ -101,17 +104,57 @@ def create_run(
 def find_names(home: Home, spec: JobSpec) -> tuple[Origin, Origin | None]:
     """What the job starts from, and the other model of this machine that it needs, if it does.
 
-    Raises ModelNotFound, SpecError (also for an endpoint that may not be called).
+    Raises ModelNotFound, SpecError (as other_model has it).
     """
-    origin = find_origin(spec.model, home)
-    options = spec.objective.options
+    origin, named = find_origin(spec.model, home), other_model(spec.objective)
+    if named is None:
+        return origin, None
+    other = find_origin(named[1], home)
+    check_head(*named, "lm" if other.artefact is None else read_artefact(other.artefact).head)
+    return origin, other
+
+
+def other_model(objective: Part) -> tuple[str, str] | None:
+    """(option, name) of the model of this machine that a job asks beside its own: a teacher, a judge, a reward model,
+    or the judge of a grader. None also for another stage of a chain, as long as it has no result.
+
+    Raises SpecError for an endpoint that may not be called, a grader that is none, and more than one such model.
+    """
+    options = objective.options
     for url in named_endpoints(options):
         find_endpoint(url)
     if options.get("endpoint") and not options.get("model"):
-        text = f"The objective '{spec.objective.name}' names an endpoint; give its option 'model', too."
+        text = f"The objective '{objective.name}' names an endpoint; give its option 'model', too."
         raise SpecError(text, param="objective")
-    named = next((options[key] for key in OTHER_MODELS if options.get(key)), None)
-    return origin, find_origin(named, home) if isinstance(named, str) else None
+    if options.get("grader") is not None and options.get("reward_model"):
+        raise SpecError("Rewards come from a grader or from a reward model; give one of them.", param="objective")
+    found = [(key, options[key]) for key in OTHER_MODELS if isinstance(options.get(key), str) and options[key]]
+    if options.get("grader") is not None:
+        with parse_grader(options["grader"], None, "objective.grader", Seams(ask=nobody)) as grader:
+            found += [("grader", name) for name in dict.fromkeys(models_here(grader.spec))]
+    if len(found) > 1:
+        names = ", ".join(f"{option} '{name}'" for option, name in found)
+        raise SpecError(
+            f"A job asks one model of this machine beside its own, and this one names {len(found)}: {names}. Use one "
+            "of them for all, or give a judge an endpoint.",
+            param="objective",
+        )
+    return found[0] if found and not found[0][1].startswith(PREFIX) else None
+
+
+def check_head(option: str, name: str, head: str) -> None:
+    """Raise SpecError unless the model that other_model() found, whose head is given, is of the kind that is asked."""
+    wanted = HEAD_OF.get(option, "lm")
+    if head == wanted:
+        return
+    has = "it writes text" if head == "lm" else f"it has a head for whole rows ({head})"
+    if wanted == "lm":
+        what = "judge" if option == "grader" else option
+        text = f"The {what} '{name}' writes no text: {has}. Name a model that does."
+    else:
+        first = f"Train one first, with objective: {HEADS[wanted]}, and name its ft: model."
+        text = f"'{name}' is no {wanted} model: {has}. {first}"
+    raise SpecError(text, param="objective")
 
 
 def fill(

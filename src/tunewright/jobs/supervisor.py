@@ -16,13 +16,11 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from tunewright.core.chain import in_stage
-from tunewright.core.errors import Busy, DiskFull, NotFound, StateError, TunewrightError, UserError
+from tunewright.core.errors import Busy, DiskFull, NotFound, StateError, TunewrightError
 from tunewright.core.home import Home
 from tunewright.core.run import Run
-from tunewright.core.spec import JobSpec
 from tunewright.jobs import chains, exits, foreground, space
-from tunewright.jobs.describe import load_describe
+from tunewright.jobs.checking import check_data
 from tunewright.jobs.journal import Line
 from tunewright.jobs.launchers import LAUNCHERS, Launcher
 from tunewright.jobs.prepare import sweep_unfinished
@@ -37,36 +35,6 @@ CANCEL_AT_ONCE = frozenset({"validating_files", "queued", "paused"})
 FOREGROUND_EVERY_S = 2.0
 TROUBLE_S = 5.0
 KILL_S = 10.0
-
-
-def check_data(home: Home, run: Run) -> None:
-    """Check the data files of a run; of a chain, those of all its stages. Raises the DataError that OpenAI's job error
-    is made of."""
-    job = run.job()
-    if not job.stages:
-        check_files(home, run, job.spec, {"train": job.train, "validation": job.validation}, job.sources)
-    for name, spec in job.stages.items():
-        paths = {role: job.more.get(f"{name}/{role}") for role in ("train", "validation")}
-        sources = {role: job.sources.get(f"{name}/{role}", {}) for role in paths}
-        try:
-            check_files(home, run, spec, paths, sources)
-        except UserError as e:
-            raise in_stage(name, e) from e
-
-
-def check_files(home: Home, run: Run, spec: JobSpec, paths: dict[str, Any], sources: dict[str, dict[str, Any]]) -> None:
-    """Check the training and the validation file of a job in the run folder."""
-    from tunewright.data.validate import check_file, raise_for
-
-    shapes = load_describe(home)["objective"][spec.objective.name]["card"].get("shapes")
-    for what, key, least in (("training", "train", spec.min_examples), ("validation", "validation", 1)):
-        if paths[key] is not None:
-            name = sources.get(key, {}).get("name", "")  # the copy in the run folder is called by its hash
-            place = run.folder / paths[key]
-            report = check_file(
-                place, format=spec.format, purpose_shapes=shapes, min_examples=least, name=name or place.name
-            )
-            raise_for(report, what)
 
 
 class Supervisor:

@@ -19,13 +19,15 @@ from tunewright.data.asking import prompt_of
 from tunewright.data.judging import Judged, Pair, judged_rows
 from tunewright.data.spans import plain
 from tunewright.data.validate import read_conversations
-from tunewright.engine.engine import Engine
-from tunewright.engine.request import GenerateRequest
+from tunewright.engine.engine import Engine, EngineError
+from tunewright.engine.request import GenerateRequest, parse_request
+from tunewright.graders.base import Ask, Said
 from tunewright.train.asking import ROWS, Asking, answers_of, checked, told, write_rows
 from tunewright.train.candidates import engine_of, place_of, sampled_pairs
 from tunewright.train.prepare import is_kept
 
 HERE = Endpoint("http", "engine.invalid", 80, "")  # only a name: nothing is sent
+ENDS = ("done", "error")  # of an engine's request
 SUSPICIOUS = 0.5  # share of ties from which a judge is doubted
 
 
@@ -106,6 +108,27 @@ def by_engine(make: Callable[[], Engine], place: dict[str, str]) -> Post:
         return Reply(200, {"choices": [said], "usage": done["usage"]})
 
     return post
+
+
+def for_graders(engine: Engine, place: dict[str, str]) -> Ask:
+    """The Seams.ask of a grader whose judge is the model at `place` (place_of): from any number of threads. Whoever has
+    the engine takes a step for all, so that questions on the way are answered together."""
+    one_at_a_time = threading.Lock()
+
+    def ask(messages: list[dict[str, Any]], *, model: str, max_completion_tokens: int, **sampling: Any) -> Said:
+        own = {"temperature": 0.0, **sampling, "messages": messages, "max_tokens": max_completion_tokens}
+        asked, heard = parse_request({**place, **own}), []
+        with one_at_a_time:
+            engine.add_request(asked, heard.append)
+        while heard[-1]["type"] not in ENDS:
+            with one_at_a_time:
+                if heard[-1]["type"] not in ENDS:
+                    engine.step()
+        if heard[-1]["type"] == "error":
+            raise EngineError(heard[-1]["error"]["message"])
+        return Said(heard[-1]["choices"][0]["text"], heard[-1]["usage"])
+
+    return ask
 
 
 def own_pair(row: Conversation) -> Pair:

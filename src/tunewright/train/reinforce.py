@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from threading import Event
 from typing import Any
 
 from tunewright.core.errors import SpecError
 from tunewright.core.events import EventWriter
 from tunewright.core.example import Group
 from tunewright.core.home import Home
-from tunewright.core.run import Run, read_artefact
+from tunewright.core.run import Run
 from tunewright.data.tokenizer import Tokenizer
 from tunewright.engine.rows import RowModels
 from tunewright.graders.base import Seams, parse_grader
 from tunewright.models.policy import Policy
+from tunewright.train.candidates import engine_of, place_of
+from tunewright.train.finish import Start
+from tunewright.train.judging import for_graders
 from tunewright.train.loop import Parts
 from tunewright.train.plan import Plan, step_rows
 from tunewright.train.rollouts import ByGrader, ByRewardModel, Imagined, Judge, Rollouts, fields_of, refuse
@@ -45,32 +49,43 @@ def rollouts_of(
     tokenizer: Tokenizer,
     prompts: Sequence[Group],
     context: int,
+    other: Start | None,
     events: EventWriter,
     stop: Callable[[], bool],
 ) -> Rollouts:
-    """Raises SpecError for a tuner or model that cannot be sampled from, or a grader that does not fit the rows."""
+    """other: the reward model, or the judge of the grader, if it is a model of this machine.
+
+    Raises SpecError for a tuner or model that cannot be sampled from, or a grader that does not fit the rows.
+    """
     refuse(policy, tuner)
-    judge = judge_of(run, home, objective, policy, prompts)
+    judge = judge_of(run, home, objective, policy, prompts, other, stop)
     return Rollouts(objective, policy, tokenizer, judge, Samples(run.folder), home, context, events, stop)
 
 
-def judge_of(run: Run, home: Home, objective: Any, policy: Policy, prompts: Sequence[Group]) -> Judge:
-    """Who gives the rewards: a grader, or the reward model that lies in the run folder. Raises SpecError."""
-    if objective.options.grader is not None and getattr(objective.options, "reward_model", None):
-        raise SpecError("Rewards come from a grader or from a reward model; give one of them.", param="objective")
-    if objective.options.grader is not None:
-        seams = Seams(cache=home.cache / "answers")
-        return ByGrader(parse_grader(objective.options.grader, fields_of(prompts), "objective.grader", seams))
-    job, dtype = run.job(), next(policy.model.parameters()).dtype
-    folder = run.folder / job.teacher.get("over", "")
-    head = read_artefact(folder).head if "over" in job.teacher else "lm"
-    if head != "reward":
-        raise SpecError(
-            f"'{objective.options.reward_model}' is no reward model. Train one first, with objective: reward, and name "
-            "its ft: model.",
-            param="objective",
-        )
-    return ByRewardModel(RowModels(home, dtype, kept=1), folder)
+def judge_of(
+    run: Run,
+    home: Home,
+    objective: Any,
+    policy: Policy,
+    prompts: Sequence[Group],
+    other: Start | None,
+    stop: Callable[[], bool],
+) -> Judge:
+    """Who gives the rewards: a grader, or the reward model that lies in the run folder. Raises SpecError.
+
+    A model is loaded now, because the preflight counts what is held.
+    """
+    job, spec = run.job(), objective.options.grader
+    if spec is None:
+        dtype = next(policy.model.parameters()).dtype
+        return ByRewardModel(RowModels(home, dtype, kept=1), run.folder / job.teacher["over"])
+    ask, halt = None, Event()
+    if other is not None:
+        engine, place = engine_of(home, job.spec.dtype), place_of(run, job.teacher["base"], other, "judge")
+        engine.load(place.get("base"), place.get("artefact"))
+        ask = for_graders(engine, place)
+    seams = Seams(ask=ask, cache=home.cache / "answers", halt=halt)
+    return ByGrader(parse_grader(spec, fields_of(prompts), "objective.grader", seams), halt, stop)
 
 
 def imagined(parts: Parts) -> Parts:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
+from threading import Event
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,6 +46,7 @@ from tunewright.tuners.base import Tuner
 
 AT_ONCE = 32  # answers that are computed at the same time
 GRADED_AT_ONCE = 8
+POLL = 0.5  # seconds, in which somebody may have asked to stop
 SAME = 1e-8  # rewards that differ by less are equal
 PROBED = (2, 6)  # tokens of an answer, to tell what each further one takes
 
@@ -230,17 +233,32 @@ def refuse(policy: Policy, tuner: Tuner) -> None:
 
 
 class ByGrader:
-    """Grades from a grader, several answers at a time."""
+    """Grades from a grader, several answers at a time. halt: set, its waiting for a judge ends."""
 
-    def __init__(self, grader: Grader) -> None:
+    def __init__(self, grader: Grader, halt: Event, stop: Callable[[], bool]) -> None:
         self.grader, self.close = grader, grader.close
+        self.halt, self.stop = halt, stop
 
     def grades(self, pairs: Sequence[tuple[Example, Answer]]) -> list[Grade]:
-        with ThreadPoolExecutor(GRADED_AT_ONCE) as pool:
+        """Raises Interrupted when asked to stop meanwhile, and does not wait for a judge then; EndpointDown."""
+        pool = ThreadPoolExecutor(GRADED_AT_ONCE)
+        try:
+            waiting = [pool.submit(self._grade, pair) for pair in pairs]
+            return [self._when_done(future) for future in waiting]
+        except BaseException:
+            self.halt.set()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _when_done(self, future: Future[Grade]) -> Grade:
+        while True:
             try:
-                return list(pool.map(self._grade, pairs))
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                return future.result(POLL)
+            except NotYet:
+                if self.stop():
+                    text = "Stopped while the step's answers were graded, which will be sampled and graded again."
+                    raise Interrupted(text) from None
 
     def _grade(self, pair: tuple[Example, Answer]) -> Grade:
         prompt, answer = pair

@@ -12,7 +12,7 @@ from typing import Any
 
 from tunewright.core.conversation import Conversation
 from tunewright.core.durable import check_folder, commit_folder
-from tunewright.core.errors import CheckpointError
+from tunewright.core.errors import CheckpointError, DataError
 from tunewright.core.events import EventWriter
 from tunewright.core.run import JobFile, Run
 from tunewright.core.spec import HEADS, JobSpec
@@ -128,7 +128,11 @@ def render(
     )
 
     def fill(folder: Path) -> None:
-        write_groups(folder, groups)
+        try:
+            write_groups(folder, groups)
+        except DataError as e:
+            code = f"invalid_{what}_file" if e.code == DataError.code else e.code
+            raise DataError(f"{name}: {e.message}", problems=e.problems, code=code, param=f"{what}_file") from e
         notes.extend(f"{what.capitalize()} file: {note}" for note in rendered.notes)
 
     commit_folder(run.folder / "rendered" / role, fill, {**info, "notes": notes})

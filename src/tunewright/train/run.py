@@ -105,9 +105,9 @@ def run_once(
     rolls = objective.card.needs_rollouts
     limit = reinforce.prompt_limit(objective, limit) if rolls else limit
 
+    other = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events) if job.teacher else None
     if objective.card.asks:
-        judge = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events) if job.teacher else None
-        ASK[objective.card.asks](Asking(run, job, spec, objective, home, events, stop, start, judge))
+        ASK[objective.card.asks](Asking(run, job, spec, objective, home, events, stop, start, other))
 
     def load(role: str) -> StoredGroups:
         return load_groups(run, job, spec, tokenizer, objective, limit, role, events)
@@ -117,14 +117,13 @@ def run_once(
 
     head = job_head(run, spec, objective)
     quantization = NONE if earlier is None else earlier.quantization
-    teacher = None
-    if job.teacher and hasattr(objective, "teacher"):
-        teacher = find_start(run, job.teacher.get("over"), job.teacher["base"], home, events)
+    teacher = other if hasattr(objective, "teacher") else None
+    if teacher is not None:
         check_teacher(spec, teacher, tokenizer)
     if earlier is None:
         part(TUNERS, spec.tuner).refuse(bare_model(start.weights, head))
         beside = retain.extra_bytes(spec, tuner.card, dtype.itemsize, start.over is not None)
-        beside += 0 if teacher is None else teacher_bytes(teacher, start, dtype)
+        beside += 0 if other is None or objective.card.asks else teacher_bytes(other, start, dtype)
         dtype, quantization = room_to_load(start.weights, tuner.card, dtype, spec, beside)
     if quantization != NONE:
         events.write("message", held_text(quantization, spec.quantization), {"quantization": quantization})
@@ -156,7 +155,7 @@ def run_once(
         objective.teacher, teacher_path = frozen(load_teacher(teacher, dtype, MERGE).to(device()), *asked)
     rollouts = None
     if rolls:
-        given = (run, home, objective, policy, tuner, tokenizer, groups, context, events, stop)
+        given = (run, home, objective, policy, tuner, tokenizer, groups, context, other, events, stop)
         rollouts = reinforce.rollouts_of(*given)
     prepare(run, tuner, policy, objective, groups, spec.seed or 0, events, stop)
     plan = earlier or resolve(

@@ -182,11 +182,10 @@ class Api:
     async def file(self, file_id: str) -> dict[str, Any]:
         return await self.request("GET", f"/v1/files/{file_id}")
 
-    async def check_file(self, file_id: str, min_examples: int = 10) -> dict[str, Any]:
+    async def check_file(self, file_id: str, min_examples: int = 10, format: str = "auto") -> dict[str, Any]:
         """{usable, message, format, reason, notes, n_rows, n_problems, problems: [{line, field, value, …}]}."""
-        return await self.request(
-            "POST", f"/v1/tunewright/files/{file_id}/check", json={"min_examples": min_examples}, timeout=600.0
-        )
+        asked = {"min_examples": min_examples, "format": format}
+        return await self.request("POST", f"/v1/tunewright/files/{file_id}/check", json=asked, timeout=600.0)
 
     async def upload(
         self, name: str, size: int, chunks: AsyncIterator[bytes], purpose: str = "fine-tune"

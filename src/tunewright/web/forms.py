@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +132,11 @@ HYPERPARAMETERS = {
     "learning_rate_multiplier": ("Learning-rate multiplier", float, 1e-6, 1e6),
 }
 KINDS = ("objective", "tuner", "optimizer", "schedule")
+STAGE_PARTS = ("objective", "tuner")  # that a further stage of a chain chooses for itself
+RATE = ("Learning rate", float, 1e-12, 10.0)
+STAGE_NUMBERS = {**{k: HYPERPARAMETERS[k] for k in ("n_epochs", "batch_size")}, "learning_rate": RATE}
+FIRST = 0  # the id of a chain's first stage, which is the draft itself
+BEFORE = "stage:"  # a stage's model that is an earlier stage's result: this, and in a draft its id, else its name
 DEFAULT_PARTS = {"objective": "sft", "tuner": "lora", "optimizer": "adamw", "schedule": "linear", "quantization": AUTO}
 
 
@@ -173,19 +179,103 @@ def job_request(draft: dict[str, Any], describe: dict[str, Any]) -> tuple[dict[s
         body["seed"] = read(numeric, "Seed", str(draft["seed"]).strip(), int, 0, 2_147_483_647)
     method = method_of(draft.get("objective") or "sft", describe)
     extra = {kind: read(part_of, kind, draft, describe) for kind in KINDS}
-    rate = read(auto_or, "Learning rate", draft.get("learning_rate"), float, 1e-12, 10.0)
+    rate = read(auto_or, RATE[0], draft.get("learning_rate"), *RATE[1:])
     more = {
         "learning_rate": None if rate == AUTO else rate,
         "quantization": None if (draft.get("quantization") or AUTO) == AUTO else draft["quantization"],
         "retain": [read(retained, entry, draft, describe) for entry in draft.get("retain") or []],
         "mix": mixed(draft, read),
     }
+    own = {**extra, **{name: value for name, value in more.items() if value}}
+    if draft.get("stages"):
+        names = stage_names(draft)
+        first = {"name": names[FIRST], **own, **settled(hyper)}
+        later = [read(stage_of, entry, draft, describe, names) for entry in draft["stages"]]
+        body["tunewright"] = {"stages": [first, *later]}
+        return body, read.problems + clashes(draft, describe)
     if method:
-        body["method"] = {"type": method, method: {"hyperparameters": hyper}}
+        asked = {"grader": (own.get("objective") or {}).pop("grader", None)} if method == "reinforcement" else {}
+        if asked:
+            read.need(asked["grader"], 'Grader: say what gives the rewards, as an object like {"type": …}.')
+        body["method"] = {"type": method, method: {**asked, "hyperparameters": hyper}}
     else:
         body["hyperparameters"] = hyper
-    body["tunewright"] = {**extra, **{name: value for name, value in more.items() if value}}
+    body["tunewright"] = own
     return body, read.problems + clashes(draft, describe)
+
+
+def settled(hyper: dict[str, Any]) -> dict[str, Any]:
+    """The hyperparameters that are numbers."""
+    return {name: value for name, value in hyper.items() if value not in (AUTO, None)}
+
+
+def stage_role(entry: dict[str, Any]) -> str:
+    """The key of a further stage's file in the draft, and the beginning of those of its options."""
+    return f"chain-{entry['id']}"
+
+
+def stage_names(draft: dict[str, Any]) -> dict[int, str]:
+    """{id: name} of all stages, in order; the draft itself is the one with the id FIRST. A name is the objective's."""
+    listed = [(FIRST, draft.get("objective") or DEFAULT_PARTS["objective"])]
+    listed += [(entry["id"], entry["objective"]) for entry in draft.get("stages") or []]
+    found, used = {}, Counter[str]()
+    for i, objective in listed:
+        used[objective] += 1
+        found[i] = objective if used[objective] == 1 else f"{objective}-{used[objective]}"
+    return found
+
+
+def row_format(key: str, draft: dict[str, Any], describe: dict[str, Any]) -> str:
+    """The format in which the job would read a file's rows. key: the file's in the draft."""
+    stage = next((entry for entry in draft.get("stages") or [] if stage_role(entry) == key), draft)
+    objective = stage.get("objective") or DEFAULT_PARTS["objective"]
+    card = describe["objective"].get(objective, {}).get("card", {})
+    return "reinforcement" if card.get("needs_rollouts") and not key.startswith("retain") else AUTO
+
+
+def stage_of(
+    entry: dict[str, Any], draft: dict[str, Any], describe: dict[str, Any], names: dict[int, str]
+) -> dict[str, Any]:
+    """A further stage's job spec. names: of stage_names(). Raises ValueError with everything wrong."""
+    read, role, name = Reader(), stage_role(entry), names[entry["id"]]
+    file = read.need(draft.get(role), "Choose a training file.")
+    texts = draft.get("options", {})
+    parts = {}
+    for kind in STAGE_PARTS:
+        chosen = entry.get(kind)
+        if chosen:
+            options = read(options_of, describe[kind][chosen], texts.get(f"{role}.{kind}.{chosen}", {}))
+            parts[kind] = {"name": chosen, **(options or {})}
+    start = entry.get("model") or ""
+    numbers = {k: read(auto_or, row[0], entry.get(k), *row[1:]) for k, row in STAGE_NUMBERS.items()}
+    if read.problems:
+        raise ValueError(f"Stage '{name}': {' '.join(read.problems)}")
+    before = {f"{BEFORE}{i}": f"{BEFORE}{known}" for i, known in names.items()}
+    model = {"model": before.get(start, start)} if start else {}
+    return {"name": name, **model, "training_file": file["id"], **parts, **settled(numbers)}
+
+
+def job_file(body: dict[str, Any], draft: dict[str, Any]) -> dict[str, Any]:
+    """A request without problems as the job file of `tunewright train` that does the same; data files are called by
+    their names."""
+    own = dict(body["tunewright"])
+    method = body.get("method") or {}
+    block = dict(method.get(method.get("type"), {}))
+    numbers = settled(block.pop("hyperparameters", body.get("hyperparameters") or {}))
+    if "objective" in own:
+        own["objective"] = {**own["objective"], **block}
+    plain = {k: v for k, v in body.items() if k not in ("tunewright", "method", "hyperparameters")}
+    files = {f["id"]: f["filename"] for f in draft.values() if isinstance(f, dict) and "filename" in f}
+    return _with_names({**plain, **numbers, **own}, files)
+
+
+def _with_names(value: Any, files: dict[str, str]) -> Any:
+    """The value with names in the places of the files' ids."""
+    if isinstance(value, dict):
+        return {k: _with_names(v, files) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_names(v, files) for v in value]
+    return files.get(value, value) if isinstance(value, str) else value
 
 
 def clashes(draft: dict[str, Any], describe: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from tunewright.api.routes.chat_completions import engine_payload
 from tunewright.api.schemas import CheckedGrader, GraderExtra, GraderMetadata, GraderRun
 from tunewright.api.state import Server, server_of
 from tunewright.core.errors import EndpointDown
-from tunewright.graders.base import ERRORS, Ask, Grade, Grader, Said, Sample, Seams, failed, parse_grader
+from tunewright.graders.base import ERRORS, Ask, Grade, Grader, Said, Sample, Seams, failed, nobody, parse_grader
 from tunewright.graders.judging import models_here
 
 router = APIRouter()
@@ -43,7 +43,7 @@ async def run_grader(request: Request, body: Body) -> GraderRun:
 def validate_grader(request: Request, body: Body) -> CheckedGrader:
     """The grader with what was filled in."""
     server, wanted = server_of(request), parse(ValidateGrader, body)
-    with _parsed(server, wanted.grader, _nobody) as grader:
+    with _parsed(server, wanted.grader, nobody) as grader:
         return CheckedGrader(grader=grader.spec)
 
 
@@ -63,10 +63,6 @@ def _parsed(server: Server, spec: dict[str, Any], ask: Ask) -> Grader:
     for name in models_here(grader.spec):
         find_target(server, name)
     return grader
-
-
-def _nobody(messages: list[dict[str, Any]], **sent: Any) -> Said:
-    raise AssertionError("a grader that is only checked asks nobody")
 
 
 def _engine(server: Server, loop: asyncio.AbstractEventLoop) -> Ask:

@@ -61,13 +61,14 @@ def find_missing(file: Path, grader: Path, limit: int, console: Console) -> int:
     """How many variables of a grader have no value in a row; prints up to `limit` of them."""
     from tunewright.cli.commands.grade import read_spec
     from tunewright.cli.report import print_problems
+    from tunewright.core.conversation import item_of
     from tunewright.core.errors import Problem
     from tunewright.data.sources import read_rows
-    from tunewright.graders.base import Said, Seams, parse_grader
-    from tunewright.graders.rows import item_of, missing_variables
+    from tunewright.graders.base import Seams, nobody, parse_grader
+    from tunewright.graders.rows import missing_variables
 
     items = ((line, item_of(row)) for line, row in read_rows(file) if not isinstance(row, Problem))
-    with parse_grader(read_spec(grader), seams=Seams(ask=lambda messages, **sent: Said(""))) as checked:
+    with parse_grader(read_spec(grader), seams=Seams(ask=nobody)) as checked:
         problems = list(missing_variables(checked, items))
     if problems:
         print_problems(file.name, problems[:limit], len(problems), console)

@@ -80,19 +80,19 @@ def read_spec(path: Path) -> Any:
 
 def read_answers(path: Path) -> Iterator[tuple[int, dict[str, Any], str]]:
     """(line, item, answer) of each row. Raises DataError for one without an answer."""
+    from tunewright.core.conversation import item_of
     from tunewright.core.errors import DataError, Problem
     from tunewright.data.sources import read_rows
-    from tunewright.graders.rows import item_of
 
     for line, row in read_rows(path):
         if isinstance(row, Problem):
             raise DataError(str(row), problems=[row])
-        item = item_of(row)
-        messages = row.get("messages")
-        last = messages[-1] if isinstance(messages, list) and messages else None
+        messages = row["messages"] if isinstance(row.get("messages"), list) else []
+        last = messages[-1] if messages else None
         if isinstance(last, dict) and last.get("role") == "assistant":
-            yield line, item, str(last.get("content") or "")
+            yield line, item_of({**row, "messages": messages[:-1]}), str(last.get("content") or "")
             continue
+        item = item_of(row)
         name = next((n for n in ANSWERS if isinstance(row.get(n), str)), None)
         if name is None:
             text = f"has no answer: end its messages with an assistant message, or give it one of {', '.join(ANSWERS)}."
@@ -113,8 +113,7 @@ def engine_of(home: Home, stack: ExitStack) -> Ask:
     session = cache(lambda: stack.enter_context(EngineSession(home.ensure())))
 
     def ask(messages: list[dict[str, Any]], *, model: str, **sent: Any) -> Said:
-        if "max_completion_tokens" in sent:
-            sent["max_tokens"] = sent.pop("max_completion_tokens")
+        sent["max_tokens"] = sent.pop("max_completion_tokens")
         reply = session().reply({**find_model(model, home), "temperature": 0, **sent, "messages": messages})
         return Said(reply.text, reply.usage)
 

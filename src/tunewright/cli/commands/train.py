@@ -189,8 +189,9 @@ def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
 
     # what is quick to check comes first
     find_origin(spec.model, home)
-    check_all_data(spec, console)
-    spec = check_parts(spec, load_describe(home))
+    described = load_describe(home)
+    spec = check_parts(spec, described)
+    check_all_data(spec, console, described)
     more = {role: Path(file) for role, file in extra_files(spec).items()}
     validation = Path(spec.validation_file) if spec.validation_file else None
     return create_run(
@@ -198,27 +199,31 @@ def new_run(home: Home, spec: JobSpec, console: Console) -> Run:
     )
 
 
-def check_all_data(spec: JobSpec, console: Console) -> None:
-    """Every data file of a job, row by row. Raises DataError."""
+def check_all_data(spec: JobSpec, console: Console, described: dict[str, Any]) -> None:
+    """Every data file of a job, row by row. described: the describe file. Raises DataError, SpecError."""
     from tunewright.core.chain import files_of
 
     for role, file in files_of(spec).items():
-        check_data(Path(file), WHAT[role.partition("-")[0]], spec, console)
+        check_data(Path(file), WHAT[role.partition("-")[0]], spec, console, described)
 
 
-def check_data(path: Path, what: str, spec: JobSpec, console: Console) -> None:
-    """Print the report when something is wrong, then raise the one DataError.
+def check_data(path: Path, what: str, spec: JobSpec, console: Console, described: dict[str, Any]) -> None:
+    """Print the report when something is wrong, then raise the one DataError; SpecError for what the grader misses.
 
-    what: training, validation, retained (in whatever format) or mixed.
+    what: training, validation, retained (in whatever format and shape) or mixed.
     """
     from tunewright.cli.report import print_report
     from tunewright.data.validate import check_file, raise_for
+    from tunewright.jobs.checking import check_grader, usable_rows
 
-    minimum = spec.min_examples if what == "training" else 1
-    report = check_file(path, format="auto" if what == "retained" else spec.format, min_examples=minimum)
+    minimum, retained = spec.min_examples if what == "training" else 1, what == "retained"
+    rules = {} if retained else {"format": spec.format, **usable_rows(spec, what, described)}
+    report = check_file(path, min_examples=minimum, **rules)
     if report.n_problems:
         print_report(path.name, report, console)
     raise_for(report, what=what)
+    if not retained:
+        check_grader(spec, path, report.format, path.name)
 
 
 def _done(run: Run, end: dict[str, Any], console: Console) -> None:

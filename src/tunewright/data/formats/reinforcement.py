@@ -6,11 +6,9 @@ end is no part of that; graders know it as `{{ item.reference_answer }}`, unless
 
 from __future__ import annotations
 
-from tunewright.core.conversation import Conversation, Message
+from tunewright.core.conversation import REFERENCE, Conversation, Message, item_of
 from tunewright.data.formats.base import Findings, Format, Row
-from tunewright.data.formats.openai_chat import KEYS, read_list, read_options
-
-REFERENCE = "reference_answer"
+from tunewright.data.formats.openai_chat import read_list, read_options
 
 
 def convert(row: Row, line: int) -> Conversation:
@@ -22,9 +20,9 @@ def convert(row: Row, line: int) -> Conversation:
     else:
         messages = read_list(row, key, found)
     tools, parallel = read_options(row, found)
-    item = {name: value for name, value in row.items() if name not in KEYS[1:]}
+    item = item_of(row)
     if messages and messages[-1].role == "assistant":
-        item = {REFERENCE: messages[-1].content or "", **item, key: row[key][:-1]}
+        item |= {} if REFERENCE in row else {REFERENCE: messages[-1].content or ""}  # as text, also where it was parts
         messages = messages[:-1]
     if not found.problems and (not messages or messages[-1].role == "assistant"):
         found.add("has no message to answer; end the prompt with a user message.", key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunewright.core.conversation import Conversation, Message
-from tunewright.data.formats.base import Findings, Format, Row, kind_of
+from tunewright.data.formats.base import Findings, Format, Row
 from tunewright.data.formats.openai_chat import read_list
 from tunewright.data.formats.prompt_completion import read_side
 
@@ -42,9 +42,7 @@ def _label(value: Any, found: Findings) -> bool:
     if value is None:
         found.missing("label")
     else:
-        found.add(
-            f"has a label of type {kind_of(value)} that is neither true nor false.", "label", value, ["true", "false"]
-        )
+        found.add(f"has the label {value!r:.80}, which is neither true nor false.", "label", value, ["true", "false"])
     return False
 
 

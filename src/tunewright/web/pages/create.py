@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import yaml
+from nicegui import ui
 from nicegui.element import Element
 
 from tunewright.web import kit
 from tunewright.web.client import ApiDown, ApiError
 from tunewright.web.desk import Session
-from tunewright.web.forms import clashes, job_request
-from tunewright.web.pages.beside import build_mix, build_retain, roles
+from tunewright.web.forms import clashes, job_file, job_request, stage_names
+from tunewright.web.pages import beside, chain
+from tunewright.web.pages.beside import build_mix, build_retain
+from tunewright.web.pages.chain import build_stages
 from tunewright.web.pages.data import TRAINING, VALIDATION, build_data, file_problems, file_words
 from tunewright.web.pages.form import Form, build_lines, build_part, open_form
 
@@ -43,7 +47,7 @@ def build_form(form: Form) -> None:
         with kit.box("tw-form"):
             with kit.card("1 · Data"):
                 for key, role in ROLES.items():
-                    build_data(form, key, role)
+                    form.refresh.append(build_data(form, key, role))
                 build_mix(form)
             with kit.card("2 · Model and method"):
                 build_model(form)
@@ -55,7 +59,9 @@ def build_form(form: Form) -> None:
                 with kit.box("tw-grid"):
                     build_part(form, "optimizer")
                     build_part(form, "schedule")
-            with kit.card("4 · Name"):
+            with kit.card("4 · Stages"):
+                build_stages(form)
+            with kit.card("5 · Name"):
                 build_lines(form, NAME)
         with kit.card("Summary", "tw-summary"):
             build_summary(form)
@@ -118,6 +124,10 @@ def build_summary(form: Form) -> None:
 def build_verdict(form: Form) -> None:
     """What the server would say to the draft as it is; asked again whenever the draft rests changed."""
     place = kit.tag(kit.box(), "verdict")
+    with ui.expansion("As a job file").classes("tw-options").props("dense") as folded:
+        kit.tag(folded, "job-file")
+        kit.Text("For `tunewright train`; the data files beside it.", "tw-muted tw-small")
+        lines = kit.box()
     asked: list[str] = []
 
     async def look() -> None:
@@ -126,6 +136,7 @@ def build_verdict(form: Form) -> None:
         if asked == [key]:
             return
         asked[:] = [key]
+        show_file(lines, None if wrong else job_file(body, form.draft))
         if not wrong:
             try:
                 found = [(await form.session.api.check_job(body))["message"]]
@@ -139,6 +150,15 @@ def build_verdict(form: Form) -> None:
     kit.every(0.5, look)
 
 
+def show_file(place: Element, spec: dict[str, Any] | None) -> None:
+    place.clear()
+    with place:
+        if spec is None:
+            kit.Text("Here once what is above is complete.", "tw-muted tw-small")
+        else:
+            kit.code(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True, width=80))
+
+
 def show(place: Element, problems: list[str], ready: bool) -> None:
     place.clear()
     with place:
@@ -149,7 +169,11 @@ def show(place: Element, problems: list[str], ready: bool) -> None:
 
 
 def all_roles(draft: dict[str, Any]) -> dict[str, str]:
-    return {**{k: r.title.removesuffix(" (optional)") for k, r in ROLES.items()}, **roles(draft)}
+    return {
+        **{k: r.title.removesuffix(" (optional)") for k, r in ROLES.items()},
+        **beside.roles(draft),
+        **chain.roles(draft),
+    }
 
 
 def summary_rows(form: Form) -> list[tuple[str, str]]:
@@ -165,6 +189,7 @@ def summary_rows(form: Form) -> list[tuple[str, str]]:
         ("Validation", file_words(validation) if validation else "none"),
         ("Base model", draft.get("model") or "choose a model"),
         ("Method", f"{form.part('objective')} · {form.part('tuner')}"),
+        *([("Stages", ", then ".join(stage_names(draft).values()))] if draft.get("stages") else []),
         *([("Base held", held)] if held != "auto" else []),
         *([("Kept by", kept)] if kept else []),
         ("Steps", hyper),

@@ -11,6 +11,7 @@ from nicegui.element import Element
 
 from tunewright.web import kit
 from tunewright.web.client import ApiError
+from tunewright.web.forms import AUTO, row_format
 from tunewright.web.pages.form import Form
 from tunewright.web.series import count, size
 
@@ -31,8 +32,8 @@ VALIDATION = Role("Validation data (optional)", "Rows kept apart, to see when th
 DOCUMENT = Role("Document", "Drop a text or Markdown file here, or choose one", None, "user_data", ".txt,.md,.markdown")
 
 
-def build_data(form: Form, key: str, role: Role) -> None:
-    """The place of a file. key: of the draft."""
+def build_data(form: Form, key: str, role: Role) -> Callable[[], None]:
+    """The place of a file; returns what is to be called when the objective has changed. key: of the draft."""
     with kit.field(role.title):
         place = kit.tag(kit.box("tw-data"), key)
 
@@ -43,6 +44,16 @@ def build_data(form: Form, key: str, role: Role) -> None:
             build_chosen(form, key, chosen, draw) if chosen else build_choice(form, key, role, place, draw)
 
     draw()
+    check_again(form, key, role, place, draw)
+    return lambda: check_again(form, key, role, place, draw)
+
+
+def check_again(form: Form, key: str, role: Role, place: Element, draw: Callable[[], None]) -> None:
+    """Check the file anew if the objective that was chosen since would read its rows in another format."""
+    file, format = form.draft.get(key), row_format(key, form.draft, form.describe)
+    if file and role.least is not None and file.get("read_as", AUTO) != format:
+        file["read_as"] = format
+        kit.spawn(take(form, key, role, file, place, draw), place)
 
 
 def build_choice(form: Form, key: str, role: Role, place: Element, draw: Callable[[], None]) -> None:
@@ -83,13 +94,14 @@ async def take(
     form: Form, key: str, role: Role, file: dict[str, Any], place: Element, draw: Callable[[], None]
 ) -> None:
     """Use this file, and check it line by line right away."""
-    kept = {"id": file["id"], "filename": file["filename"], "bytes": file["bytes"]}
+    format = row_format(key, form.draft, form.describe)
+    kept = {"id": file["id"], "filename": file["filename"], "bytes": file["bytes"], "read_as": format}
     if role.least is not None:
         place.clear()
         with place:
             kit.spinner(f"Checking every line of {file['filename']}…")
         try:
-            kept["check"] = await form.session.api.check_file(file["id"], role.least)
+            kept["check"] = await form.session.api.check_file(file["id"], role.least, format)
         except ApiError as e:
             kept["check_error"] = e.message
     form.set(key, kept)
