@@ -27,18 +27,7 @@ from benchmarks.methods import closure
 from benchmarks.objectives_page import PAGE, RESULTS, write_section
 from benchmarks.objectives_rows import FILES, Rowset
 from benchmarks.objectives_rows import START as START_ROWS
-from benchmarks.objectives_trials import (
-    ANSWER_TOKENS,
-    ANSWERS,
-    DEFAULTS,
-    PAIR_TOKENS,
-    START,
-    TALK_TOKENS,
-    TRIALS,
-    Bench,
-    Done,
-    Trial,
-)
+from benchmarks.objectives_trials import FIXED, START, TRIALS, Bench, Done, Trial
 from benchmarks.ours import Place, own_parser, placed
 from benchmarks.pieces import Piece, key_of, run_pieces
 from benchmarks.settings import say, stop_like_ctrl_c
@@ -50,8 +39,7 @@ ENCODER = "all-minilm-l6-v2"
 
 def key(trial: Trial, rows: Rowset, models: Sequence[str]) -> str:
     """Of the rows themselves, of all settings, of the trial's function and of the objective's code."""
-    sizes = [PAIR_TOKENS, ANSWER_TOKENS, ANSWERS, TALK_TOKENS]
-    settings = [DEFAULTS, trial.spec, START if trial.from_start else {}, sizes]
+    settings = [FIXED, trial.spec, START if trial.from_start else {}]
     modules = sorted(closure(OBJECTIVES.load(trial.objective).__module__))
     sources = [Path(str(import_module(name).__file__)) for name in modules]
     asked = [trial.objective, getsource(trial.run), settings]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from tunewright.ops import segments
 from tunewright.ops.packing import collate
 from tunewright.ops.runtime import choose_dtype, set_threads
 
+TOGETHER = 8  # rows of a forward
+
 
 @dataclass(frozen=True)
 class Said:
@@ -38,19 +40,25 @@ class Said:
 
 @dataclass(frozen=True)
 class Model:
-    """What is judged: a base model's folder, with a job's result over it or without."""
+    """What is judged: a base model's folder, with a job's result over it or without. dtype: of the products."""
 
     base: Path
+    dtype: torch.dtype
     result: Path | None = None
 
     def policy(self) -> Policy:
-        """In float32 with the plain modules, whatever it was trained with."""
-        return Policy(load_model(self.base)) if self.result is None else open_result(self.base, self.result)
+        """With the plain modules, whatever it was trained with."""
+        net = load_model(self.base) if self.result is None else open_result(self.base, self.result).model
+        return Policy(net, None if self.dtype == torch.float32 else self.dtype)
+
+    def over(self, result: Path) -> Model:
+        """The same with a job's result."""
+        return replace(self, result=result)
 
 
-def base_model(place: Place, name: str | None = None) -> Model:
+def base_model(place: Place) -> Model:
     set_threads(place.threads)
-    return Model(materialise(name or place.model, place.home))
+    return Model(materialise(place.model, place.home), choose_dtype(place.dtype))
 
 
 def rendered(model: Model, path: Path, shape: str, max_length: int, overlong: Overlong = "drop") -> list[Group]:
@@ -63,14 +71,18 @@ def rendered(model: Model, path: Path, shape: str, max_length: int, overlong: Ov
 @torch.no_grad()
 def margins(policy: Policy, pairs: Sequence[Group]) -> list[float]:
     """[pairs] log p(preferred) - log p(other), nats."""
-    return [logps[0] - logps[1] for logps in (_logps(policy, pair) for pair in pairs)]
+    found = logps(policy, pairs)
+    return [a - b for a, b in zip(found[::2], found[1::2], strict=True)]
 
 
-def _logps(policy: Policy, group: Group) -> list[float]:
-    """Of each example of a group, the sum over its trained tokens."""
-    batch = collate([group])
-    logp_T = policy.token_stats(batch, want={"logp"})["logp"]
-    return segments.sums(logp_T * batch.weights_T, batch).tolist()
+def logps(policy: Policy, groups: Sequence[Group]) -> list[float]:
+    """Of each example of the groups, in order, the sum over its trained tokens."""
+    found = []
+    for i in range(0, len(groups), TOGETHER):
+        batch = collate(groups[i : i + TOGETHER])
+        logp_T = policy.token_stats(batch, want={"logp"})["logp"]
+        found += segments.sums(logp_T * batch.weights_T, batch).tolist()
+    return found
 
 
 def losses(model: Model, groups: Sequence[Group]) -> list[float]:
@@ -125,5 +137,5 @@ def divergence(new: Model, start: Model, answers: Sequence[Said]) -> float:
     """Mean over answers of log p_new - log p_start, nats an answer: the KL, if `new` has sampled them."""
     weights = [(0.0,) * len(a.prompt) + (1.0,) * len(a.tokens) for a in answers]
     groups = [Group((Example((*a.prompt, *a.tokens), w),)) for a, w in zip(answers, weights, strict=True)]
-    sides = [[_logps(policy, group)[0] for group in groups] for policy in (new.policy(), start.policy())]
+    sides = [logps(policy, groups) for policy in (new.policy(), start.policy())]
     return sum(a - b for a, b in zip(*sides, strict=True)) / len(groups)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,11 +40,13 @@ RIGHT = {
 PAIR_TOKENS = 512  # that a pair, a dialogue or a text of a public set may have
 ANSWER_TOKENS, ANSWERS = 32, 4  # of a sampled answer to a held-out prompt, and how many
 TALK_TOKENS = 48
+RULE = r"\byour\b"
+FIXED = [DEFAULTS, PAIR_TOKENS, ANSWER_TOKENS, ANSWERS, TALK_TOKENS, RULE]  # on which all results depend
 
 
-def asks_back(text: str) -> bool:
-    """The rule of RLAIF's judge."""
-    return "?" in text
+def addresses(text: str) -> bool:
+    """The rule of RLAIF's judge: the answer speaks to the patient."""
+    return re.search(RULE, text, re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def begin(b: Bench, trial: Trial) -> tuple[str, Model]:
     if not trial.from_start:
         return b.place.model, base
     start = b.start()
-    return start.name, Model(base.base, start.run.result)
+    return start.name, base.over(start.run.result)
 
 
 def preference(b: Bench, trial: Trial, rows: Rowset) -> Found:
@@ -127,7 +130,7 @@ def preference(b: Bench, trial: Trial, rows: Rowset) -> Found:
     name, start = begin(b, trial)
     pairs = score.rendered(start, b.file("held_out", rows.held_out), "preference", PAIR_TOKENS)
     done = b.job(trial.objective, rows.train, name, **trial.spec)
-    policies = (start.policy(), Model(start.base, done.run.result).policy())
+    policies = (start.policy(), start.over(done.run.result).policy())
     return result(*(score.margins(policy, pairs) for policy in policies), done)
 
 
@@ -144,7 +147,7 @@ def grpo(b: Bench, trial: Trial, rows: Rowset) -> Found:
                 for item, answers in zip(items, answered(b, model, rows), strict=True)
             ]
 
-    return result(rewards(start), rewards(Model(start.base, done.run.result)), done)
+    return result(rewards(start), rewards(start.over(done.run.result)), done)
 
 
 def ppo(b: Bench, trial: Trial, rows: Rowset) -> Found:
@@ -153,7 +156,7 @@ def ppo(b: Bench, trial: Trial, rows: Rowset) -> Found:
     reward = b.job("reward", rows_of.demo_pairs().cut(b.rows).train, objective="reward")
     objective = {**trial.spec["objective"], "reward_model": reward.name}
     done = b.job(trial.objective, rows.train, name, **{**trial.spec, "objective": objective})
-    new = Model(start.base, done.run.result)
+    new = start.over(done.run.result)
     said = [answered(b, model, rows) for model in (start, new)]
     sides = [_scored(b, reward, rows, answers) for answers in said]
     tokens = [fmean(len(a.tokens) for own in answers for a in own) for answers in said]
@@ -188,13 +191,13 @@ def rlaif(b: Bench, trial: Trial, rows: Rowset) -> Found:
     """Whether a sampled answer keeps the judge's rule, one to each prompt."""
     name, start = begin(b, trial)
     chats = [row["messages"][:-1] for row in rows.held_out]
-    with judging(asks_back) as url:
+    with judging(addresses) as url:
         objective = {**trial.spec["objective"], "endpoint": url, "model": "rule"}
         prompts = [{"prompt": row["messages"][:-1]} for row in rows.train]
         done = b.job(trial.objective, prompts, name, **{**trial.spec, "objective": objective})
-    models = (start, Model(start.base, done.run.result))
+    models = (start, start.over(done.run.result))
     said = [score.sample(b.place, model, chats, TALK_TOKENS) for model in models]
-    sides = [[float(asks_back(own[0].text)) for own in answers] for answers in said]
+    sides = [[float(addresses(own[0].text)) for own in answers] for answers in said]
     tokens = [fmean(len(own[0].tokens) for own in answers) for answers in said]
     return result(*sides, done, tokens_before=tokens[0], tokens_after=tokens[1])
 
@@ -225,20 +228,20 @@ def pretrain(b: Bench, trial: Trial, rows: Rowset) -> Found:
     name, start = begin(b, trial)
     texts = score.rendered(start, b.file("held_out", rows.held_out), "text", PAIR_TOKENS, "truncate")
     done = b.job(trial.objective, rows.train, name, **trial.spec)
-    return result(score.losses(start, texts), score.losses(Model(start.base, done.run.result), texts), done)
+    return result(score.losses(start, texts), score.losses(start.over(done.run.result), texts), done)
 
 
 def distill(b: Bench, trial: Trial, rows: Rowset) -> Found:
     """The loss of the right answers: a student that learned from rows alone, and one that had a teacher as well."""
     base = score.base_model(b.place)
     teacher = b.job("teacher", rows.train)
-    half = Model(halved(base.base, b.place.work / "half"))
+    half = replace(base, base=halved(base.base, b.place.work / "half"))
     chats = score.rendered(half, b.file("held_out", rows.held_out), "chat", 1 << 20)
     alone = b.job("alone", rows.train, str(half.base), tuner="full")
     objective = {**trial.spec["objective"], "teacher": teacher.name}
     taught = b.job(trial.objective, rows.train, str(half.base), **{**trial.spec, "objective": objective})
-    sides = [score.losses(Model(half.base, done.run.result), chats) for done in (alone, taught)]
-    return result(*sides, taught, teacher=fmean(score.losses(Model(base.base, teacher.run.result), chats)))
+    sides = [score.losses(half.over(done.run.result), chats) for done in (alone, taught)]
+    return result(*sides, taught, teacher=fmean(score.losses(base.over(teacher.run.result), chats)))
 
 
 def halved(source: Path, folder: Path) -> Path:
@@ -303,7 +306,7 @@ TRIALS: dict[str, Trial] = {
         spec={"objective": {"name": "ppo", "max_completion_tokens": ANSWER_TOKENS}},
     ),
     "rlaif": Trial(
-        "rlaif", on_demo(rows_of.demo_prompts), rlaif, "answers that ask back (the judge's rule)", verdict.satisfies,
+        "rlaif", on_demo(rows_of.demo_chats), rlaif, 'answers that say "your" (the judge\'s rule)', verdict.satisfies,
         f"at least {100 * verdict.POINTS:.0f} points more", 4,
         {"objective": {"name": "rlaif", "max_tokens": TALK_TOKENS}},
     ),

@@ -62,7 +62,7 @@ def test_trials_run_and_become_lines(
 ) -> None:
     monkeypatch.setenv("TUNEWRIGHT_HOME", str(tiny_home.root))
     monkeypatch.setattr(objectives_trials, "run_ours", in_this_process)
-    monkeypatch.setattr(objectives_trials, "asks_back", lambda text: len(text) % 2 == 0)  # random answers differ in it
+    monkeypatch.setattr(objectives_trials, "addresses", lambda text: len(text) % 2 == 0)  # random answers differ in it
     results, names = tmp_path / "results", only.split(",") if only else list(TRIALS)
     assert trials(only, results, "--data", str(public)) == 0
     found: dict[str, Any] = {name: json.loads((results / f"{name}-1.json").read_text()) for name in names}
