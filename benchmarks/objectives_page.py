@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from benchmarks.objectives_trials import TRIALS, Trial
+from benchmarks.objectives_verdict import Runs
 
 PAGE = Path(__file__).parent.parent / "docs" / "objectives.md"
 RESULTS = Path(__file__).parent / "results" / "objectives"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-Runs = Sequence[Mapping[str, Any]]
 
 TOP = """## Measured
 

@@ -27,6 +27,7 @@ from tunewright.ops.packing import collate
 from tunewright.ops.runtime import choose_dtype, set_threads
 
 TOGETHER = 8  # rows of a forward
+AT_ONCE = 64  # answers that are sampled at the same time
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def sample(
     place: Place, model: Model, chats: Sequence[Rows], tokens: int, n: int = 1, temperature: float = 1.0
 ) -> list[list[Said]]:
     """n answers to each prompt, the same draws for every model. Raises EngineError."""
-    engine = Engine(place.home, place.dtype, place.threads, Limits(max_waiting=1 << 20))
+    engine = Engine(place.home, place.dtype, place.threads, Limits(max_running=AT_ONCE, max_waiting=1 << 20))
     running, failed = [], list[str]()
 
     def hear(event: dict[str, object]) -> None:

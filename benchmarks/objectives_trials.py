@@ -293,7 +293,7 @@ TRIALS: dict[str, Trial] = {
     "reward": Trial(
         "reward", given("hh"), reward, "pairs in the right order", verdict.orders,
         f"at least {verdict.ORDERED_PAIRS} pairs, lower bound above {verdict.ORDERED:.0%}", 10,
-        {"objective": "reward", **LONG}, before="guessing",
+        {"objective": "reward", "n_epochs": 1, "max_length": 256, "overlong": "drop"}, before="guessing",
     ),
     "grpo": Trial(
         "grpo", on_demo(rows_of.demo_prompts), grpo, "share of right answers (`string_check`)", minutes=5,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -47,7 +47,7 @@ def falls(runs: Runs) -> Verdict:
     return _moved(runs, lambda change: change.high < 0)
 
 
-def _moved(runs: Runs, asked: Any) -> Verdict:
+def _moved(runs: Runs, asked: Callable[[Interval], bool]) -> Verdict:
     before, after = averaged(runs, "before"), averaged(runs, "after")
     change = paired_bootstrap(after, before)
     return Verdict(f"{fmean(before):.3f}", f"{fmean(after):.3f}", _signed(change), asked(change))
@@ -89,7 +89,8 @@ def orders(runs: Runs) -> Verdict:
     right = averaged(runs, "after")
     found = wilson(sum(right), len(right))
     told = f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%})"
-    return Verdict("50%", told, f"{100 * (found.value - 0.5):+.1f} points", found.low > ORDERED and len(right) >= 400)
+    met = found.low > ORDERED and len(right) >= ORDERED_PAIRS
+    return Verdict("50%", told, f"{100 * (found.value - 0.5):+.1f} points", met)
 
 
 def classifies(runs: Runs) -> Verdict:
