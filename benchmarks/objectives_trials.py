@@ -292,17 +292,17 @@ TRIALS: dict[str, Trial] = {
     "orpo-public": on_dialogues("orpo"),
     "reward": Trial(
         "reward", given("hh"), reward, "pairs in the right order", verdict.orders,
-        f"at least {verdict.ORDERED_PAIRS} pairs, lower bound above {verdict.ORDERED:.0%}", 10,
+        f"at least {verdict.ORDERED_PAIRS} pairs, lower bound above {verdict.ORDERED:.0%}", 12,
         {"objective": "reward", "n_epochs": 1, "max_length": 256, "overlong": "drop"}, before="guessing",
     ),
     "grpo": Trial(
-        "grpo", on_demo(rows_of.demo_prompts), grpo, "share of right answers (`string_check`)", minutes=5,
+        "grpo", on_demo(rows_of.demo_prompts), grpo, "share of right answers (`string_check`)", minutes=15,
         from_start=True, **PAYS,
-        spec={"objective": {"name": "grpo", "grader": RIGHT, "max_completion_tokens": ANSWER_TOKENS}, "n_epochs": 1},
+        spec={"objective": {"name": "grpo", "grader": RIGHT, "max_completion_tokens": ANSWER_TOKENS}},
     ),
     "ppo": Trial(
         "ppo", on_demo(rows_of.demo_prompts), ppo, "score of the reward model", verdict.pays_nearby,
-        f"{PAYS['asked']}; at most {verdict.MOST_NATS:g} nats an answer; length within half", 5, from_start=True,
+        f"{PAYS['asked']}; at most {verdict.MOST_NATS:g} nats an answer; length within half", 9, from_start=True,
         spec={"objective": {"name": "ppo", "max_completion_tokens": ANSWER_TOKENS}},
     ),
     "rlaif": Trial(
@@ -320,7 +320,7 @@ TRIALS: dict[str, Trial] = {
     ),
     "distill": Trial(
         "distill", on_demo(rows_of.demo_chats), distill, "loss of a right answer's token, nats", verdict.falls,
-        "lower than from rows alone, interval below 0", 5,
+        "lower than from rows alone, interval below 0", 8,
         {"objective": {"name": "distill"}, "tuner": "full"}, before="rows alone",
     ),
 }  # fmt: skip
