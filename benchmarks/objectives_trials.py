@@ -34,8 +34,8 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 START: dict[str, Any] = {"n_epochs": 2}
 RIGHT = {
-    "type": "string_check", "name": "right", "operation": "eq",
-    "input": "{{ sample.output_text }}", "reference": "{{ item.reference_answer }}",
+    "type": "string_check", "name": "department", "operation": "eq",
+    "input": "{{ sample.output_json.department }}", "reference": "{{ item.department }}",
 }  # fmt: skip
 PAIR_TOKENS = 512  # that a pair, a dialogue or a text of a public set may have
 ANSWER_TOKENS, ANSWERS = 32, 4  # of a sampled answer to a held-out prompt, and how many
@@ -138,13 +138,12 @@ def grpo(b: Bench, trial: Trial, rows: Rowset) -> Found:
     """The grader's reward of sampled answers, the mean of each prompt's."""
     name, start = begin(b, trial)
     done = b.job(trial.objective, rows.train, name, **trial.spec)
-    items = [{"reference_answer": wanted} for wanted in right_answers(rows)]
 
     def rewards(model: Model) -> list[float]:
         with parse_grader(RIGHT) as grader:
             return [
-                fmean(grader.grade(item, Sample(said.text)).reward for said in answers)
-                for item, answers in zip(items, answered(b, model, rows), strict=True)
+                fmean(grader.grade(row, Sample(said.text)).reward for said in answers)
+                for row, answers in zip(rows.held_out, answered(b, model, rows), strict=True)
             ]
 
     return result(rewards(start), rewards(start.over(done.run.result)), done)
@@ -174,12 +173,8 @@ def _scored(b: Bench, reward: Done, rows: Rowset, said: Sequence[Sequence[Said]]
 
 def _right(rows: Rowset, sides: Sequence[Sequence[Sequence[Said]]]) -> list[float]:
     """The share of right answers on each side."""
-    wanted = right_answers(rows)
+    wanted = [row["messages"][-1]["content"] for row in rows.held_out]
     return [fmean(a.text == w for w, own in zip(wanted, said, strict=True) for a in own) for said in sides]
-
-
-def right_answers(rows: Rowset) -> list[str]:
-    return [row["messages"][-1]["content"] for row in rows.held_out]
 
 
 def answered(b: Bench, model: Model, rows: Rowset) -> list[list[Said]]:
@@ -296,7 +291,7 @@ TRIALS: dict[str, Trial] = {
         {"objective": "reward", "n_epochs": 1, "max_length": 256, "overlong": "drop"}, before="guessing",
     ),
     "grpo": Trial(
-        "grpo", on_demo(rows_of.demo_prompts), grpo, "share of right answers (`string_check`)", minutes=15,
+        "grpo", on_demo(rows_of.demo_prompts), grpo, "answers with the right department (`string_check`)", minutes=15,
         from_start=True, **PAYS,
         spec={"objective": {"name": "grpo", "grader": RIGHT, "max_completion_tokens": ANSWER_TOKENS}},
     ),

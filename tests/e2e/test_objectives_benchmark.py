@@ -56,7 +56,7 @@ def trials(only: str, results: Path, *more: str) -> int:
     return objectives.main([*fixed, "--rows", str(N), "--only", only, "--results", str(results), *more])
 
 
-@pytest.mark.parametrize("only", ["dpo,grpo,classify", pytest.param("", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("only", ["dpo,classify", pytest.param("", marks=pytest.mark.nightly)])
 def test_trials_run_and_become_lines(
     tiny_home: Home, tmp_path: Path, public: Path, only: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,9 +29,11 @@ def test_a_demo_pair_differs_in_one_label() -> None:
             assert [right[k] == wrong[k] for k in right].count(False) == 1
             assert wrong["department"] in DEPARTMENTS and wrong["urgency"] in URGENCIES
     assert rows_of.demo_pairs() == rows_of.demo_pairs()
+    for row in (prompts := rows_of.demo_prompts()).train + prompts.held_out:
+        assert json.loads(row["messages"][-1]["content"])["department"] == row["department"]
     known = {row["messages"][0]["content"] for row in rows_of.demo_start()}
-    learned = {row["messages"][0]["content"] for row in rows_of.demo_prompts().train}
-    asked = {row["messages"][0]["content"] for row in rows_of.demo_prompts().held_out}
+    learned = {row["messages"][0]["content"] for row in prompts.train}
+    asked = {row["messages"][0]["content"] for row in prompts.held_out}
     assert len(known) == rows_of.START and not known & learned and not asked & (known | learned)
 
 
