@@ -64,7 +64,10 @@ def pieces(place: Place, args: argparse.Namespace, chosen: Mapping[str, Trial]) 
 def measured(bench: Bench, name: str, trial: Trial, rows: Rowset) -> dict[str, Any]:
     """What is kept of one trial and seed."""
     about = machine(bench.place.threads)
-    found = trial.run(bench, trial, rows)
+    try:
+        found = trial.run(bench, trial, rows)
+    finally:
+        bench.forget()
     data = {k: v for k, v in asdict(rows).items() if k in ("name", "source", "sha256")}
     settings = {"trial": name, "objective": trial.objective, "seed": bench.seed, "model": bench.place.model,
                 "encoder": bench.encoder, "start_rows": START_ROWS}  # fmt: skip
@@ -118,7 +121,7 @@ def chosen(args: argparse.Namespace) -> dict[str, Trial]:
         sys.exit(f"--data: {args.data} is no folder; give one that has some of {', '.join(FILES.values())}.")
     found = {name: trial for name, trial in TRIALS.items() if not asked or name in asked}
     absent = [name for name, trial in found.items() if trial.rows(args.data) is None]
-    if absent:
+    if absent and not args.write:
         say(f"No rows for {', '.join(absent)}: --data names a folder with {', '.join(FILES.values())}.")
     return found
 

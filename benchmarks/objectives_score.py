@@ -91,10 +91,8 @@ def losses(model: Model, groups: Sequence[Group]) -> list[float]:
     return row_losses(model.policy(), groups)
 
 
-def sample(
-    place: Place, model: Model, chats: Sequence[Rows], tokens: int, n: int = 1, temperature: float = 1.0
-) -> list[list[Said]]:
-    """n answers to each prompt, the same draws for every model. Raises EngineError."""
+def sample(place: Place, model: Model, chats: Sequence[Rows], tokens: int, n: int = 1) -> list[list[Said]]:
+    """n answers to each prompt at temperature 1, the same draws for every model. Raises EngineError."""
     engine = Engine(place.home, place.dtype, place.threads, Limits(max_running=AT_ONCE, max_waiting=1 << 20))
     running, failed = [], list[str]()
 
@@ -104,7 +102,7 @@ def sample(
 
     who = {"base": str(model.base)} if model.result is None else {"artefact": str(model.result)}
     for number, chat in enumerate(chats):
-        asked = {**who, "messages": chat, "n": n, "max_tokens": tokens, "temperature": temperature, "seed": number}
+        asked = {**who, "messages": chat, "n": n, "max_tokens": tokens, "temperature": 1.0, "seed": number}
         running.append(engine.requests[engine.add_request(GenerateRequest.model_validate(asked), hear)])
     while engine.step():
         pass

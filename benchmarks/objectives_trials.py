@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,7 +70,7 @@ class Bench:
     kept: dict[str, Done] = field(default_factory=dict)
 
     def job(self, what: str, rows: Rows, model: str = "", **spec: Any) -> Done:
-        """A job to its end; its run folder stays until the place goes."""
+        """A job to its end; its run folder stays until forget()."""
         name = f"{what}-{self.seed}-{len(list(self.place.home.runs.iterdir()))}"
         data = self.file(name, rows)
         options = {**DEFAULTS, "min_examples": 1, **spec}
@@ -87,6 +88,13 @@ class Bench:
         if f"start-{self.seed}" not in self.kept:
             self.kept[f"start-{self.seed}"] = self.job("start", rows_of.demo_start()[: self.rows], **START)
         return self.kept[f"start-{self.seed}"]
+
+    def forget(self) -> None:
+        """Remove the run folders of all jobs but the shared starts."""
+        shared = {done.run.folder for done in self.kept.values()}
+        for folder in self.place.home.runs.iterdir():
+            if folder not in shared:
+                shutil.rmtree(folder)
 
 
 @dataclass(frozen=True)
