@@ -305,8 +305,8 @@ TRIALS: dict[str, Trial] = {
     ),
     "ppo": Trial(
         "ppo", on_demo(rows_of.demo_prompts), ppo, "score of the reward model", verdict.pays_nearby,
-        f"{PAYS['asked']}; at most {verdict.MOST_NATS:g} nats an answer; length within half", 9, from_start=True,
-        spec={"objective": {"name": "ppo", "max_completion_tokens": ANSWER_TOKENS}},
+        f"{PAYS['asked']}; at most {verdict.MOST_NATS:g} nats an answer; length within half", 5, from_start=True,
+        spec={"objective": {"name": "ppo", "max_completion_tokens": ANSWER_TOKENS}, "n_epochs": 1},
     ),
     "rlaif": Trial(
         "rlaif", on_demo(rows_of.demo_chats), rlaif, 'answers that say "your" (the judge\'s rule)', verdict.satisfies,
