@@ -4,19 +4,21 @@
 # TORCH_INDEX=URL              where torch comes from: https://download.pytorch.org/whl/cpu for a small CPU build,
 #                              https://download.pytorch.org/whl/cu130 for CUDA; empty = whatever pip is set up for
 # TUNEWRIGHT_HOME=FOLDER       where models, jobs and the database live (default ~/.tunewright)
+# DATA=FOLDER                  public sets for `make objectives-table` (benchmarks/README.md names the files)
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+DATA ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install dev sdks test test-slow test-slow-parts test-slow-whole test-all check fmt serve bench nightly methods-table docs lock clean
+.PHONY: help demo install dev sdks test test-slow test-slow-parts test-slow-whole test-all check fmt serve bench nightly methods-table objectives-table docs lock clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 demo: install ## install everything, train the demo model, show base and tuned answers side by side
 	$(BIN)/tunewright demo
@@ -79,6 +81,9 @@ docs: dev ## write the generated pages of docs/reference
 
 methods-table: install ## docs/methods.md: every method on a real model (hours; goes on where it stopped)
 	$(BIN)/python -m benchmarks.methods
+
+objectives-table: install ## the measured part of docs/objectives.md (hours; goes on where it stopped); DATA=FOLDER of public sets
+	$(BIN)/python -m benchmarks.objectives $(if $(DATA),--data $(DATA))
 
 bench: install ## a short look at training speed beside a plain loop (four minutes; benchmarks/README.md has the rest)
 	$(BIN)/python -m benchmarks.sft --data benchmarks/data/short.jsonl --only ours,plain --rounds 1 --seconds 40
