@@ -79,6 +79,9 @@ docs: dev ## write the generated pages of docs/reference
 
 methods-table: install ## docs/methods.md: every method on a real model (hours; goes on where it stopped)
 	$(BIN)/python -m benchmarks.methods
+	$(BIN)/python -m benchmarks.retain
+	$(BIN)/python -m benchmarks.untuned
+	$(BIN)/python -m benchmarks.proxy
 
 bench: install ## a short look at training speed beside a plain loop (four minutes; benchmarks/README.md has the rest)
 	$(BIN)/python -m benchmarks.sft --data benchmarks/data/short.jsonl --only ours,plain --rounds 1 --seconds 40
