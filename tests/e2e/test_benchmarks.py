@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import tiny
 from tunewright.core.home import Home
 
 pytestmark = pytest.mark.slow
@@ -123,3 +124,43 @@ def test_a_tuner_beside_lora_and_peft(env: dict[str, str], rows: Path) -> None:
     assert ada["of_lora"] == pytest.approx(rates["ours", "adalora"] / rates["ours", "lora"])
     assert ada["of_peft"] == pytest.approx(rates["ours", "adalora"] / rates["peft", "adalora"])
     assert dy["of_peft"] is None and dy["target_of_lora"] == 0.8
+
+
+RETAIN = """
+import sys
+from pathlib import Path
+from benchmarks import methods_page, retain
+
+place = Path(sys.argv.pop(1))
+methods_page.PAGE, methods_page.RESULTS, retain.RESULTS = place / "methods.md", place, place / "retain"
+sys.exit(retain.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.nightly
+def test_forgetting_is_measured_once_and_told(env: dict[str, str], tiny_home: Home, tmp_path: Path) -> None:
+    """The demo's rows and the manual's pages are longer than the tiny model's context."""
+    long = tiny.build_tiny_model(tmp_path / "long", max_position_embeddings=2048)
+    tiny.install_tiny_model(tiny_home.root, "long", built=long)
+    place = tmp_path / "results"
+    place.mkdir()
+    asked = ["--model", "long", "--threads", "1", "--seeds", "1", "--only", "plain,replay"]
+
+    def measure() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", RETAIN, str(place), *asked],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert "[2/2] old task manual: replay, seed 1" in measure()
+    plain, replay = (json.loads((place / "retain" / "manual" / f"{m}-1.json").read_text()) for m in ("plain", "replay"))
+    assert plain["options"] == {} and replay["options"] == {"coefficient": 1.0, "share": 0.25}
+    assert plain["trained_tokens"] == replay["trained_tokens"] and plain["base"] == replay["base"]
+    for found in (plain, replay):
+        assert len(found["held_out"]) == 64 and len(found["old"]) == 32
+        assert sum(found["held_out"]) < sum(found["base"]["held_out"])
+    assert sum(replay["old"]) < sum(plain["old"])
+    assert "| `replay` | 1 |" in (place / "methods.md").read_text()
+    assert "[1/" not in measure()
