@@ -37,13 +37,14 @@ FORGETTING = """## Against forgetting: {old[name]}
 
 The old task: {old[source]} (hash `{old[sha256]}`), {n} rows judged. The new one: {data[source]}. {model}, the tuner
 `{settings[tuner]}`, {settings[n_epochs]} epoch of batches of {settings[batch_size]}: the same rows, steps and rate for
-all, the [methods](reference/retain.md) at their defaults. **Lost**: loss on the old task after minus before (nats a
-token). **Less than plain**: what plain training lost more. **Gain**: the loss on held-out rows of the new task, before
-minus after. Averaged over seeds, with paired 95 % intervals over rows. **Holds**: the interval of "less than plain" is
-above 0, and at least {least:.0%} of plain's gain is there.
+all, the [methods](reference/retain.md) at their defaults. **Retained**: other rows of the old task that the job has
+(`kl_alone`: none, it compares on the training rows). **Lost**: loss on the old task after minus before (nats a token).
+**Less than plain**: what plain training lost more. **Gain**: the loss on held-out rows of the new task, before minus
+after. Averaged over seeds, with paired 95 % intervals over rows. **Holds**: the interval of "less than plain" is above
+0, and at least {least:.0%} of plain's gain is there.
 
-| method | seeds | options | lost (95 %) | less than plain (95 %) | gain (95 %) | of plain's | holds |
-|---|---|---|---|---|---|---|---|
+| method | seeds | options | retained | lost (95 %) | less than plain (95 %) | gain (95 %) | of plain's | holds |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -63,7 +64,8 @@ def forgetting(runs: Runs) -> str:
 def _held(name: str, runs: Runs, plain: Runs | None) -> str:
     """A line of the table. Seeds that plain training lacks cannot be compared, and the other way round."""
     lost, gain = change(runs, "old"), change(runs, "held_out", sign=-1)
-    cells = [f"`{name}`", str(len(runs)), ", ".join(f"{k} {v}" for k, v in runs[0]["options"].items()), _signed(lost)]
+    options = ", ".join(f"{k} {v}" for k, v in runs[0]["options"].items())
+    cells = [f"`{name}`", str(len(runs)), options, str(runs[0]["retained"] or ""), _signed(lost)]
     if plain is None or name == PLAIN:
         return f"| {' | '.join([*cells, '', _signed(gain), '', ''])} |"
     seeds = {r["seed"] for r in runs} & {r["seed"] for r in plain}

@@ -41,7 +41,7 @@ PLAIN, TUNER = "plain", "lora"
 SETTINGS = {"tuner": TUNER, "n_epochs": 1, "batch_size": 8, "learning_rate": "auto"}
 ROWS = "the retained rows"  # stands for their file
 # rows of each task that are judged; of a file given by --data: rows that are retained, how long one is in characters
-JUDGED, RETAINED, LONGEST = 64, 256, 1200
+JUDGED, RETAINED, LONGEST = 64, 128, 1200
 Parts = list[dict[str, Any]]
 
 
@@ -61,8 +61,7 @@ def of_manual(work: Path) -> Old:
     pages = manual()[UNRELATED:]
     pieces = [page[i : i + CHARACTERS] for page in pages for i in range(0, len(page), CHARACTERS)]
     path = _written(work / "manual.jsonl", [json.dumps({"text": piece}) for piece in pieces])
-    source = f"Python's manual, {len(pieces)} pieces of other pages retained"
-    return Old("manual", source, key_of(manual()), path, unrelated)
+    return Old("manual", "Python's manual", key_of(manual()), path, unrelated)
 
 
 def of_chats(data: Path, work: Path, source: str) -> Old:
@@ -72,10 +71,8 @@ def of_chats(data: Path, work: Path, source: str) -> Old:
         sys.exit(f"--data: {data} has {len(rows)} rows of at most {LONGEST} characters; {2 * JUDGED} are needed, of "
                  f"which {JUDGED} are judged and the others retained.")  # fmt: skip
     judged = _written(work / f"{data.stem}-judged.jsonl", rows[-JUDGED:])
-    kept = rows[:-JUDGED][:RETAINED]
-    path = _written(work / f"{data.stem}-retained.jsonl", kept)
-    source = f"{source or data.name}, {len(kept)} other rows retained"
-    return Old(data.stem, source, sha256_file(data)[:16], path, partial(read_rows, judged))
+    path = _written(work / f"{data.stem}-retained.jsonl", rows[:-JUDGED][:RETAINED])
+    return Old(data.stem, source or data.name, sha256_file(data)[:16], path, partial(read_rows, judged))
 
 
 def _written(path: Path, lines: Sequence[str]) -> Path:
@@ -104,12 +101,16 @@ def _options(name: str, **given: Any) -> dict[str, Any]:
     return RETAIN.load(name).Options(**given).model_dump()
 
 
+def _uses_rows(parts: Parts) -> bool:
+    return any("file" in part for part in parts)
+
+
 def key(old: Old, parts: Parts) -> str:
     """Of the data, the settings, the method's code and its defaults."""
     modules = {*closure(TUNERS.load(TUNER).__module__)}
     modules |= {name for part in parts for name in closure(RETAIN.load(part["name"]).__module__)}
     sources = [Path(str(import_module(name).__file__)) for name in sorted(modules)]
-    sizes = [UNRELATED, CHARACTERS, JUDGED, RETAINED, LONGEST]
+    sizes = [UNRELATED, CHARACTERS, JUDGED, LONGEST, RETAINED if _uses_rows(parts) else 0]
     return key_of([SETTINGS, sizes, parts, options(parts), old.sha256, demo_rows().sha256], sources)
 
 
@@ -147,6 +148,7 @@ def measure(place: Place, old: Old, judge: Callable[[], Judge], method: str, par
         "method": method,
         "seed": seed,
         "options": options(parts),
+        "retained": sum(1 for _ in old.retained.open("rb")) if _uses_rows(parts) else 0,
         "model": place.model,
         "settings": SETTINGS,
         "data": {"name": "demo", "source": demo_rows().source, "sha256": demo_rows().sha256},
@@ -172,9 +174,7 @@ def tell(found: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = own_parser(__doc__)
-    p.add_argument(
-        "--data", type=Path, metavar="FILE", help=f"chat rows of the old task, the last {JUDGED} judged"
-    )
+    p.add_argument("--data", type=Path, metavar="FILE", help=f"chat rows of the old task, the last {JUDGED} judged")
     p.add_argument("--source", default="", help="where --data comes from, as the table shall say it")
     p.add_argument("--only", default="", metavar="NAMES", help=f"some methods, from {', '.join(methods())}")
     p.add_argument("--seeds", type=int, default=3, help="jobs of each method (%(default)s)")

@@ -14,7 +14,8 @@ from tunewright.tuners import TUNERS
 ROOT = Path(__file__).parents[2]
 BASE = {"held_out": [3.0, 3.2, 2.8, 3.0] * 5, "old": [2.0, 2.4, 1.6, 2.0] * 5}
 OF_RUNS = {
-    "options": {}, "model": "m", "settings": {"tuner": "lora", "n_epochs": 1, "batch_size": 8}, "base": BASE,
+    "options": {}, "retained": 128, "model": "m",
+    "settings": {"tuner": "lora", "n_epochs": 1, "batch_size": 8}, "base": BASE,
     "data": {"name": "demo", "source": "rows", "sha256": "d"},
     "old_task": {"name": "old", "source": "texts", "sha256": "o"},
 }  # fmt: skip
@@ -50,17 +51,17 @@ def test_who_holds_loses_surely_less_and_still_learns(more: ModuleType) -> None:
     runs += [run("lazy", 1, -0.5, 0.0), run("same", 1, -2.0, 0.5), run("unsure", 1, -2.0, 0.45, wobble=0.5)]
     text = more.forgetting(runs)
     assert next(line for line in text.splitlines() if line.startswith("| `")).startswith("| `plain` |")
-    assert cells(text, "`plain`")[3].startswith("+0.500") and cells(text, "`plain`")[-1] == ""
+    assert cells(text, "`plain`")[4].startswith("+0.500") and cells(text, "`plain`")[-1] == ""
     good = cells(text, "`good`")
-    assert good[1] == "2" and good[3].startswith("+0.100") and good[4].startswith("+0.400 (")
-    assert good[5].startswith("+1.900") and good[6:] == ["95%", "yes"]
+    assert good[1] == "2" and good[4].startswith("+0.100") and good[5].startswith("+0.400 (")
+    assert good[6].startswith("+1.900") and good[7:] == ["95%", "yes"]
     assert cells(text, "`lazy`")[-2:] == ["25%", "no"]  # it holds by not learning
     assert cells(text, "`same`")[-1] == cells(text, "`unsure`")[-1] == "no"
 
 
 def test_only_seeds_that_both_have_are_compared(more: ModuleType) -> None:
     runs = [run("plain", 1, -2.0, 0.5), run("plain", 2, -2.0, 9.0), run("good", 1, -2.0, 0.4)]
-    assert cells(more.forgetting(runs), "`good`")[4].startswith("+0.100 (")
+    assert cells(more.forgetting(runs), "`good`")[5].startswith("+0.100 (")
 
 
 def trained(method: str, gain: float, wobble: float = 0.01) -> dict[str, Any]:
