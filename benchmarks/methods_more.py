@@ -64,7 +64,7 @@ def forgetting(runs: Runs) -> str:
 def _held(name: str, runs: Runs, plain: Runs | None) -> str:
     """A line of the table. Seeds that plain training lacks cannot be compared, and the other way round."""
     lost, gain = change(runs, "old"), change(runs, "held_out", sign=-1)
-    options = ", ".join(f"{k} {v}" for k, v in runs[0]["options"].items())
+    options = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in runs[0]["options"].items())
     cells = [f"`{name}`", str(len(runs)), options, str(runs[0]["retained"] or ""), _signed(lost)]
     if plain is None or name == PLAIN:
         return f"| {' | '.join([*cells, '', _signed(gain), '', ''])} |"

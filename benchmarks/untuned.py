@@ -39,10 +39,10 @@ ASKED = comparing.Asked(
     max_tokens=64, encoder="all-minilm-l6-v2",
 )  # fmt: skip
 # the code that says what is asked and what counts as right
-CODE = ("cli.comparing", "evals.compare", "evals.rows", "evals.task", "evals.baselines")
+CODE = ("evals.compare", "evals.rows", "evals.task")
 
 
-def pieces(place: Place, what: comparing.Comparison, console: Console) -> Iterator[Piece]:
+def pieces(place: Place, what: comparing.Comparison, engine: EngineSession, console: Console) -> Iterator[Piece]:
     """The baselines, every variant without training, the tuned model."""
     key = key_of(
         [asdict(ASKED), SETTINGS, what.model, sha256_file(TRAIN), sha256_file(HELDOUT)],
@@ -57,14 +57,13 @@ def pieces(place: Place, what: comparing.Comparison, console: Console) -> Iterat
     yield piece(BASELINES, lambda: {"cards": {c.name: c.outcomes for c in comparing.simple_cards(what)}})
     for variant in comparing.make_variants(place.home, what, ASKED, place.work, console):
         name = f"{variant.system}, {variant.name}" if variant.name else variant.system
-        yield piece(name, partial(answer, place, what, variant))
-    yield piece(comparing.TUNED, partial(answer_tuned, place, what, console))
+        yield piece(name, partial(answer, engine, what, variant))
+    yield piece(comparing.TUNED, partial(answer_tuned, place, what, engine, console))
 
 
-def answer(place: Place, what: comparing.Comparison, variant: Variant) -> dict[str, Any]:
+def answer(engine: EngineSession, what: comparing.Comparison, variant: Variant) -> dict[str, Any]:
     """What a variant's answers are worth and cost."""
-    with EngineSession(place.home, place.threads) as engine:
-        *_, found = measure(engine, what.task, variant, what.heldout, ASKED.max_tokens)
+    *_, found = measure(engine, what.task, variant, what.heldout, ASKED.max_tokens)
     assert not isinstance(found, Reply)
     return {
         "system": variant.system,
@@ -77,12 +76,12 @@ def answer(place: Place, what: comparing.Comparison, variant: Variant) -> dict[s
     }
 
 
-def answer_tuned(place: Place, what: comparing.Comparison, console: Console) -> dict[str, Any]:
+def answer_tuned(place: Place, what: comparing.Comparison, engine: EngineSession, console: Console) -> dict[str, Any]:
     """The same of the demo's model, trained first."""
     run = trained_run(place.home, keep=True, console=console)
     end = run.end()
     assert end is not None
-    answered = answer(place, what, Variant(comparing.TUNED, "", artefact=run.result))
+    answered = answer(engine, what, Variant(comparing.TUNED, "", artefact=run.result))
     return {**answered, "training_seconds": end.data["seconds"]}
 
 
@@ -92,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.set_defaults(model=MODEL, dtype="auto")
     args = p.parse_args(argv)
     stop_like_ctrl_c()
-    with placed(args) as place:
+    with placed(args) as place, EngineSession(place.home, place.threads) as engine:
         console = Console(stderr=True)
         what = comparing.prepare(place.home, ASKED)
         try:
-            failed = run_pieces(pieces(place, what, console), tell)
+            failed = run_pieces(pieces(place, what, engine, console), tell)
         except KeyboardInterrupt:
             say("Stopped. What was measured is kept; the same command goes on.")
             return 130
