@@ -105,13 +105,13 @@ def _uses_rows(parts: Parts) -> bool:
     return any("file" in part for part in parts)
 
 
-def key(old: Old, parts: Parts) -> str:
-    """Of the data, the settings, the method's code and its defaults."""
+def key(model: str, old: Old, parts: Parts) -> str:
+    """Of the model, the data, the settings, the method's code and its defaults."""
     modules = {*closure(TUNERS.load(TUNER).__module__)}
     modules |= {name for part in parts for name in closure(RETAIN.load(part["name"]).__module__)}
     sources = [Path(str(import_module(name).__file__)) for name in sorted(modules)]
     sizes = [UNRELATED, CHARACTERS, JUDGED, LONGEST, RETAINED if _uses_rows(parts) else 0]
-    return key_of([SETTINGS, sizes, parts, options(parts), old.sha256, demo_rows().sha256], sources)
+    return key_of([model, SETTINGS, sizes, parts, options(parts), old.sha256, demo_rows().sha256], sources)
 
 
 def pieces(place: Place, old: Old, chosen: Mapping[str, Parts], seeds: int) -> Iterator[Piece]:
@@ -122,7 +122,7 @@ def pieces(place: Place, old: Old, chosen: Mapping[str, Parts], seeds: int) -> I
         for method, parts in chosen.items():
             path = RESULTS / old.name / f"{method}-{seed}.json"
             run = partial(measure, place, old, judge, method, parts, seed)
-            yield Piece(f"old task {old.name}: {method}, seed {seed}", path, key(old, parts), run)
+            yield Piece(f"old task {old.name}: {method}, seed {seed}", path, key(place.model, old, parts), run)
 
 
 def train(place: Place, old: Old, parts: Parts, seed: int) -> Outcome:
@@ -167,9 +167,8 @@ def measure(place: Place, old: Old, judge: Callable[[], Judge], method: str, par
 
 
 def tell(found: dict[str, Any]) -> str:
-    values = [mean(found[side][kind]) if side else mean(found[kind]) for kind in ("held_out", "old")
-              for side in ("base", "")]  # fmt: skip
-    return "demo {:.3f} -> {:.3f}, old task {:.3f} -> {:.3f}".format(*values)
+    new, old = ([mean(found["base"][k]), mean(found[k])] for k in ("held_out", "old"))
+    return f"demo {new[0]:.3f} -> {new[1]:.3f}, old task {old[0]:.3f} -> {old[1]:.3f}"
 
 
 def parser() -> argparse.ArgumentParser:

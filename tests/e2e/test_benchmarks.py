@@ -212,3 +212,36 @@ def test_whether_tuning_pays_is_measured_once_and_told(env: dict[str, str], tiny
     assert "| prompt (x3) |" in page and "Training took" in page and "- department: tuned against" in page
     (place / "untuned" / "base.json").unlink()
     assert "[1/1] base" in measure()
+
+
+METHODS = """
+import sys
+from pathlib import Path
+from benchmarks import methods, methods_page, papers_page
+
+place = Path(sys.argv.pop(1))
+methods_page.PAGE, methods_page.RESULTS, methods.RESULTS = place / "methods.md", place, place / "methods"
+papers_page.PAGE = place / "papers.md"
+sys.exit(methods.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.nightly
+def test_a_tuner_is_measured_once_and_told(env: dict[str, str], tiny_home: Home, tmp_path: Path) -> None:
+    place = long_model(tiny_home, tmp_path)
+    asked = ["--model", "long", "--threads", "1", "--seeds", "1", "--only", "ia3"]
+
+    def measure() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", METHODS, str(place), *asked],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert "[1/1] demo: ia3, seed 1" in measure()
+    found = json.loads((place / "methods" / "demo" / "ia3-1.json").read_text())
+    assert len(found["held_out"]) == len(found["base"]["held_out"]) == len(found["outcomes"]["department"]) == 100
+    assert len(found["unrelated"]) == 32 and found["artefact_bytes"] > 0 and found["key"].count("-") == 1
+    assert "| `ia3` | 1 |" in (place / "methods.md").read_text() and "`ia3`" in (place / "papers.md").read_text()
+    assert "[1/" not in measure()
