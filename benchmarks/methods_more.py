@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tunewright.evals.compare import Measured, Variant, conclusion, lines, verdicts
+from tunewright.evals.compare import Line, Measured, Variant, conclusion, lines, verdicts
 from tunewright.evals.task import VALID, Scorecard
 from tunewright.metrics.accuracy import share
 from tunewright.metrics.intervals import Interval, paired_bootstrap
@@ -56,19 +56,19 @@ def forgetting(runs: Runs) -> str:
     one = runs[0]
     names = {"old": one["old_task"], "n": len(one["old"]), "least": LEAST}
     top = FORGETTING.format(**names, data=one["data"], model=one["model"], settings=one["settings"])
-    plain = by_method.get(PLAIN)
+    plain = by_method.get(PLAIN, [])
     order = sorted(by_method, key=lambda name: (name != PLAIN, name))
     return top + "\n".join(_held(name, by_method[name], plain) for name in order) + "\n"
 
 
-def _held(name: str, runs: Runs, plain: Runs | None) -> str:
-    """A line of the table. Seeds that plain training lacks cannot be compared, and the other way round."""
+def _held(name: str, runs: Runs, plain: Runs) -> str:
+    """A line of the table. Compared are seeds that both have."""
     lost, gain = change(runs, "old"), change(runs, "held_out", sign=-1)
     options = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in runs[0]["options"].items())
     cells = [f"`{name}`", str(len(runs)), options, str(runs[0]["retained"] or ""), _signed(lost)]
-    if plain is None or name == PLAIN:
-        return f"| {' | '.join([*cells, '', _signed(gain), '', ''])} |"
     seeds = {r["seed"] for r in runs} & {r["seed"] for r in plain}
+    if name == PLAIN or not seeds:
+        return f"| {' | '.join([*cells, '', _signed(gain), '', ''])} |"
     ours, theirs = ([r for r in side if r["seed"] in seeds] for side in (runs, plain))
     less = paired_bootstrap(_rows(theirs, "old"), _rows(ours, "old"))
     of_plain = change(ours, "held_out").value / change(theirs, "held_out").value
@@ -140,7 +140,7 @@ def _full(file: Mapping[str, Any]) -> str:
     return f"{file['system']}, {file['name']}" if file["name"] else file["system"]
 
 
-def _name(line: Any) -> str:
+def _name(line: Line) -> str:
     return line.system if line.n_variants == 1 else f"{line.system} (x{line.n_variants})"
 
 
@@ -165,9 +165,9 @@ def _verdict(variants: Runs, simple: Sequence[Scorecard]) -> str:
 PROXY = """## Proxy-tuning: a large model moved by a small tuned one
 
 The [recipe `proxy`](reference/recipes.md): {model} is the large model and stays as it is; the small one is its first
-{layers} layers, distilled from it on text that has nothing to do with the demo, then tuned on the demo's rows. {rows}
-held-out messages. **Loss**: of the right answers (nats a token), lower is closer to the task. **Against large**:
-difference to the large model alone, paired 95 % interval over rows.
+{layers} layers, distilled from it (what the large one would say after every token of other chats and of the demo's
+rows), then tuned on the demo's rows. {rows} held-out messages. **Loss**: of the right answers (nats a token), lower is
+closer to the task. **Against large**: difference to the large model alone, paired 95 % interval over rows.
 
 | system | loss | against large (95 %) | valid JSON | department | right departments against large (95 %) |
 |---|---|---|---|---|---|
