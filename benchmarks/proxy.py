@@ -3,15 +3,17 @@
     python -m benchmarks.proxy
 
 The large model is SmolLM2-135M-Instruct. The small one is its first layers with its embeddings and its last norm,
-brought back to speech by distillation from the large one on rows that have nothing to do with the demo; then it is
-tuned on the demo's rows. Recipes over the three answer the demo's held-out messages at several alphas, beside all three
-alone: right answers, and the loss (nats a token) of the right answer, which is what tuning lowers. The result goes to
-results/proxy.json, and is not measured again while it is there; at the end docs/methods.md is written.
+brought back to speech by distillation from the large one: what that would say after every token of other chats and of
+the demo's rows, where both have to agree as long as nobody is tuned. Then it is tuned on the demo's rows. Recipes over
+the three answer the demo's held-out messages at several alphas, beside all three alone: right answers, and the loss
+(nats a token) of the right answer, which is what tuning lowers. The result goes to results/proxy.json, and is not
+measured again while it is there; at the end docs/methods.md is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -48,15 +50,15 @@ WHERE = RESULTS / "proxy.json"  # of what docs/methods.md shows
 LARGE, SMALL, TUNED = "large", "small", "small, tuned"
 # how the small model is distilled, and how it is tuned
 DISTILLED = {"objective": {"name": "distill", "teacher": MODEL}, "n_epochs": 1, "learning_rate": 5e-4}
-LEARNED = {"objective": "sft", "n_epochs": 2, "learning_rate": 2e-4}
+LEARNED = {"objective": "sft", "n_epochs": 3, "learning_rate": 5e-4}
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--json", type=Path, default=WHERE, help="where the result goes (%(default)s)")
     p.add_argument("--layers", type=int, default=8, help="of the small model (%(default)s)")
-    p.add_argument("--alphas", default="0.5,1,1.5", help="factors to try (%(default)s)")
-    p.add_argument("--rows", type=int, default=60, help="held-out rows (%(default)s)")
+    p.add_argument("--alphas", default="0.5,1", help="factors to try (%(default)s)")
+    p.add_argument("--rows", type=int, default=40, help="held-out rows (%(default)s)")
     p.add_argument("--threads", type=int, default=None, help="CPU threads (all cores)")
     p.set_defaults(model=MODEL, dtype="auto")
     return p
@@ -86,7 +88,7 @@ def measure(place: Place, args: argparse.Namespace) -> dict[str, Any]:
     about, large, heldout = machine(place.threads), materialise(MODEL, place.home), load(HELDOUT)[: args.rows]
     first = cut_layers(large, place.work / "first-layers", args.layers)
     say("  the small model learns to speak")
-    small = train(place, "speech", str(first), SPEECH, DISTILLED)
+    small = train(place, "speech", str(first), speech(place.work / "speech.jsonl"), DISTILLED)
     say("  the small model is tuned")
     tuned = train(place, "tuned", small, TRAIN, LEARNED)
     alphas = [float(a) for a in args.alphas.split(",")]
@@ -94,7 +96,8 @@ def measure(place: Place, args: argparse.Namespace) -> dict[str, Any]:
     variants = [Variant(LARGE, "", base=MODEL), *(Variant(n, "", artefact=f) for n, f in parts.items())]
     variants += [Variant(f"proxy, alpha {a:g}", "", artefact=proxy(place, small, tuned, a)) for a in alphas]
     losses = all_losses({LARGE: large, **parts}, alphas, heldout)
-    right = {v.system: outcomes(place, v, heldout) for v in variants}
+    with EngineSession(place.home, place.threads) as engine:
+        right = {v.system: outcomes(engine, v, heldout) for v in variants}
     return {
         "model": MODEL,
         "layers": args.layers,
@@ -122,6 +125,14 @@ def cut_layers(source: Path, target: Path, n: int) -> Path:
     return target
 
 
+def speech(path: Path) -> Path:
+    """The rows of both files as chat rows."""
+    lines = [json.loads(line) for line in SPEECH.read_text(encoding="utf-8").splitlines()]
+    said = [json.dumps({"messages": [*row["prompt"], *row["completion"]]}) + "\n" for row in lines]
+    path.write_text("".join(said) + TRAIN.read_text(encoding="utf-8"), encoding="utf-8")
+    return path
+
+
 def train(place: Place, name: str, model: str, data: Path, settings: dict[str, Any]) -> str:
     """A job over all weights, as a user runs it; the name of its model."""
     options = {"tuner": "full", "schedule": JobSpec.model_fields["schedule"].default.model_dump(), **settings}
@@ -136,12 +147,11 @@ def proxy(place: Place, small: str, tuned: str, alpha: float) -> Path:
     return build_recipe(place.home, folder, folder.name, parse_recipe_spec({"recipe": recipe, "model": MODEL}), ())
 
 
-def outcomes(place: Place, variant: Variant, heldout: Sequence[ClinicRow]) -> dict[str, list[bool]]:
+def outcomes(engine: EngineSession, variant: Variant, heldout: Sequence[ClinicRow]) -> dict[str, list[bool]]:
     """{measure: [rows] right or wrong} of the greedy answers."""
     say(f"  {variant.system} answers")
-    with EngineSession(place.home, place.threads) as engine:
-        chats = clinic.prompts(clinic.TUNED, [], heldout)
-        answers = [r.text for r in replies(engine, chats, variant, clinic.MAX_TOKENS)]
+    chats = clinic.prompts(clinic.TUNED, [], heldout)
+    answers = [r.text for r in replies(engine, chats, variant, clinic.MAX_TOKENS)]
     return clinic.score(variant.system, answers, heldout).outcomes
 
 
