@@ -81,6 +81,9 @@ docs: dev ## write the generated pages of docs/reference
 
 methods-table: install ## docs/methods.md: every method on a real model (hours; goes on where it stopped)
 	$(BIN)/python -m benchmarks.methods
+	$(BIN)/python -m benchmarks.retain
+	$(BIN)/python -m benchmarks.untuned
+	$(BIN)/python -m benchmarks.proxy
 
 objectives-table: install ## the measured part of docs/objectives.md (hours; goes on where it stopped); DATA=FOLDER of public sets
 	$(BIN)/python -m benchmarks.objectives $(if $(DATA),--data $(DATA))

@@ -15,9 +15,9 @@ import hashlib
 import json
 import shutil
 import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from benchmarks.methods_score import Judge, answers_of
 from benchmarks.ours import Place, own_parser, placed
 from benchmarks.papers_page import PAGE as PAPERS
 from benchmarks.papers_page import write_papers
-from benchmarks.process import Outcome, RivalFailed
-from benchmarks.settings import save, say, stop_like_ctrl_c
+from benchmarks.pieces import Piece, run_pieces
+from benchmarks.process import Outcome
+from benchmarks.settings import say, stop_like_ctrl_c
 from tunewright.core.durable import sha256_file
 from tunewright.core.spec import JobSpec
 from tunewright.data.demo import HELDOUT, TRAIN
@@ -118,17 +119,23 @@ def train(place: Place, data: Data, method: str, seed: int) -> Outcome:
     return run_ours(task, place.model, place.home, limit_s=3600.0)
 
 
-def measure(place: Place, data: Data, judge: Judge, method: str, seed: int) -> dict[str, Any]:
+def measure(place: Place, data: Data, judge: Callable[[], Judge], method: str, seed: int) -> dict[str, Any]:
     """Train, judge, and forget the run folder."""
-    outcome = train(place, data, method, seed)
+    about, outcome = machine(place.threads), train(place, data, method, seed)
     run, plan, end = Path(outcome.facts["run"]), outcome.facts["plan"], outcome.facts["end"]
     try:
-        losses = judge.of(run / "result")
+        losses = judge().of(run / "result")
         said = answers_of(place.home, run / "result") if data.name == "demo" else {}
         size = sum(p.stat().st_size for p in (run / "result").glob("*.safetensors"))
     finally:
         shutil.rmtree(run, ignore_errors=True)
     return {
+        "method": method,
+        "seed": seed,
+        "model": place.model,
+        "settings": SETTINGS,
+        "data": {"name": data.name, "source": data.source, "sha256": data.sha256},
+        "base": judge().base,
         "trainable": plan["trainable_parameters"],
         "parameters": plan["parameters"],
         "learning_rate": plan["learning_rate"],
@@ -142,46 +149,24 @@ def measure(place: Place, data: Data, judge: Judge, method: str, seed: int) -> d
         "unrelated": losses["unrelated"],
         "outcomes": said,
         "versions": outcome.facts["versions"],
+        "machine": about,
     }
 
 
-def missing(data: Data, methods: Iterable[str], seeds: int) -> list[tuple[str, int, Path, str]]:
-    """(method, seed, file, key) of all that has no file with that key yet; all methods' first seeds come first."""
-    found = []
+def pieces(place: Place, data: Data, methods: Iterable[str], seeds: int) -> Iterator[Piece]:
+    """All methods' first seeds come first."""
+    judge = cache(lambda: Judge(place.model, place.home, data.held_out))
     for seed in range(1, seeds + 1):
         for method in methods:
             path, key = RESULTS / data.name / f"{method}-{seed}.json", f"{code_key(method)}-{data.sha256}"
-            if not path.is_file() or json.loads(path.read_text())["key"] != key:
-                found.append((method, seed, path, key))
-    return found
+            run = partial(measure, place, data, judge, method, seed)
+            yield Piece(f"{data.name}: {method}, seed {seed}", path, key, run)
 
 
-def run_missing(place: Place, data: Data, methods: Sequence[str], seeds: int) -> int:
-    """Run what has no file. Returns how many failed."""
-    todo, failed, begun = missing(data, methods, seeds), 0, time.monotonic()
-    if not todo:
-        return 0
-    judge, about = Judge(place.model, place.home, data.held_out), machine(place.threads)
-    base = {"held_out": judge.base["held_out"], "unrelated": judge.base["unrelated"]}
-    for i, (method, seed, path, key) in enumerate(todo):
-        left = (time.monotonic() - begun) / i * (len(todo) - i) / 60 if i else 0
-        say(
-            f"[{i + 1}/{len(todo)}] {data.name}: {method}, seed {seed}" + (f" (about {left:.0f} min left)" if i else "")
-        )
-        try:
-            found = measure(place, data, judge, method, seed)
-        except RivalFailed as e:
-            say(f"  {e}")
-            failed += 1
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        what = {"method": method, "seed": seed, "key": key, "model": place.model, "settings": SETTINGS}
-        about_data = {"name": data.name, "source": data.source, "sha256": data.sha256}
-        save({**what, "data": about_data, "base": base, **found, "machine": about}, str(path))
-        say(f"  {found['tokens_per_second']:,.0f} tokens/s, {found['seconds']:.0f} s, held-out loss "
-            f"{mean(base['held_out']):.3f} -> {mean(found['held_out']):.3f}, unrelated "
-            f"{mean(base['unrelated']):.3f} -> {mean(found['unrelated']):.3f}")  # fmt: skip
-    return failed
+def tell(found: dict[str, Any]) -> str:
+    held, other = ([mean(found["base"][k]), mean(found[k])] for k in ("held_out", "unrelated"))
+    return (f"{found['tokens_per_second']:,.0f} tokens/s, {found['seconds']:.0f} s, held-out loss {held[0]:.3f} -> "
+            f"{held[1]:.3f}, unrelated {other[0]:.3f} -> {other[1]:.3f}")  # fmt: skip
 
 
 def mean(values: Sequence[float]) -> float:
@@ -210,11 +195,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with placed(args) as place:
             try:
                 for data in (demo(), *(split(path, place.work, args.source) for path in args.data)):
-                    failed += run_missing(place, data, methods, args.seeds)
+                    failed += run_pieces(pieces(place, data, methods, args.seeds), tell)
             except KeyboardInterrupt:
                 say("Stopped. What was measured is kept; the same command goes on.")
                 return 130
-    write_page(RESULTS)
+    write_page()
     write_papers(RESULTS)
     say(f"{PAGE} and {PAPERS} are written." + (f" {failed} runs failed." if failed else ""))
     return 1 if failed else 0

@@ -9,11 +9,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.methods_more import change, folders, more
 from tunewright.metrics.accuracy import share
-from tunewright.metrics.intervals import Interval, paired_bootstrap
+from tunewright.metrics.intervals import Interval
 from tunewright.tuners import TUNERS
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
+RESULTS = Path(__file__).parent / "results"
 REFERENCE = "lora"
 # of LoRA's gain; methods that train next to nothing are asked for less
 ENOUGH, ENOUGH_OF_TINY = 0.5, 0.25
@@ -22,24 +24,53 @@ Runs = Sequence[Mapping[str, Any]]
 
 TOP = """# Methods, measured
 
-Written by `make methods-table` from real runs; do not edit. The raw results are in `benchmarks/results/methods/`.
+Written by `make methods-table` from real runs; do not edit. The raw results are in `benchmarks/results/`.
 
 ## Which one?
 
-| you have | take | because |
+`lora`, unless a line below says otherwise: best known, on the fast path, served in one batch with others, mergeable.
+
+| your rows | take | because |
 |---|---|---|
-| no reason to choose | `lora` | best known, fast path, served in one batch with others, mergeable |
-| a model that does not fit | `lora` over a quantised base | `tunewright estimate` says what fits |
-| fewer than about 100 rows | `lora` with a small `r`, or `ia3` | fewer trained numbers forget less and overfit later |
-| thousands of rows, far from what it knows | `full`; `half` keeps more of the old | all weights can move |
-| a rank you cannot decide on | `dylora` | one training, every rank up to `r` afterwards |
-| dozens of variants to serve at once | `lora`, `rslora`, `dylora` | they share the base's weights and one batch |
-| a fixed size of the change | `fishmask`, `bitfit` | exactly that many weights differ; applied and removed exactly |
-| old skills to keep | any, with fewer epochs; `half`, `child_d` | see the column "unrelated text" |
+| none | a prompt, `retrieval`, `proxy` with a small model ([recipes](reference/recipes.md)) | nothing is trained |
+| a handful | `few_shot`; then [measure](#do-i-need-to-tune-at-all) whether tuning pays | they fit into the prompt |
+| fewer than about 100 | `lora` with a small `r`, or `ia3` | fewer trained numbers overfit later |
+| hundreds to thousands | `lora`; `dylora` if the rank is open | one training of `dylora` serves every rank up to `r` |
+| many thousands, far from what the model knows | `full`; `half` forgets less | all weights can move |
+| of what must stay, too | any, with [replay](reference/retain.md) | see "Against forgetting" below |
+
+| memory for training, besides activations | take |
+|---|---|
+| 18 bytes a parameter (float32, AdamW); 12 with `optimizer: adamw8bit` | `full`, `child_f` |
+| 2 (bfloat16) or 4 bytes | every adapter, `bitfit` |
+| 0.5 bytes (`quantization: nf4`) | {nf4} |
+
+`tunewright estimate` counts it for your model, rows and machine.
+
+| variants of one base, served at once | take | a further one costs |
+|---|---|---|
+| one | any; merged into the base where that goes (not {unmerged}) | nothing |
+| dozens | `lora`, `rslora`, `dylora`, {soft} | its file: all share the base's weights and one batch |
+| some | {delta} | the tensors that it changes: all others are shared |
+| few | other adapters, {weights} | a copy of the model |
 
 An illegal combination (a tuner over a base precision it cannot train, a model without the layers it needs) is refused
 before anything is loaded, with the reason. What each tuner leaves and needs is in the [reference](reference/tuners.md).
 """
+
+
+def which() -> str:
+    """The top of the page, the tuners' lists taken from their capability rows."""
+    cards = {name: TUNERS.load(name).card for name in TUNERS}
+    lists = {
+        "nf4": [n for n, c in cards.items() if c.works_on_nf4],
+        "unmerged": [n for n, c in cards.items() if not c.mergeable],
+        "soft": [n for n, c in cards.items() if c.artefact == "adapter" and not c.identity_at_start],
+        "delta": [n for n, c in cards.items() if c.artefact == "delta"],
+        "weights": [n for n, c in cards.items() if c.artefact == "weights"],
+    }
+    return TOP.format(**{key: ", ".join(f"`{n}`" for n in names) for key, names in lists.items()})
+
 
 EXPLAINED = """**Gain**: base's minus tuned model's loss on the held-out rows (nats a trained token, mean over rows),
 averaged over seeds, with the paired 95 % interval over rows. **Of LoRA's**: the gain as a share of LoRA's. **Unrelated
@@ -49,12 +80,9 @@ process, tokens/s counts training alone; medians over seeds. Every method ran at
 """
 
 
-def write_page(results: Path) -> None:
-    """Write the page. Raises SystemExit if there are no results yet."""
-    folders = sorted(p for p in results.iterdir() if p.is_dir()) if results.is_dir() else []
-    if not folders:
-        raise SystemExit(f"{results} has no results yet.")
-    PAGE.write_text("\n".join([TOP, *(section(folder) for folder in folders)]), encoding="utf-8")
+def write_page() -> None:
+    """Write the page from all results that are there."""
+    PAGE.write_text("\n".join([which(), *(section(f) for f in folders(RESULTS / "methods")), *more(RESULTS)]), "utf-8")
 
 
 def section(folder: Path) -> str:
@@ -111,10 +139,8 @@ def row(name: str, runs: Runs, reference: float | None) -> str:
 
 
 def gain(runs: Runs) -> Interval:
-    """Loss before minus loss after, rows averaged over seeds first."""
-    before = [fmean(values) for values in zip(*(r["base"]["held_out"] for r in runs), strict=True)]
-    after = [fmean(values) for values in zip(*(r["held_out"] for r in runs), strict=True)]
-    return paired_bootstrap(before, after)
+    """Loss before minus loss after on the held-out rows."""
+    return change(runs, "held_out", sign=-1)
 
 
 def right(runs: Runs, measure: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pydoc_data.topics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,19 +26,22 @@ from tunewright.tuners import TUNERS
 from tunewright.tuners.delta import merge_delta
 
 UNRELATED, CHARACTERS = 32, 900
+AT_ONCE = 8  # rows in a forward: packing does not change their numbers
+Rows = Callable[[Tokenizer], list[Group]]
 
 
 class Judge:
-    """Losses in float32 with the plain modules, whatever a model was trained with."""
+    """Losses with the plain modules, whatever a model was trained with. other: rows that it is not tuned for.
 
-    def __init__(self, model: str, home: Home, held_out: Path) -> None:
-        self._folder = materialise(model, home)
+    half: products in bfloat16, where there are many models to judge; else all in float32.
+    """
+
+    def __init__(
+        self, model: str, home: Home, held_out: Path, other: Rows | None = None, *, half: bool = False
+    ) -> None:
+        self._folder, self._half = materialise(model, home), half
         tokenizer = Tokenizer.load(self._folder, now=datetime.now())
-        rows = read_conversations(held_out, "auto", held_out.name)
-        self._groups = {
-            "held_out": list(render_rows(rows, tokenizer, max_length=1 << 20)),
-            "unrelated": unrelated(tokenizer),
-        }
+        self._groups = {"held_out": read_rows(held_out, tokenizer), "unrelated": (other or unrelated)(tokenizer)}
         self.base = self._losses(Policy(load_model(self._folder)))
 
     def of(self, result: Path) -> dict[str, list[float]]:
@@ -45,13 +49,23 @@ class Judge:
         return self._losses(open_result(self._folder, result))
 
     def _losses(self, policy: Policy) -> dict[str, list[float]]:
-        return {name: row_losses(policy, groups) for name, groups in self._groups.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._half):
+            return {name: row_losses(policy, groups) for name, groups in self._groups.items()}
+
+
+def read_rows(path: Path, tokenizer: Tokenizer) -> list[Group]:
+    """The rows of a file, whole."""
+    return list(render_rows(read_conversations(path, "auto", path.name), tokenizer, max_length=1 << 20))
+
+
+def manual() -> list[str]:
+    """The pages of Python's own manual (in the standard library), the longest first."""
+    return sorted(pydoc_data.topics.topics.values(), key=len, reverse=True)
 
 
 def unrelated(tokenizer: Tokenizer) -> list[Group]:
-    """The beginnings of the longest pages of Python's own manual (in the standard library), as plain text."""
-    pages = sorted(pydoc_data.topics.topics.values(), key=len, reverse=True)[:UNRELATED]
-    ids = [tuple(tokenizer.encode(page[:CHARACTERS])[0]) for page in pages]
+    """The beginnings of the longest pages of the manual, as plain text."""
+    ids = [tuple(tokenizer.encode(page[:CHARACTERS])[0]) for page in manual()[:UNRELATED]]
     return [Group((Example(row, (0.0, *(1.0 for _ in row[1:])), i + 1),)) for i, row in enumerate(ids)]
 
 
@@ -74,10 +88,11 @@ def open_result(base: Path, result: Path) -> Policy:
 def row_losses(policy: Policy, groups: Sequence[Group]) -> list[float]:
     """Mean negative log-likelihood of each row's trained tokens."""
     found = []
-    for group in groups:
-        batch = collate([group])
-        logp_T = policy.token_stats(batch, want={"logp"})["logp"]
-        found.append(float(-(logp_T * batch.weights_T).sum() / batch.weights_T.sum()))
+    for i in range(0, len(groups), AT_ONCE):
+        batch = collate(groups[i : i + AT_ONCE])
+        told_T = -policy.token_stats(batch, want={"logp"})["logp"] * batch.weights_T
+        rows = (slice(a, b) for a, b in pairwise(batch.cu_seqlens.tolist()))
+        found += [float(told_T[row].sum() / batch.weights_T[row].sum()) for row in rows]
     return found
 
 

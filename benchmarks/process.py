@@ -22,7 +22,7 @@ from benchmarks.venv import trl_python
 from tunewright.core.events import Event, read_events
 from tunewright.core.home import Home
 from tunewright.core.run import Run
-from tunewright.core.spec import check_parts, parse_spec
+from tunewright.core.spec import check_parts, extra_files, parse_spec
 from tunewright.jobs.describe import load_describe
 from tunewright.jobs.launchers.local import start_worker, stop
 from tunewright.jobs.prepare import create_run
@@ -193,7 +193,8 @@ def run_ours(task: Task, model: str, home: Home, limit_s: float) -> Outcome:
     model: a name in home or a folder. A task with `steps` runs to its end. Raises RivalFailed.
     """
     spec = check_parts(parse_spec(job_spec(task, model)), load_describe(home))
-    run = create_run(home, spec, job_id=f"ftjob-{Path(task.out).name}", train_path=Path(task.data))
+    more = {role: Path(file) for role, file in extra_files(spec).items()}
+    run = create_run(home, spec, job_id=f"ftjob-{Path(task.out).name}", train_path=Path(task.data), more=more)
     started = time.time()
     process = start_worker(run, home)
     watch, events = Watch(process.pid), Events(run)

@@ -1,11 +1,13 @@
 """Proxy-tuning for real: does tuning a part of the model move the whole one, which stays as it is, towards the task?
 
-    python -m benchmarks.proxy --json proxy.json
+    python -m benchmarks.proxy
 
 The large model is SmolLM2-135M-Instruct. The small one is its first layers with its embeddings and its last norm,
-brought back to speech by plain supervised training on the large one's own answers; then it is tuned on the demo's
-rows. Recipes over the three answer the demo's held-out messages at several alphas, beside all three alone: the share
-of right answers, and the loss (nats a token) of the right answer, which is what tuning lowers.
+brought back to speech by distillation from the large one: what that would say after every token of other chats and of
+the demo's rows, where both have to agree as long as nobody is tuned. Then it is tuned on the demo's rows. Recipes over
+the three answer the demo's held-out messages at several alphas, beside all three alone: right answers, and the loss
+(nats a token) of the right answer, which is what tuning lowers. The result goes to results/proxy.json, and is not
+measured again while it is there; at the end docs/methods.md is written.
 """
 
 from __future__ import annotations
@@ -13,11 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.figures import machine
-from benchmarks.settings import save, say
-from tunewright.core.durable import read_json, write_json
-from tunewright.core.home import Home, find_home
-from tunewright.core.ids import parse_model_name
+from benchmarks.methods_more import is_moved
+from benchmarks.methods_page import PAGE, RESULTS, write_page
+from benchmarks.ours import Place, placed
+from benchmarks.pieces import Piece, key_of, run_pieces
+from benchmarks.process import run_ours
+from benchmarks.rivals.shared import Task
+from benchmarks.settings import MODEL, say
+from tunewright.core.durable import read_json, sha256_file, write_json
 from tunewright.core.recipe import parse_recipe_spec
-from tunewright.core.run import find_artefact, list_runs
+from tunewright.core.run import Run, find_artefact
+from tunewright.core.spec import JobSpec
 from tunewright.data.demo import HELDOUT, TRAIN, ClinicRow, load
 from tunewright.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from tunewright.engine.client import EngineSession
@@ -39,54 +44,74 @@ from tunewright.evals import clinic
 from tunewright.evals.compare import Variant, replies
 from tunewright.jobs.recipes import build_recipe
 from tunewright.models.loader import load_model, materialise
-from tunewright.ops.runtime import set_threads
 
-MODEL = "smollm2-135m-instruct"
-ASKS = ("{}", "Say in one sentence what this message is about: {}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.proxy", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", default="-", help="where the result goes; - prints it")
-    parser.add_argument("--layers", type=int, default=8, help="of the small model")
-    parser.add_argument("--epochs", type=int, default=2, help="of the small model on the large one's answers")
-    parser.add_argument("--alphas", default="0.5,1,1.5", help="factors to try")
-    parser.add_argument("--rows", type=int, default=100, help="held-out rows")
-    parser.add_argument("--threads", default="auto")
-    args = parser.parse_args()
-    set_threads(args.threads)
-    with tempfile.TemporaryDirectory(prefix="proxy-") as place:
-        result = run(Path(place), args)
-    save(result, args.json)
+SPEECH = Path(__file__).parent / "data" / "short.jsonl"
+WHERE = RESULTS / "proxy.json"  # of what docs/methods.md shows
+LARGE, SMALL, TUNED = "large", "small", "small, tuned"
+# how the small model is distilled, and how it is tuned
+DISTILLED = {"objective": {"name": "distill", "teacher": MODEL}, "n_epochs": 1, "learning_rate": 5e-4}
+LEARNED = {"objective": "sft", "n_epochs": 3, "learning_rate": 5e-4}
 
 
-def run(place: Path, args: argparse.Namespace) -> dict[str, Any]:
-    source, home = materialise(MODEL, find_home()), Home(place / "home").ensure()
-    large = home.models / MODEL
-    shutil.copytree(source, large)
-    heldout = load(HELDOUT)[: args.rows]
-    cut_layers(large, home.models / "first-layers", args.layers)
-    say("the large model answers")
-    taught = write_answers(home, load(TRAIN), place / "answers.jsonl")
-    say("the small model learns from its answers")
-    small = train(home, "first-layers", taught, args, tuner="full", n_epochs=args.epochs, learning_rate=5e-4)
-    say("the small model is tuned")
-    tuned = train(home, small, TRAIN, args, tuner="full", n_epochs=3, learning_rate=2e-4)
-    variants = [Variant("large", "", base=MODEL), *(Variant(n, "", artefact=where(home, m)) for n, m in
-                (("small", small), ("small, tuned", tuned)))]  # fmt: skip
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--json", type=Path, default=WHERE, help="where the result goes (%(default)s)")
+    p.add_argument("--layers", type=int, default=8, help="of the small model (%(default)s)")
+    p.add_argument("--alphas", default="0.5,1", help="factors to try (%(default)s)")
+    p.add_argument("--rows", type=int, default=40, help="held-out rows (%(default)s)")
+    p.add_argument("--threads", type=int, default=None, help="CPU threads (all cores)")
+    p.set_defaults(model=MODEL, dtype="auto")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    settings = [args.layers, args.alphas, args.rows, DISTILLED, LEARNED]
+    key = key_of(settings, [SPEECH, TRAIN, HELDOUT])
+    with placed(args) as place:
+        torch.set_num_threads(place.threads)
+        failed = run_pieces([Piece("proxy-tuning", args.json, key, partial(measure, place, args))], tell)
+    if args.json == WHERE:
+        write_page()
+        say(f"{PAGE} is written.")
+    return 1 if failed else 0
+
+
+def tell(found: dict[str, Any]) -> str:
+    systems = found["systems"]
+    moved = [n for n in systems if n.startswith("proxy") and is_moved(systems[n], systems[LARGE])]
+    return f"moved towards the task: {', '.join(moved) or 'none'}"
+
+
+def measure(place: Place, args: argparse.Namespace) -> dict[str, Any]:
+    """{"systems": {name: losses of the rows, what was right}} and what it was measured with."""
+    about, large, heldout = machine(place.threads), materialise(MODEL, place.home), load(HELDOUT)[: args.rows]
+    first = cut_layers(large, place.work / "first-layers", args.layers)
+    say("  the small model learns to speak")
+    small = train(place, "speech", str(first), speech(place.work / "speech.jsonl"), DISTILLED)
+    say("  the small model is tuned")
+    tuned = train(place, "tuned", small, TRAIN, LEARNED)
     alphas = [float(a) for a in args.alphas.split(",")]
-    variants += [Variant(f"proxy, alpha {a:g}", "", artefact=proxy(home, place, small, tuned, a)) for a in alphas]
-    losses = all_losses(home, [large, where(home, tuned), where(home, small)], alphas, heldout)
+    parts = {SMALL: find_artefact(place.home, small), TUNED: find_artefact(place.home, tuned)}
+    variants = [Variant(LARGE, "", base=MODEL), *(Variant(n, "", artefact=f) for n, f in parts.items())]
+    variants += [Variant(f"proxy, alpha {a:g}", "", artefact=proxy(place, small, tuned, a)) for a in alphas]
+    losses = all_losses({LARGE: large, **parts}, alphas, heldout)
+    with EngineSession(place.home, place.threads) as engine:
+        right = {v.system: outcomes(engine, v, heldout) for v in variants}
     return {
-        "machine": machine(),
+        "model": MODEL,
         "layers": args.layers,
         "rows": len(heldout),
-        "systems": {v.system: {**scores(home, v, heldout), "loss": losses[v.system]} for v in variants},
+        "speech": {"name": SPEECH.name, "sha256": sha256_file(SPEECH)[:16]},
+        "distilled": DISTILLED,
+        "learned": LEARNED,
+        "systems": {name: {"losses": losses[name], **right[name]} for name in right},
+        "machine": about,
     }
 
 
-def cut_layers(source: Path, target: Path, n: int) -> None:
-    """The first n layers of a model as a model."""
+def cut_layers(source: Path, target: Path, n: int) -> Path:
+    """The first n layers of a model as a model, in the folder `target`."""
     target.mkdir()
     config = read_json(source / "config.json")
     names = {f"model.layers.{i}." for i in range(n, config["num_hidden_layers"])}
@@ -97,66 +122,54 @@ def cut_layers(source: Path, target: Path, n: int) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    return target
 
 
-def write_answers(home: Home, rows: Sequence[ClinicRow], path: Path) -> Path:
-    """What the large model says to several requests about each training message, sampled, as chat rows."""
-    chats = [[{"role": "user", "content": ask.format(row.message)}] for row in rows for ask in ASKS]
-    with EngineSession(home) as engine:
-        said = replies(engine, chats, Variant("large", "", base=MODEL), 64)
-        lines = [
-            json.dumps({"messages": [*chat, {"role": "assistant", "content": reply.text or "."}]})
-            for chat, reply in zip(chats, said, strict=True)
-        ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def speech(path: Path) -> Path:
+    """The rows of both files as chat rows."""
+    lines = [json.loads(line) for line in SPEECH.read_text(encoding="utf-8").splitlines()]
+    said = [json.dumps({"messages": [*row["prompt"], *row["completion"]]}) + "\n" for row in lines]
+    path.write_text("".join(said) + TRAIN.read_text(encoding="utf-8"), encoding="utf-8")
     return path
 
 
-def train(home: Home, model: str, data: Path, args: argparse.Namespace, **fields: Any) -> str:
-    """A foreground job, as a user runs it; the name of its model."""
-    spec = {"model": model, "training_file": str(data), "batch_size": 16, "seed": 7, "threads": args.threads, **fields}
-    command = [sys.executable, "-m", "tunewright.cli.main", "train", "--home", str(home.root)]
-    subprocess.run([*command, *(w for k, v in spec.items() for w in ("--set", f"{k}={v}"))], check=True, stdout=2)
-    return list_runs(home)[-1].job().name
+def train(place: Place, name: str, model: str, data: Path, settings: dict[str, Any]) -> str:
+    """A job over all weights, as a user runs it; the name of its model."""
+    options = {"tuner": "full", "schedule": JobSpec.model_fields["schedule"].default.model_dump(), **settings}
+    task = Task(model=model, data=str(data), out=str(place.work / name), seed=7, steps=1 << 30, threads=place.threads,
+                dtype=place.dtype, options=options)  # fmt: skip
+    return Run(Path(run_ours(task, model, place.home, limit_s=3600.0).facts["run"])).job().name
 
 
-def where(home: Home, name: str) -> Path:
-    return home.models / name if parse_model_name(name) is None else find_artefact(home, name)
-
-
-def proxy(home: Home, place: Path, small: str, tuned: str, alpha: float) -> Path:
+def proxy(place: Place, small: str, tuned: str, alpha: float) -> Path:
     recipe = {"name": "proxy", "small": small, "tuned": tuned, "alpha": alpha}
-    folder = place / f"proxy-{alpha:g}"
-    return build_recipe(home, folder, folder.name, parse_recipe_spec({"recipe": recipe, "model": MODEL}), ())
+    folder = place.work / f"proxy-{alpha:g}"
+    return build_recipe(place.home, folder, folder.name, parse_recipe_spec({"recipe": recipe, "model": MODEL}), ())
 
 
-def scores(home: Home, variant: Variant, heldout: Sequence[ClinicRow]) -> dict[str, Any]:
-    say(f"{variant.system} answers")
-    with EngineSession(home) as engine:
-        chats = clinic.prompts(clinic.TUNED, [], heldout)
-        answers = [r.text for r in replies(engine, chats, variant, clinic.MAX_TOKENS)]
-    card = clinic.score(variant.system, answers, heldout)
-    return {m: asdict(i) for m in card.outcomes if (i := card.share(m)) is not None} | {"first": answers[:3]}
+def outcomes(engine: EngineSession, variant: Variant, heldout: Sequence[ClinicRow]) -> dict[str, list[bool]]:
+    """{measure: [rows] right or wrong} of the greedy answers."""
+    say(f"  {variant.system} answers")
+    chats = clinic.prompts(clinic.TUNED, [], heldout)
+    answers = [r.text for r in replies(engine, chats, variant, clinic.MAX_TOKENS)]
+    return clinic.score(variant.system, answers, heldout).outcomes
 
 
 @torch.inference_mode()
-def all_losses(
-    home: Home, folders: Sequence[Path], alphas: Sequence[float], rows: Sequence[ClinicRow]
-) -> dict[str, float]:
-    """Mean negative log-probability of a token of the right answers, of each model and of each proxy."""
-    tokenizer, nets = Tokenizer.load(folders[0]), [load_model(f) for f in folders]
-    total: dict[str, float] = {}
-    n = 0
+def all_losses(folders: dict[str, Path], alphas: Sequence[float], rows: Sequence[ClinicRow]) -> dict[str, list[float]]:
+    """[rows] mean negative log-probability of the right answer's tokens, of each model and of each proxy."""
+    tokenizer, nets = Tokenizer.load(folders[LARGE]), {name: load_model(f) for name, f in folders.items()}
+    found: dict[str, list[float]] = {}
     for row in rows:
         prompt = tokenizer.encode_chat([{"role": "user", "content": row.message}])
         answer = tokenizer.encode(f"{row.answer}<|im_end|>")[0]
-        n += len(answer)
-        large, tuned, small = (answer_logits(net, prompt, answer) for net in nets)
-        moved = {f"proxy, alpha {a:g}": large + a * (tuned - small) for a in alphas}
-        for name, logits_TV in {"large": large, "small, tuned": tuned, "small": small, **moved}.items():
+        logits = {name: answer_logits(net, prompt, answer) for name, net in nets.items()}
+        for a in alphas:
+            logits[f"proxy, alpha {a:g}"] = logits[LARGE] + a * (logits[TUNED] - logits[SMALL])
+        for name, logits_TV in logits.items():
             logp_T = logits_TV.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
-            total[name] = total.get(name, 0.0) - float(logp_T.sum())
-    return {name: value / n for name, value in total.items()}
+            found.setdefault(name, []).append(-float(logp_T.mean()))
+    return found
 
 
 def answer_logits(net: Any, prompt: list[int], answer: list[int]) -> Tensor:
@@ -172,4 +185,4 @@ def answer_logits(net: Any, prompt: list[int], answer: list[int]) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import recipe_kit
+import tiny
 from tunewright.core.home import Home
 
 pytestmark = pytest.mark.slow
@@ -163,3 +165,123 @@ def test_a_tuner_beside_lora_and_peft(env: dict[str, str], rows: Path) -> None:
     assert ada["of_lora"] == pytest.approx(rates["ours", "adalora"] / rates["ours", "lora"])
     assert ada["of_peft"] == pytest.approx(rates["ours", "adalora"] / rates["peft", "adalora"])
     assert dy["of_peft"] is None and dy["target_of_lora"] == 0.8
+
+
+def long_model(home: Home, tmp_path: Path) -> Path:
+    """A tiny model, `long`, whose context takes the demo's rows; returns a folder for results."""
+    long = tiny.build_tiny_model(tmp_path / "long", max_position_embeddings=2048)
+    tiny.install_tiny_model(home.root, "long", built=long)
+    place = tmp_path / "results"
+    place.mkdir()
+    return place
+
+
+RETAIN = """
+import sys
+from pathlib import Path
+from benchmarks import methods_page, retain
+
+place = Path(sys.argv.pop(1))
+methods_page.PAGE, methods_page.RESULTS, retain.RESULTS = place / "methods.md", place, place / "retain"
+sys.exit(retain.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.nightly
+def test_forgetting_is_measured_once_and_told(env: dict[str, str], tiny_home: Home, tmp_path: Path) -> None:
+    """The demo's rows and the manual's pages are longer than the tiny model's context."""
+    place = long_model(tiny_home, tmp_path)
+    asked = ["--model", "long", "--threads", "1", "--seeds", "1", "--only", "plain,replay"]
+
+    def measure() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", RETAIN, str(place), *asked],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert "[2/2] old task manual: replay, seed 1" in measure()
+    plain, replay = (json.loads((place / "retain" / "manual" / f"{m}-1.json").read_text()) for m in ("plain", "replay"))
+    assert plain["options"] == {} and replay["options"] == {"coefficient": 1.0, "share": 0.25}
+    assert plain["trained_tokens"] == replay["trained_tokens"] and plain["base"] == replay["base"]
+    for found in (plain, replay):
+        assert len(found["held_out"]) == 64 and len(found["old"]) == 32
+        assert sum(found["held_out"]) < sum(found["base"]["held_out"])
+    assert sum(replay["old"]) < sum(plain["old"])
+    assert "| `replay` | 1 |" in (place / "methods.md").read_text()
+    assert "[1/" not in measure()
+
+
+UNTUNED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from benchmarks import methods_page, untuned
+from tunewright.cli.commands import demo
+
+place = Path(sys.argv.pop(1))
+methods_page.PAGE, methods_page.RESULTS, untuned.RESULTS = place / "methods.md", place, place / "untuned"
+demo.MODEL = demo.SETTINGS["model"] = untuned.MODEL = "long"
+demo.SETTINGS["n_epochs"] = 1
+untuned.ASKED = replace(untuned.ASKED, k=1, seeds=1, rows=4, max_tokens=4, encoder="tiny-encoder")
+sys.exit(untuned.main(["--threads", "1"]))
+"""
+
+
+@pytest.mark.nightly
+def test_whether_tuning_pays_is_measured_once_and_told(env: dict[str, str], tiny_home: Home, tmp_path: Path) -> None:
+    place = long_model(tiny_home, tmp_path)
+    recipe_kit.add_encoder(tiny_home)
+
+    def measure() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", UNTUNED, str(place)],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert "[9/9] tuned" in measure()
+    found = {p.stem: json.loads(p.read_text()) for p in (place / "untuned").glob("*.json")}
+    assert len(found) == 9 and set(found["baselines"]["cards"]) == {"majority class", "TF-IDF + logistic"}
+    variants = [f for name, f in found.items() if name != "baselines"]
+    assert all(len(f["answers"]) == f["n_rows"] == 4 and f["seconds"] > 0 for f in variants)
+    assert found["tuned"]["training_seconds"] > 0
+    page = (place / "methods.md").read_text()
+    assert "| prompt (x3) |" in page and "Training took" in page and "- department: tuned against" in page
+    (place / "untuned" / "base.json").unlink()
+    assert "[1/1] base" in measure()
+
+
+METHODS = """
+import sys
+from pathlib import Path
+from benchmarks import methods, methods_page, papers_page
+
+place = Path(sys.argv.pop(1))
+methods_page.PAGE, methods_page.RESULTS, methods.RESULTS = place / "methods.md", place, place / "methods"
+papers_page.PAGE = place / "papers.md"
+sys.exit(methods.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.nightly
+def test_a_tuner_is_measured_once_and_told(env: dict[str, str], tiny_home: Home, tmp_path: Path) -> None:
+    place = long_model(tiny_home, tmp_path)
+    asked = ["--model", "long", "--threads", "1", "--seeds", "1", "--only", "ia3"]
+
+    def measure() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", METHODS, str(place), *asked],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert "[1/1] demo: ia3, seed 1" in measure()
+    found = json.loads((place / "methods" / "demo" / "ia3-1.json").read_text())
+    assert len(found["held_out"]) == len(found["base"]["held_out"]) == len(found["outcomes"]["department"]) == 100
+    assert len(found["unrelated"]) == 32 and found["artefact_bytes"] > 0 and found["key"].count("-") == 1
+    assert "| `ia3` | 1 |" in (place / "methods.md").read_text() and "`ia3`" in (place / "papers.md").read_text()
+    assert "[1/" not in measure()

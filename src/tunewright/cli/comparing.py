@@ -22,7 +22,7 @@ from tunewright.data.demo import HELDOUT, TRAIN
 from tunewright.engine.client import EngineSession, Reply
 from tunewright.engine.recipes.base import Source
 from tunewright.evals.baselines import baseline_cards
-from tunewright.evals.compare import Line, Measured, Variant, conclusion, lines, measure, verdicts
+from tunewright.evals.compare import TOGETHER, Line, Measured, Variant, conclusion, lines, measure, verdicts
 from tunewright.evals.rows import Pair, Task, find_task, read_pairs
 from tunewright.evals.task import Scorecard
 from tunewright.jobs.recipes import build_recipe, sources_of
@@ -77,6 +77,7 @@ def run(home: Home, asked: Asked, console: Console, json: Path | None) -> None:
         measured = answer_all(home, what, variants, asked.max_tokens, console)
     baselines = simple_cards(what)
     say(console, f"\n{len(what.heldout)} held-out rows. Shares of right answers with 95 % intervals; [worst-best].")
+    say(console, f"s/answer is the machine's time, {TOGETHER} answers computed at once; who asks alone waits longer.")
     wide = console if console.is_terminal else Console(width=WIDE)  # a file has no width to keep to
     wide.print(table(lines(measured), baselines, list(what.task.labels)))
     found = conclude(measured, baselines, what.task, console)
@@ -233,6 +234,7 @@ def report(
         "tunewright": __version__,
         "model": what.model,
         "n_rows": len(what.heldout),
+        "together": TOGETHER,
         "systems": [asdict(line) for line in lines(measured)],
         "baselines": {c.name: {m: asdict(i) for m in c.outcomes if (i := c.share(m)) is not None} for c in baselines},
         "verdicts": [asdict(v) for v in found],
