@@ -76,7 +76,8 @@ EXPLAINED = """**Gain**: base's minus tuned model's loss on the held-out rows (n
 averaged over seeds, with the paired 95 % interval over rows. **Of LoRA's**: the gain as a share of LoRA's. **Unrelated
 text**: change of the loss on pages of Python's manual, which nobody trained on; above 0 is forgotten. **Weak**: the
 interval holds 0, or the gain is below {enough:.0%} of LoRA's ({tiny:.0%} for {names}). Memory is the peak of the whole
-process, tokens/s counts training alone; medians over seeds. Every method ran at its own defaults.
+process, the median over seeds. **Speed**: tokens/s, the share of LoRA's, and how many times peft's
+own where it has the method, of `python -m benchmarks.tuners`, where runs alternate on an idle machine. Every method ran at its own defaults.
 """
 
 
@@ -113,7 +114,7 @@ def section(folder: Path) -> str:
 
 
 HEADER = (
-    "| method | seeds | trained | learning rate | memory GB | tokens/s | gain (95 %) | of LoRA's | department right "
+    "| method | seeds | trained | learning rate | memory GB | speed | gain (95 %) | of LoRA's | department right "
     "| unrelated text | file MB |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -128,7 +129,7 @@ def row(name: str, runs: Runs, reference: float | None) -> str:
         f"{first['trainable']:,} ({first['trainable'] / first['parameters']:.2%})",
         f"{first['learning_rate']:g}",
         f"{median(r['peak_bytes'] for r in runs) / 1e9:.2f}",
-        f"{median(r['tokens_per_second'] for r in runs):,.0f}",
+        speed(name),
         f"{got.value:.3f} ({got.low:.3f} to {got.high:.3f})",
         "" if not reference else f"{got.value / reference:.0%}",
         right(runs, "department"),
@@ -136,6 +137,16 @@ def row(name: str, runs: Runs, reference: float | None) -> str:
         f"{first['artefact_bytes'] / 1e6:.1f}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def speed(name: str) -> str:
+    """Of the measurement side by side, if it was made."""
+    path = RESULTS / "tuners.json"
+    found = json.loads(path.read_text())["tuners"].get(name) if path.is_file() else None
+    if not found:
+        return ""
+    times = "" if found["of_peft"] is None else f"; {found['of_peft']:.1f} times peft's"
+    return f"{found['tokens_per_second']:,.0f} ({found['of_lora']:.0%}{times})"
 
 
 def gain(runs: Runs) -> Interval:
