@@ -97,7 +97,7 @@ def section(folder: Path) -> str:
     about = (
         f"## On {data['name']}\n\n{data['source']} (hash `{data['sha256']}`), {len(one['held_out'])} held-out rows; "
         f"{one['model']}, {one['settings']['n_epochs']} epochs, batches of {one['settings']['batch_size']}, "
-        f"{machine['threads']} threads of {machine['cpu']}.\n"
+        f"threads: {machine['threads']} of {machine['cpu']}.\n"
     )
     explained = EXPLAINED.format(
         enough=ENOUGH, tiny=ENOUGH_OF_TINY, names=", ".join(f"`{name}`" for name in sorted(TINY & set(TUNERS)))
