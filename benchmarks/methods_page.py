@@ -77,7 +77,8 @@ averaged over seeds, with the paired 95 % interval over rows. **Of LoRA's**: the
 text**: change of the loss on pages of Python's manual, which nobody trained on; above 0 is forgotten. **Weak**: the
 interval holds 0, or the gain is below {enough:.0%} of LoRA's ({tiny:.0%} for {names}). Memory is the peak of the whole
 process, the median over seeds. **Speed**: tokens/s, the share of LoRA's, and how many times peft's
-own where it has the method, of `python -m benchmarks.tuners`, where runs alternate on an idle machine. Every method ran at its own defaults.
+own where it has the method, of `python -m benchmarks.tuners`, where runs alternate on an idle machine. Every method
+ran at its own defaults.
 """
 
 
