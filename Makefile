@@ -54,10 +54,10 @@ test-slow: test-slow-parts test-slow-whole ## the slow tests: real model, kill -
 
 SLOW := $(BIN)/python -m pytest -m "slow and not nightly" --durations=25
 test-slow-parts: dev sdks
-	OMP_NUM_THREADS=1 $(SLOW) -n 2 --dist loadfile tests/contract tests/invariants
+	OMP_NUM_THREADS=1 $(SLOW) -n 2 --dist loadfile --ignore=tests/e2e
 
-test-slow-whole: dev sdks # all others one after the other: some measure this machine
-	$(SLOW) --ignore=tests/contract --ignore=tests/invariants
+test-slow-whole: dev sdks # the product as a whole, one after the other: some measure this machine
+	$(SLOW) tests/e2e
 
 test-all: test test-slow ## all tests
 

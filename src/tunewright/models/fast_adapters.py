@@ -1,6 +1,6 @@
 """What adapters add to a layer, as the fast path computes it: low-rank updates, and trained factors of outputs.
 
-AdaLoRA's update B (E * A) is one of low rank whose A is E * A. DoRA and IA3 multiply a layer's outputs by numbers, here
+AdaLoRA's update B (E * A) is one of low rank whose A is E * A, VeRA's one of (b * B) and (d * A). DoRA and IA3 multiply a layer's outputs by numbers, here
 called gains: y = gain * z. As y is proportional to the trained number p that its gain comes from (DoRA's norm gets no
 gradient), that number's gradient is the sum of dy * y over the tokens, divided by p: z need not be kept.
 """
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 
 from tunewright.ops.lora import LowRank
@@ -22,8 +23,30 @@ from tunewright.ops.lora import LowRank
 ADALORA_EPS = 1e-5  # peft's addition to the rank in AdaLoRA's scale
 
 
-class Adapter:
-    """The low-rank update of one layer: peft's A [r, k] and B [n, r], and AdaLoRA's E [r, 1]."""
+class Adapter(Protocol):
+    """The low-rank update of one layer. parameters: in the order of gradients()."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    def update(self) -> LowRank | None:
+        """What is on at present."""
+        ...
+
+    def refresh(self) -> None:
+        """Take over the present values."""
+        ...
+
+    def gradients(self, da: Tensor, db: Tensor) -> list[Tensor]:
+        """Of parameters, from those of what the product read."""
+        ...
+
+
+class LoraAdapter:
+    """peft's A [r, k] and B [n, r], and AdaLoRA's E [r, 1]."""
 
     def __init__(self, layer: Any) -> None:
         self._layer, self._name = layer, layer.active_adapters[0]
@@ -34,7 +57,6 @@ class Adapter:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """In the order of gradients()."""
         return [self.a, self.b] if self.e is None else [self.a, self.b, self.e]
 
     @property
@@ -42,7 +64,6 @@ class Adapter:
         return self.a.shape[0]
 
     def update(self) -> LowRank | None:
-        """What is on at present."""
         if self._layer.disable_adapters:
             return None
         scale = self._layer.scaling[self._name]
@@ -51,15 +72,39 @@ class Adapter:
         return LowRank(self._read, self.b, scale)
 
     def refresh(self) -> None:
-        """Take over the present values."""
         if self.e is not None:
             torch.mul(self.a.detach(), self.e.detach(), out=self._read)
 
     def gradients(self, da: Tensor, db: Tensor) -> list[Tensor]:
-        """Of parameters, from those of what the product read."""
         if self.e is None:
             return [da, db]
         return [da * self.e.detach(), db, (da * self.a.detach()).sum(1, keepdim=True)]
+
+
+class VeraAdapter:
+    """VeRA's vectors d [r] and b [n], over the first columns of A and rows of B that all layers share."""
+
+    def __init__(self, layer: Any) -> None:
+        name = layer.active_adapters[0]
+        self._layer = layer
+        self.parameters: list[nn.Parameter] = [layer.vera_lambda_d[name], layer.vera_lambda_b[name]]
+        self._a, self._b = layer.vera_A[name][:, : layer.in_features], layer.vera_B[name][: layer.out_features]
+        self._read = LowRank(torch.empty(self._a.shape), torch.empty(self._b.shape), 1.0)
+
+    @property
+    def rank(self) -> int:
+        return self._a.shape[0]
+
+    def update(self) -> LowRank | None:
+        return None if self._layer.disable_adapters else self._read
+
+    def refresh(self) -> None:
+        d, b = (p.detach()[:, None] for p in self.parameters)
+        torch.mul(self._a, d, out=self._read.a)
+        torch.mul(self._b, b, out=self._read.b)
+
+    def gradients(self, da: Tensor, db: Tensor) -> list[Tensor]:
+        return [(da * self._a).sum(1), (db * self._b).sum(1)]
 
 
 @dataclass(frozen=True)
@@ -80,8 +125,11 @@ class Gain:
         return torch.where(p == 0, 0, sums / p).view_as(self.parameter)
 
 
+_ADAPTERS: dict[type, Callable[[Any], Adapter]] = {LoraLayer: LoraAdapter, VeraLayer: VeraAdapter}
+
+
 def adapter_of(layer: nn.Module) -> Adapter | None:
-    return Adapter(layer) if isinstance(layer, LoraLayer) else None
+    return next((make(layer) for kind, make in _ADAPTERS.items() if isinstance(layer, kind)), None)
 
 
 def gains_of(layer: nn.Module, reader: nn.Module | None = None) -> list[Gain]:

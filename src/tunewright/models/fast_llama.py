@@ -54,11 +54,17 @@ class FastLlama:
         self.rotary = decoder.rotary_emb
         self.norm = Norm(decoder.norm)
         self.layers = [Layer(kind, kernels, layer, dtype) for layer in decoder.layers]
-        head = head_of(model)
-        plain = self.tiles and head.softcap is None and head.bias is None
-        self.head = TileHead(kernels, head.weight, head.scale) if plain else None
+        self.head = self._tile_head() if self.tiles else None
         self.checkpointing = "none"
         self.values = Values(self.layers, self.norm, self.head)
+
+    def _tile_head(self) -> TileHead | None:
+        """The LM head for the kernels, if there is one and they serve it."""
+        lm: Any = causal_lm(self.model)
+        head = None if lm.get_output_embeddings() is None else head_of(self.model)
+        if head is None or head.softcap is not None or head.bias is not None:
+            return None
+        return TileHead(self.kernels, head.weight, head.scale)
 
     @property
     def shares_prefixes(self) -> bool:

@@ -10,6 +10,7 @@ from peft import PeftType
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.vera.layer import VeraLayer
 from torch import nn
 
 from tunewright.models.layouts import causal_lm, decoder_of
@@ -24,8 +25,8 @@ WINDOWS: dict[str, Callable[[Any], int | None]] = {
 }
 
 # parts of the names of what may be trained
-_TRAINED = ("lora_", "ia3_l", "prompt_encoder.", "_proj.weight", "_proj.bias", "norm.weight")
-_TRAINED += ("embed_tokens.weight", "lm_head.weight")
+_TRAINED = ("lora_", "vera_lambda_", "ia3_l", "prompt_encoder.", "_proj.weight", "_proj.bias", "norm.weight")
+_TRAINED += ("embed_tokens.weight", "lm_head.weight", "score.")
 
 
 def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
@@ -89,7 +90,20 @@ def _unusual_ia3(name: str, layer: IA3Layer) -> str | None:
     return next((what for what, is_so in found.items() if is_so), None)
 
 
-_UNUSUAL: dict[type, Callable[[str, Any], str | None]] = {LoraLayer: _unusual_lora, IA3Layer: _unusual_ia3}
+def _unusual_vera(name: str, layer: VeraLayer) -> str | None:
+    found = {
+        "more than one adapter": len(layer.active_adapters) > 1,
+        "dropout": any(not isinstance(d, nn.Identity) for d in layer.vera_dropout.values()),
+        "merged weights": layer.merged,
+    }
+    return next((what for what, is_so in found.items() if is_so), None)
+
+
+_UNUSUAL: dict[type, Callable[[str, Any], str | None]] = {
+    LoraLayer: _unusual_lora,
+    IA3Layer: _unusual_ia3,
+    VeraLayer: _unusual_vera,
+}
 
 
 def _base_is_trained(layer: Any) -> bool:

@@ -26,7 +26,15 @@ PROBLEMS = {
     "reward": "regression",
 }
 CLASSES = ("classify", "multilabel")  # heads whose outputs are classes
-Score = Callable[[Any, Tensor, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model goes from hidden states to scores. rows: [S] the token of each segment that says all of it.
+    of: (model, [S, D] their hidden states) -> [S, labels]."""
+
+    rows: Callable[[Batch], Tensor]
+    of: Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def head_names(model: nn.Module) -> set[str]:
 
 
 def scores(
-    model: nn.Module, batch: Batch, layout: str, hidden: Callable[[Batch], Tensor], embedding_noise: bool = False
+    model: nn.Module, batch: Batch, layout: str, hidden: Callable[[Batch, Tensor], Tensor], embedding_noise: bool = False
 ) -> Tensor:
     """[S, labels]: what the head says of each segment. hidden: the policy's, which adds the embedding noise if any.
 
@@ -76,8 +84,8 @@ def scores(
     """
     lm: Any = causal_lm(model)
     score = _score_of(lm)
-    if score is not None and (layout == PACKED or score is _last_token):
-        return score(lm, hidden(batch), batch)
+    if score is not None and (layout == PACKED or score is LAST_TOKEN):
+        return score.of(lm, hidden(batch, score.rows(batch)))
     if embedding_noise:
         raise UserError(
             f"neftune_alpha cannot be used with {type(lm).__name__}: it reads its tokens itself. Set it to 0.",
@@ -89,27 +97,24 @@ def scores(
 def _score_of(lm: Any) -> Score | None:
     """How the model goes from hidden states to scores, by the modules that it has; models/probe.py proves it."""
     if hasattr(lm, "score"):
-        return _last_token
+        return LAST_TOKEN
     if not hasattr(lm, "classifier"):
         return None
     pooler = getattr(getattr(lm, lm.base_model_prefix), "pooler", None)
-    return _first_token if pooler is None else _pooled
+    return FIRST_TOKEN if pooler is None else POOLED
 
 
-def _last_token(lm: Any, h_TD: Tensor, batch: Batch) -> Tensor:
-    """Decoders."""
-    return lm.score(h_TD[batch.last_S])
+def _first(batch: Batch) -> Tensor:
+    return batch.cu_seqlens[:-1].long()
 
 
-def _pooled(lm: Any, h_TD: Tensor, batch: Batch) -> Tensor:
-    """BERT and its kin: a dense layer over the first token, then the classifier."""
-    first_SD = h_TD[batch.cu_seqlens[:-1].long()]
+def _pooled(lm: Any, first_SD: Tensor) -> Tensor:
     return lm.classifier(getattr(lm, lm.base_model_prefix).pooler(first_SD[:, None]))
 
 
-def _first_token(lm: Any, h_TD: Tensor, batch: Batch) -> Tensor:
-    """RoBERTa, ELECTRA: the classifier looks at the first token by itself."""
-    return lm.classifier(h_TD[batch.cu_seqlens[:-1].long()][:, None])
+LAST_TOKEN = Score(lambda batch: batch.last_S, lambda lm, last_SD: lm.score(last_SD))  # decoders
+POOLED = Score(_first, _pooled)  # BERT and its kin: a dense layer over the first token, then the classifier
+FIRST_TOKEN = Score(_first, lambda lm, first_SD: lm.classifier(first_SD[:, None]))  # RoBERTa, ELECTRA: it looks itself
 
 
 def _own_forward(lm: Any, batch: Batch) -> Tensor:
