@@ -1,4 +1,4 @@
-"""The fast path of AdaLoRA, DoRA, IA3 and VeRA says what transformers and peft say: loss, gradients, off and on, on tiles."""
+"""The fast path of AdaLoRA, DoRA, IA3 and VeRA says what peft says: loss, gradients, off and on, on tiles."""
 
 from __future__ import annotations
 

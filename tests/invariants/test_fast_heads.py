@@ -47,7 +47,9 @@ def score(policy: Policy, groups: list[Group]) -> tuple[Tensor, dict[str, Tensor
 
 
 @pytest.mark.parametrize("tuner", ["lora", "full", "dora"])
-def test_scores_and_gradients_are_those_of_the_plain_modules(tiny_model_dir: Path, kernels: Kernels, tuner: str) -> None:
+def test_scores_and_gradients_are_those_of_the_plain_modules(
+    tiny_model_dir: Path, kernels: Kernels, tuner: str
+) -> None:
     want, theirs = score(Policy(scored(tiny_model_dir, tuner)), rows())
     got, ours = score(fast(scored(tiny_model_dir, tuner), kernels), rows())
     assert torch.allclose(got, want, atol=1e-5) and want.abs().min() > 1e-3

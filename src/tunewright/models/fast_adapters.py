@@ -1,8 +1,9 @@
 """What adapters add to a layer, as the fast path computes it: low-rank updates, and trained factors of outputs.
 
-AdaLoRA's update B (E * A) is one of low rank whose A is E * A, VeRA's one of (b * B) and (d * A). DoRA and IA3 multiply a layer's outputs by numbers, here
-called gains: y = gain * z. As y is proportional to the trained number p that its gain comes from (DoRA's norm gets no
-gradient), that number's gradient is the sum of dy * y over the tokens, divided by p: z need not be kept.
+AdaLoRA's update B (E * A) is one of low rank whose A is E * A, VeRA's one of b * B and d * A. DoRA and IA3 multiply a
+layer's outputs by numbers, here called gains: y = gain * z. As y is proportional to the trained number p that its gain
+comes from (DoRA's norm gets no gradient), that number's gradient is the sum of dy * y over the tokens, divided by p: z
+need not be kept.
 """
 
 from __future__ import annotations

@@ -76,7 +76,11 @@ def head_names(model: nn.Module) -> set[str]:
 
 
 def scores(
-    model: nn.Module, batch: Batch, layout: str, hidden: Callable[[Batch, Tensor], Tensor], embedding_noise: bool = False
+    model: nn.Module,
+    batch: Batch,
+    layout: str,
+    hidden: Callable[[Batch, Tensor], Tensor],
+    embedding_noise: bool = False,
 ) -> Tensor:
     """[S, labels]: what the head says of each segment. hidden: the policy's, which adds the embedding noise if any.
 
