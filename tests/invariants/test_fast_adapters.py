@@ -1,4 +1,5 @@
-"""The fast path of AdaLoRA, DoRA, IA3 and VeRA says what peft says: loss, gradients, off and on, on tiles."""
+"""The fast path of AdaLoRA, DoRA, IA3 and VeRA says what peft says: loss, gradients, off and on, on tiles. That of
+bottlenecks, which peft does not have, says what the plain modules say."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
 
 NAMES = ("adalora", "dora", "ia3", "vera")
+BOTTLENECKS = ("houlsby", "pfeiffer", "parallel")
 SOME: dict[str, dict[str, Any]] = {
     "adalora": {"target_modules": ["v_proj", "gate_proj", "down_proj"], "initial_r": 3, "r": 2},
     "dora": {"target_modules": ["q_proj", "up_proj", "o_proj"], "r": 3},
@@ -72,7 +74,7 @@ def test_a_step_is_that_of_transformers_and_peft(
     assert_relative(grads, {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["adalora", "dora", "vera"])
+@pytest.mark.parametrize("name", ["adalora", "dora", "vera", *BOTTLENECKS])
 def test_biases_are_no_part_of_what_is_tuned(tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, name: str) -> None:
     """Qwen2 has them on q, k and v: DoRA's lengths do not multiply them."""
     _, model = tuned(name, tiny.build_family(tmp_path / "model", "qwen2", tiny_model_dir))
@@ -84,7 +86,7 @@ def test_biases_are_no_part_of_what_is_tuned(tmp_path: Path, tiny_model_dir: Pat
     assert_relative(grads, want_grads, 1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *BOTTLENECKS])
 def test_steps_off_and_on_follow_the_plain_modules(
     tiny_model_dir: Path, groups: list[Group], kernels: Kernels, name: str
 ) -> None:
@@ -119,7 +121,12 @@ def error(found: dict[str, Tensor], want: dict[str, Tensor], like: str) -> float
 @pytest.mark.parametrize(
     ("name", "family"),
     # IA3 over biases runs the plain modules
-    [(name, family) for name in NAMES for family in ("llama", "qwen2") if (name, family) != ("ia3", "qwen2")],
+    [
+        (name, family)
+        for name in (*NAMES, *BOTTLENECKS)
+        for family in ("llama", "qwen2")
+        if (name, family) != ("ia3", "qwen2")
+    ],
 )
 def test_on_tiles_the_error_is_that_of_rounding(
     tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, name: str, family: str
@@ -146,7 +153,7 @@ def test_on_tiles_the_error_is_that_of_rounding(
     got, grads = step(policy, rows)
     plain_grads = step(Policy(half, torch.bfloat16), rows)[1]
     assert got == pytest.approx(want, rel=0.005)
-    for kind in ("", "lora_E", "magnitude", "ia3_l", "lambda_d", "lambda_b"):
+    for kind in ("", "lora_E", "magnitude", "ia3_l", "lambda_d", "lambda_b", "_down", "_up"):
         if any(kind in k for k in want_grads):
             assert error(grads, want_grads, kind) <= 1.5 * error(plain_grads, want_grads, kind) <= 0.15, kind
     policy.set_checkpointing("full")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,9 @@ class Kept:
 
     small: [2 + heads, T] float32, 1/rms of both norms and the log-sum-exp. seen: what attention keeps for its backward.
     low: [T, r] of each product's update, narrow results, in the order of Layer.linears. alone: what o and down add to
-    the residual, where they have gains. room: all but x and small where the layer is one call of the kernels. rows:
-    where only some tokens' outputs are wanted, these; chosen: their x and what they attended to, and all behind the
-    attention is theirs alone.
+    the residual, where they have gains or bottlenecks. narrow: the bottlenecks' values before their f. room: all but x
+    and small where the layer is one call of the kernels. rows: where only some tokens' outputs are wanted, these;
+    chosen: their x and what they attended to, and all behind the attention is theirs alone.
     """
 
     x: Tensor
@@ -58,7 +59,8 @@ class Kept:
     seen: Any = None
     mid: Tensor | None = None
     gu: Tensor | None = None
-    alone: tuple[Tensor | None, Tensor | None] = (None, None)
+    alone: Sequence[Tensor | None] = (None, None)
+    narrow: Sequence[Tensor | None] = (None, None, None)
     rows: Tensor | None = None
     chosen: tuple[Tensor, Tensor] | None = None
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunewright.models.fast_attention import Attend, Heads, Segments, Served, TileAttention, TorchAttention
+from tunewright.models.fast_bottleneck import add, behind, beside
 from tunewright.models.fast_kept import Kept, Packed, if_given, spread_rows, take_rows
 from tunewright.models.fast_serves import WINDOWS, head_dim, tiles_fit
-from tunewright.models.fast_weights import Layer, Linear, Norm, Room, Values, norm_parameters
+from tunewright.models.fast_weights import Layer, Norm, Room, Values, norm_parameters
 from tunewright.models.layouts import causal_lm, decoder_of, virtual_of
 from tunewright.models.policy import head_of
 from tunewright.ops.attention import prefixes_of
@@ -157,8 +158,8 @@ class FastLlama:
         own.at = 0
         d, n = x.shape[1], b.total if rows is None else padded(rows.numel())
         before = w.qkv.product.r + w.qkv.product.n + w.o.product.k  # columns up to the attention, of all tokens
-        room, behind = Room(b.total, before, self.dtype), Room(n, w.kept_columns - before, self.dtype)
-        low = (room.take(w.qkv.product.r), *(behind.take(p.product.r) for p in (w.o, w.gate_up, w.down)))
+        room, later = Room(b.total, before, self.dtype), Room(n, w.kept_columns - before, self.dtype)
+        low = (room.take(w.qkv.product.r), *(later.take(p.product.r) for p in (w.o, w.gate_up, w.down)))
         small = torch.empty(2 + self.shape.heads, b.total)
         xn = self._rmsnorm(x, w.norm1.weight, own.take(d), small[0])
         qkv = room.take(w.qkv.product.n)
@@ -169,14 +170,18 @@ class FastLlama:
         attended = room.take(w.o.product.k)
         seen = (attend or self.attend).forward(qkv, attended, b.at, small[2:])
         chosen = (x, attended) if rows is None else (take_rows(x, rows), take_rows(attended, rows))
-        mid, gu, h = behind.take(d), behind.take(w.gate_up.product.n), own.take(w.down.product.k)[:n]
-        alone = [None if linear.product.gain is None else behind.take(d) for linear in (w.o, w.down)]
+        mid, gu, h = later.take(d), later.take(w.gate_up.product.n), own.take(w.down.product.k)[:n]
+        alone = [later.take(d) if wanted else None for wanted in w.alone]
+        narrow = [None if b is None else later.take(b.size) for b in (w.after_o, w.beside, w.after_down)]
         w.o.product.forward(chosen[1], low[1], mid, "add", chosen[0], *if_given(alone[0]))
+        add(w.after_o, alone[0], mid, narrow[0])
         xn2 = self._rmsnorm(mid, w.norm2.weight, own.take(d)[:n], small[1, :n])
         w.gate_up.product.forward(xn2, low[2], gu, "swiglu", h)
         out = torch.empty(n, d, dtype=self.dtype)
         w.down.product.forward(h, low[3], out, "add", mid, *if_given(alone[1]))
-        return out, Kept(x, small, None, low, qkv, attended, seen, mid, gu, (alone[0], alone[1]), rows, chosen)
+        add(w.beside, xn2, out, narrow[1])
+        add(w.after_down, alone[1], out, narrow[2])
+        return out, Kept(x, small, None, low, qkv, attended, seen, mid, gu, alone, narrow, rows, chosen)
 
     def _layer_at_once(self, w: Layer, x: Tensor, b: Packed, own: Room) -> tuple[Tensor, Kept]:
         """_layer of tiles with nothing but low-rank updates."""
@@ -243,19 +248,22 @@ class FastLlama:
         rstd1, rstd2 = k.small[0], k.small[1, :n]
         low = (scratch.take(w.qkv.product.r), *(scratch.take(p.product.r)[:n] for p in (w.o, w.gate_up, w.down)))
         dgu, h, dout = scratch.take(w.gate_up.product.n)[:n], own.take(w.down.product.k)[:n], scratch.take(d)[:n]
-        dy, sums = w.down.before_gain(dx, k.alone[1], dout)
+        dy, g_after_down = behind(w.after_down, k.alone[1], k.narrow[2], dx, dout)
+        dy, sums = w.down.before_gain(dy, k.alone[1], dout)
         w.down.product.backward(dy, low[3], dgu, "swiglu_backward", k.gu, h)
         g_down = w.down.gradients(h if w.down.reads else None, k.low[3], dy, low[3], sums)
         dn_all = scratch.take(d)
         dn = dn_all[:n]
         dgu, sums = w.gate_up.before_gain(dgu, k.gu, dgu)
         w.gate_up.product.backward(dgu, low[2], dn)
-        xn2 = self._normed_again(k.mid, w.norm2, rstd2, w.gate_up, own)
+        xn2 = self._normed_again(k.mid, w.norm2, rstd2, w.gate_up.reads or w.beside is not None, own)
         g_gate_up = w.gate_up.gradients(xn2, k.low[2], dgu, low[2], sums)
+        g_beside = beside(w.beside, xn2, k.narrow[1], dx, dn)
         dmid = scratch.take(d)[:n]
         g_norm2 = self._rmsnorm_backward(dn, k.mid, w.norm2, rstd2, dx, dmid)
         dattended = scratch.take(w.o.product.k)[:n]
-        dy, sums = w.o.before_gain(dmid, k.alone[0], dout)
+        dy, g_after_o = behind(w.after_o, k.alone[0], k.narrow[0], dmid, dout)
+        dy, sums = w.o.before_gain(dy, k.alone[0], dout)
         w.o.product.backward(dy, low[1], dattended)
         g_o = w.o.gradients(k.chosen[1], k.low[1], dy, low[1], sums)
         if k.rows is not None:
@@ -270,9 +278,10 @@ class FastLlama:
         else:
             w.qkv.product.backward(dqkv, low[0], dn_all)
             g_norm1 = self._rmsnorm_backward(dn_all, k.x, w.norm1, rstd1, dmid, to)
-        xn = self._normed_again(k.x, w.norm1, rstd1, w.qkv, own)
+        xn = self._normed_again(k.x, w.norm1, rstd1, w.qkv.reads, own)
         g_qkv = w.qkv.gradients(xn, k.low[0], dqkv, low[0], sums)
-        return [*g_qkv, *g_o, *g_gate_up, *g_down, *g_norm1, *g_norm2]
+        g_bottlenecks = [*g_after_o, *g_beside, *g_after_down]
+        return [*g_qkv, *g_o, *g_gate_up, *g_down, *g_bottlenecks, *g_norm1, *g_norm2]
 
     def _product_again(self, w: Layer, k: Kept, b: Packed) -> Tensor | None:
         """Queries, keys and values as the product made them, in the place of what attention read; only for gains."""
@@ -281,9 +290,9 @@ class FastLlama:
         self._rope(k.qkv, b, -1.0)
         return k.qkv if w.qkv.bias is None else k.qkv.sub_(w.qkv.bias)
 
-    def _normed_again(self, x: Tensor, norm: Norm, rstd: Tensor, linear: Linear, own: Room) -> Tensor | None:
-        """The input of `linear` as the forward had it, where a gradient needs it."""
-        return self._rmsnorm(x, norm.weight, own.take(x.shape[1])[: x.shape[0]], rstd) if linear.reads else None
+    def _normed_again(self, x: Tensor, norm: Norm, rstd: Tensor, wanted: bool, own: Room) -> Tensor | None:
+        """What the norm said in the forward, where a gradient needs it."""
+        return self._rmsnorm(x, norm.weight, own.take(x.shape[1])[: x.shape[0]], rstd) if wanted else None
 
     def _rmsnorm_backward(
         self, dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor | None, to: Tensor

@@ -25,7 +25,16 @@ WINDOWS: dict[str, Callable[[Any], int | None]] = {
 }
 
 # parts of the names of what may be trained
-_TRAINED = ("lora_", "vera_lambda_", "ia3_l", "prompt_encoder.", "_proj.weight", "_proj.bias", "norm.weight")
+_TRAINED = (
+    "lora_",
+    "vera_lambda_",
+    "adapter_",
+    "ia3_l",
+    "prompt_encoder.",
+    "_proj.weight",
+    "_proj.bias",
+    "norm.weight",
+)
 _TRAINED += ("embed_tokens.weight", "lm_head.weight", "score.")
 
 

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from tunewright.models.fast_adapters import Gain, adapter_of, gains_of
+from tunewright.models.fast_bottleneck import Bottleneck, unwrapped
 from tunewright.ops.kernels import Kernels
 from tunewright.ops.logprob import TileHead
 from tunewright.ops.lora import Inner, LowRank, Product, TileProduct, interleave
@@ -197,11 +198,14 @@ class Layer:
     """The weights of one decoder layer."""
 
     def __init__(self, kind: type[Product], kernels: Kernels, layer: Any, dtype: torch.dtype) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
+        mlp, self.beside = unwrapped(layer.mlp, dtype)
+        o, self.after_o = unwrapped(attention.o_proj, dtype)
+        down, self.after_down = unwrapped(mlp.down_proj, dtype)
         self.qkv = Linear(kind, kernels, dtype, [attention.q_proj, attention.k_proj, attention.v_proj])
-        self.o = Linear(kind, kernels, dtype, [attention.o_proj])
-        self.gate_up = Linear(kind, kernels, dtype, [mlp.gate_proj, mlp.up_proj], "out", mlp.down_proj)
-        self.down = Linear(kind, kernels, dtype, [mlp.down_proj], "in")
+        self.o = Linear(kind, kernels, dtype, [o])
+        self.gate_up = Linear(kind, kernels, dtype, [mlp.gate_proj, mlp.up_proj], "out", down)
+        self.down = Linear(kind, kernels, dtype, [down], "in")
         self.norm1 = Norm(layer.input_layernorm)
         self.norm2 = Norm(layer.post_attention_layernorm)
         self._on_tiles = kind is TileProduct
@@ -210,7 +214,12 @@ class Layer:
     def one_call(self) -> bool:
         """Whether it is one call of the kernels in each direction (layer.h): with nothing but adapters."""
         whole = any(linear.whole for linear in self.linears) or any(norm.trained for norm in self.norms)
-        return self._on_tiles and not whole
+        return self._on_tiles and not whole and not self.bottlenecks
+
+    @property
+    def bottlenecks(self) -> list[Bottleneck]:
+        """In the order of their gradients."""
+        return [b for b in (self.after_o, self.beside, self.after_down) if b is not None]
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -222,11 +231,12 @@ class Layer:
 
     @property
     def trained(self) -> bool:
-        return any(part.trained for part in (*self.linears, *self.norms))
+        return any(part.trained for part in (*self.linears, *self.norms, *self.bottlenecks))
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained, in the order of the gradients."""
-        return [p for linear in self.linears for p in linear.parameters()] + norm_parameters(self.norms)
+        parts = (*self.linears, *self.bottlenecks)
+        return [p for part in parts for p in part.parameters()] + norm_parameters(self.norms)
 
     def update_record(self) -> None:
         """Its weights as a struct of C (layer.h, LayerWeights)."""
@@ -252,8 +262,15 @@ class Layer:
     def kept_columns(self) -> int:
         """Columns of all that the backward needs of the forward, but x."""
         wide = self.qkv.product.n + self.o.product.k + self.o.product.n + self.gate_up.product.n
-        alone = sum(linear.product.n for linear in (self.o, self.down) if linear.product.gain is not None)
-        return wide + alone + sum(linear.product.r for linear in self.linears)
+        alone = sum(self.alone) * self.o.product.n
+        narrow = sum(linear.product.r for linear in self.linears) + sum(b.size for b in self.bottlenecks)
+        return wide + alone + narrow
+
+    @property
+    def alone(self) -> list[bool]:
+        """Whether what o and down add to the residual is kept by itself."""
+        ends = ((self.o, self.after_o), (self.down, self.after_down))
+        return [linear.product.gain is not None or after is not None for linear, after in ends]
 
     @property
     def gradient_sizes(self) -> list[int]:
@@ -281,10 +298,12 @@ class Values:
         self._layers = layers
         self._linears = [linear for layer in layers for linear in layer.linears]
         self._norms = [*(own for layer in layers for own in layer.norms), norm]
+        self._bottlenecks = [b for layer in layers for b in layer.bottlenecks]
         self._heads = [head] if head is not None and head.weight.requires_grad else []
-        self._own = [p for part in (*self._linears, *self._norms) for p in part.own]
+        self._all = (*self._linears, *self._norms, *self._bottlenecks)
+        self._own = [p for part in self._all for p in part.own]
         # a checkpoint may be loaded, and what is trained may be frozen, before the first call
-        self._parts: list[Any] = [part for part in (*self._linears, *self._norms) if part.trained]
+        self._parts: list[Any] = [part for part in self._all if part.trained]
         self._trained: list[Tensor] = []
         self.seen: tuple[Any, ...] = ()
 
@@ -313,7 +332,7 @@ class Values:
     def _on(self) -> tuple[Any, ...]:
         """Which adapters are on, and which weights are trained: half fine-tuning changes that between steps."""
         places = [linear.places() for linear in self._linears if linear.adapted]
-        return *places, *(p.requires_grad for p in self._own)
+        return *places, *(b.on for b in self._bottlenecks), *(p.requires_grad for p in self._own)
 
     def _switch(self) -> None:
         """Take over what _on() says. What was ever trained is looked after from then on."""
@@ -322,6 +341,6 @@ class Values:
             linear.switch()
         for layer in self._layers:
             layer.update_record()
-        parts = [part for part in (*self._linears, *self._norms) if part.trained or part in self._parts]
+        parts = [part for part in self._all if part.trained or part in self._parts]
         self._trained = [p for part in parts for p in part.trainable()] + [head.weight for head in self._heads]
         self._parts = [*parts, *self._heads]
