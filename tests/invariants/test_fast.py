@@ -47,12 +47,17 @@ def test_a_step_is_that_of_transformers_and_peft(
     assert_relative(grads, theirs, 1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+BIASED = {"attention_bias": True, "mlp_bias": True}
+FAMILIES: list[tuple[str, dict[str, Any]]] = [("llama", {}), ("llama", BIASED), ("qwen2", {}), ("mistral", {})]
+each_family = pytest.mark.parametrize(("family", "more"), FAMILIES, ids=["llama", "biased", "qwen2", "mistral"])
+
+
+@each_family
 def test_each_family_served_is_its_plain_self(
-    tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, family: str
+    tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, family: str, more: dict[str, Any]
 ) -> None:
-    """Biases of q, k, v in Qwen2; a window of 3 tokens in Mistral."""
-    folder = tiny.build_family(tmp_path / "model", family, tiny_model_dir)
+    """Biases of q, k, v in Qwen2, of all layers in some Llamas; a window of 3 tokens in Mistral."""
+    folder = tiny.build_family(tmp_path / "model", family, tiny_model_dir, **more)
     _, model = lora(folder)
     give_biases(model)
     ids = torch.arange(60) * 7 % 90 + 3
@@ -218,12 +223,14 @@ def test_on_tiles_the_error_is_that_of_rounding(tiled: Path, groups: list[Group]
     assert abs(plain - want) <= 0.01 * want
 
 
-@pytest.mark.parametrize("family", ["qwen2", "mistral"])
-def test_each_family_on_tiles(tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, family: str) -> None:
+@each_family
+def test_each_family_on_tiles(
+    tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, family: str, more: dict[str, Any]
+) -> None:
     """Biases of q, k, v and a sliding window, in the calls that do a whole layer; checkpointing gives the same bits."""
     if not kernels.tiles:
         pytest.skip("this processor has no AMX tiles")
-    calm = {**tiny.TILED, "initializer_range": 0.05}  # else rounding is all that is seen
+    calm = {**tiny.TILED, "initializer_range": 0.05, **more}  # else rounding is all that is seen
     half, exact = (lora(tiny.build_family(tmp_path / d, family, tiny_model_dir, **calm), dtype)[1]
                    for d, dtype in (("half", torch.bfloat16), ("exact", torch.float32)))  # fmt: skip
     give_biases(half)
@@ -268,10 +275,12 @@ def test_full_tuning_is_that_of_transformers(tiny_model_dir: Path, groups: list[
     assert_relative(grads, {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}, 1e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "mistral"])
-def test_full_tuning_of_each_family_served(tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, family: str) -> None:
-    """Trained biases in Qwen2; heads that are not tied to the embeddings."""
-    model = full(tiny.build_family(tmp_path / "model", family, tiny_model_dir))
+@each_family
+def test_full_tuning_of_each_family_served(
+    tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, family: str, more: dict[str, Any]
+) -> None:
+    """Trained biases; heads that are not tied to the embeddings."""
+    model = full(tiny.build_family(tmp_path / "model", family, tiny_model_dir, **more))
     give_biases(model)
     rows = [Group((Example(tuple(range(3, 3 + n)), (1.0,) * n, n),)) for n in (9, 30, 21)]
     want, want_grads = step(Policy(model), rows)
@@ -375,14 +384,7 @@ def _more(model: nn.Module) -> None:
     model.prompt = nn.Parameter(torch.zeros(1))  # type: ignore[assignment]
 
 
-def _bias(model: nn.Module) -> None:
-    layer = model.get_base_model().model.layers[0].self_attn.o_proj  # type: ignore[operator,union-attr,index]
-    layer.base_layer.bias = nn.Parameter(torch.ones(layer.base_layer.out_features), requires_grad=False)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"), [(_bias, "have biases"), (_dropout, "has dropout"), (_more, "prompt is trained")]
-)
+@pytest.mark.parametrize(("change", "reason"), [(_dropout, "has dropout"), (_more, "prompt is trained")])
 def test_what_it_does_not_serve_is_told(tiny_model_dir: Path, change: Change, reason: str) -> None:
     _, model = lora(tiny_model_dir)
     change(model)

@@ -1,5 +1,5 @@
 """The fast path of AdaLoRA, DoRA, IA3 and VeRA says what peft says: loss, gradients, off and on, on tiles. That of
-bottlenecks, which peft does not have, says what the plain modules say."""
+bottlenecks and of added biases, which peft does not have, says what the plain modules say."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
 
 NAMES = ("adalora", "dora", "ia3", "vera")
-BOTTLENECKS = ("houlsby", "pfeiffer", "parallel")
+OWN = ("houlsby", "pfeiffer", "parallel", "bitfit")
+NEEDED: dict[str, dict[str, Any]] = {"bitfit": {"add_biases": True}}
 SOME: dict[str, dict[str, Any]] = {
     "adalora": {"target_modules": ["v_proj", "gate_proj", "down_proj"], "initial_r": 3, "r": 2},
     "dora": {"target_modules": ["q_proj", "up_proj", "o_proj"], "r": 3},
@@ -42,7 +43,7 @@ def groups(tiny_model_dir: Path) -> list[Group]:
 def tuned(name: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Tuner, nn.Module]:
     """A tuner whose every part has a gradient: nothing is where it starts. AdaLoRA's first triplet is off."""
     kind: Any = TUNERS.load(name)
-    tuner = kind(kind.Options(**options))
+    tuner = kind(kind.Options(**NEEDED.get(name, {}), **options))
     model = tuner.attach(load_model(folder, dtype), 0)
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -74,7 +75,7 @@ def test_a_step_is_that_of_transformers_and_peft(
     assert_relative(grads, {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["adalora", "dora", "vera", *BOTTLENECKS])
+@pytest.mark.parametrize("name", ["adalora", "dora", "vera", *OWN])
 def test_biases_are_no_part_of_what_is_tuned(tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, name: str) -> None:
     """Qwen2 has them on q, k and v: DoRA's lengths do not multiply them."""
     _, model = tuned(name, tiny.build_family(tmp_path / "model", "qwen2", tiny_model_dir))
@@ -86,7 +87,7 @@ def test_biases_are_no_part_of_what_is_tuned(tmp_path: Path, tiny_model_dir: Pat
     assert_relative(grads, want_grads, 1e-4)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *BOTTLENECKS])
+@pytest.mark.parametrize("name", [*NAMES, *OWN])
 def test_steps_off_and_on_follow_the_plain_modules(
     tiny_model_dir: Path, groups: list[Group], kernels: Kernels, name: str
 ) -> None:
@@ -121,12 +122,7 @@ def error(found: dict[str, Tensor], want: dict[str, Tensor], like: str) -> float
 @pytest.mark.parametrize(
     ("name", "family"),
     # IA3 over biases runs the plain modules
-    [
-        (name, family)
-        for name in (*NAMES, *BOTTLENECKS)
-        for family in ("llama", "qwen2")
-        if (name, family) != ("ia3", "qwen2")
-    ],
+    [(name, family) for name in (*NAMES, *OWN) for family in ("llama", "qwen2") if (name, family) != ("ia3", "qwen2")],
 )
 def test_on_tiles_the_error_is_that_of_rounding(
     tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, name: str, family: str
@@ -153,7 +149,7 @@ def test_on_tiles_the_error_is_that_of_rounding(
     got, grads = step(policy, rows)
     plain_grads = step(Policy(half, torch.bfloat16), rows)[1]
     assert got == pytest.approx(want, rel=0.005)
-    for kind in ("", "lora_E", "magnitude", "ia3_l", "lambda_d", "lambda_b", "_down", "_up"):
+    for kind in ("", "lora_E", "magnitude", "ia3_l", "lambda_d", "lambda_b", "_down", "_up", "bias"):
         if any(kind in k for k in want_grads):
             assert error(grads, want_grads, kind) <= 1.5 * error(plain_grads, want_grads, kind) <= 0.15, kind
     policy.set_checkpointing("full")
@@ -171,8 +167,20 @@ def _trained_below(folder: Path) -> nn.Module:
     return model
 
 
+def _lengths_beside_biases(folder: Path) -> nn.Module:
+    model = tuned("dora", folder)[1]
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.get_base_layer()  # type: ignore[operator,union-attr,index]
+    layer.bias = nn.Parameter(torch.ones(layer.out_features), requires_grad=False)
+    return model
+
+
 @pytest.mark.parametrize(
-    ("make", "reason"), [(_scaled_inputs, "not the MLP's inner side"), (_trained_below, "weights that are trained")]
+    ("make", "reason"),
+    [
+        (_scaled_inputs, "not the MLP's inner side"),
+        (_trained_below, "weights that are trained"),
+        (_lengths_beside_biases, "biases beside factors"),
+    ],
 )
 def test_what_it_does_not_serve_is_told(tiny_model_dir: Path, make: Callable[[Path], nn.Module], reason: str) -> None:
     assert reason in (why_not(make(tiny_model_dir), torch.float32) or "")

@@ -164,8 +164,7 @@ class FastLlama:
         xn = self._rmsnorm(x, w.norm1.weight, own.take(d), small[0])
         qkv = room.take(w.qkv.product.n)
         w.qkv.product.forward(xn, low[0], qkv)
-        if w.qkv.bias is not None:
-            qkv += w.qkv.bias
+        w.qkv.add_bias(qkv)
         self._rope(qkv, b, 1.0)
         attended = room.take(w.o.product.k)
         seen = (attend or self.attend).forward(qkv, attended, b.at, small[2:])
@@ -174,11 +173,13 @@ class FastLlama:
         alone = [later.take(d) if wanted else None for wanted in w.alone]
         narrow = [None if b is None else later.take(b.size) for b in (w.after_o, w.beside, w.after_down)]
         w.o.product.forward(chosen[1], low[1], mid, "add", chosen[0], *if_given(alone[0]))
+        w.o.add_bias(mid, None if w.after_o is None else alone[0])
         add(w.after_o, alone[0], mid, narrow[0])
         xn2 = self._rmsnorm(mid, w.norm2.weight, own.take(d)[:n], small[1, :n])
-        w.gate_up.product.forward(xn2, low[2], gu, "swiglu", h)
+        w.gate_up.product.forward(xn2, low[2], gu, "swiglu", h, *if_given(w.gate_up.bias))
         out = torch.empty(n, d, dtype=self.dtype)
         w.down.product.forward(h, low[3], out, "add", mid, *if_given(alone[1]))
+        w.down.add_bias(out, None if w.after_down is None else alone[1])
         add(w.beside, xn2, out, narrow[1])
         add(w.after_down, alone[1], out, narrow[2])
         return out, Kept(x, small, None, low, qkv, attended, seen, mid, gu, alone, narrow, rows, chosen)

@@ -42,13 +42,13 @@ def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
     """Why this model cannot take the fast path, or None if it can."""
     config: Any = causal_lm(model).config
     names = {name.replace(".base_layer", "") for name, _ in decoder_of(model).named_parameters()}
-    plain = ("o_proj", "gate_proj", "up_proj", "down_proj")
     found = {
         "a prefix of keys and values stands in front of the rows": _has_prefix(model),
         "its base is quantised, and the fast path reads plain weights": is_quantised(model),
         f"models of type '{config.model_type}' have no fast path": config.model_type not in WINDOWS,
         "its MLP is not a SwiGLU": getattr(config, "hidden_act", "silu") != "silu",
-        "its linear layers have biases": any(f"{p}.bias" in name for name in names for p in plain),
+        "its MLP has biases beside factors of outputs": _has_gains(model)
+        and any(f"{p}.bias" in name for name in names for p in ("gate_proj", "up_proj")),
         "its layers differ in their attention": len(set(getattr(config, "layer_types", None) or [""])) > 1,
         "only a part of each head is rotated": getattr(config, "partial_rotary_factor", None) not in (None, 1.0),
         "it is not on the CPU": next(model.parameters()).device.type != "cpu",
@@ -70,6 +70,11 @@ def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
 def _has_prefix(model: Any) -> bool:
     encoder = getattr(model, "prompt_encoder", None)
     return encoder is not None and model.active_peft_config.peft_type == PeftType.PREFIX_TUNING
+
+
+def _has_gains(model: nn.Module) -> bool:
+    """Whether DoRA's or IA3's numbers multiply what layers say."""
+    return any(isinstance(m, IA3Layer) or bool(getattr(m, "lora_magnitude_vector", None)) for m in model.modules())
 
 
 def _unusual_lora(name: str, layer: LoraLayer) -> str | None:

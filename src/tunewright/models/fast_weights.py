@@ -84,9 +84,19 @@ class Linear:
         return [layer.weight.detach() for layer in self.plain]
 
     def _bias(self) -> Tensor | None:
-        if self.plain[0].bias is None:
+        if all(layer.bias is None for layer in self.plain):
             return None
-        return torch.cat([layer.bias.detach().to(self.dtype) for layer in self.plain])
+        bias = torch.zeros(self.product.n, dtype=self.dtype)
+        for layer, rows in zip(self.plain, self.rows, strict=True):
+            if layer.bias is not None:
+                bias[rows] = layer.bias.detach().to(self.dtype)
+        return bias
+
+    def add_bias(self, *to: Tensor | None) -> None:
+        """Add it to each, where there is one."""
+        for y in to:
+            if self.bias is not None and y is not None:
+                y += self.bias
 
     def updates(self) -> list[LowRank | None]:
         """The low-rank matrices that are on at present."""
@@ -212,9 +222,11 @@ class Layer:
 
     @property
     def one_call(self) -> bool:
-        """Whether it is one call of the kernels in each direction (layer.h): with nothing but adapters."""
+        """Whether it is one call of the kernels in each direction (layer.h): with nothing but adapters,
+        and biases of q, k and v alone."""
         whole = any(linear.whole for linear in self.linears) or any(norm.trained for norm in self.norms)
-        return self._on_tiles and not whole and not self.bottlenecks
+        biases = any(linear.bias is not None for linear in (self.o, self.gate_up, self.down))
+        return self._on_tiles and not (whole or biases or self.bottlenecks)
 
     @property
     def bottlenecks(self) -> list[Bottleneck]:

@@ -89,8 +89,8 @@ class Product:
 
     def forward(self, x: Tensor, u: Tensor, y: Tensor, epilogue: Epilogue = "store", *extra: Tensor) -> None:
         """x [tokens, k] -> y [tokens, n], gains included; fills u [tokens, r]. add: plus extra[0], and extra[1], if it
-        is given, gets y without it; bias: plus the row extra[0]. swiglu: y is gate and up, extra[0] gets h. gelu: plus
-        the row extra[0], extra[1] gets gelu(y)."""
+        is given, gets y without it; bias: plus the row extra[0]. swiglu: y is gate and up, plus the row extra[1] if it
+        is given; extra[0] gets h. gelu: plus the row extra[0]; extra[1] gets gelu(y)."""
         raise NotImplementedError
 
     def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
@@ -156,8 +156,8 @@ class TileProduct(Product):
                 own.copy_(weight)
 
     def forward(self, x: Tensor, u: Tensor, y: Tensor, epilogue: Epilogue = "store", *extra: Tensor) -> None:
-        other = extra[0] if epilogue in ("add", "bias", "gelu") else None
-        h = extra[0] if epilogue == "swiglu" else extra[1] if extra[1:] else None
+        first, second = (*extra, None, None)[:2]
+        other, h = (second, first) if epilogue == "swiglu" else (first, second)
         self._run(x, u, 0, y, epilogue, other, h)
 
     def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:
@@ -181,6 +181,12 @@ class TileProduct(Product):
         sums = torch.empty(self.n)
         self.kernels("before_gain_tiles", self.record, dy, y, dz, dy.shape[0], sums)
         return sums
+
+    def column_sums(self, dy: Tensor) -> Tensor:
+        if self.inner != "out":
+            return super().column_sums(dy)
+        blocks = dy.view(dy.shape[0] // BLOCK, self.n // BLOCK, BLOCK, BLOCK)
+        return blocks.sum((0, 2), dtype=torch.float32).flatten()
 
     @property
     def gradient_sizes(self) -> list[int]:
@@ -252,6 +258,8 @@ class TorchProduct(Product):
             extra[1].copy_(F.gelu(y))
         elif epilogue == "swiglu":
             h = extra[0]
+            for bias in extra[1:]:
+                y += bias
             self.kernels.rows("swiglu", self.dtype, y, y.stride(0), h, h.stride(0), y.shape[0], self.n // 2)
 
     def backward(self, dy: Tensor, du: Tensor, dx: Tensor | None, epilogue: Epilogue = "store", *extra: Tensor) -> None:

@@ -24,7 +24,7 @@ class BitFit(WholeTensors):
 
     class Options(base.Options):
         add_biases: bool = Field(
-            False, description="give each linear layer without a bias one of zeros (not the LM head); without fast path"
+            False, description="give each linear layer without a bias one of zeros (not the LM head)"
         )
 
     card: ClassVar[TunerCard] = TunerCard(

@@ -56,7 +56,7 @@ struct Linear {
   int64_t n;
   Grid y;  // [rows, n]; SWIGLU_BACKWARD: [rows, 2 n]
   int epilogue;
-  Grid other;  // ADD, BIAS, GELU: added to y. SWIGLU_BACKWARD: gu. GELU_BACKWARD: what GELU stored in y
+  Grid other;  // ADD, BIAS, GELU, and SWIGLU if it is not null: added to y. SWIGLU_BACKWARD: gu. GELU_BACKWARD: what GELU stored in y
   Grid h;  // SWIGLU, GELU and their backwards: where silu(gate) * up, gelu(y) goes. ADD: where y goes without `other`, or null
   const float *gain;  // [n] factors of y before anything is added, or null
 
@@ -101,7 +101,7 @@ static inline void finish(const Linear &l, const float *c, int64_t t, int64_t n,
       store16(h + i * l.h.ld, a);
       store16(h + i * l.h.ld + 16, b);
     }
-    if (E == ADD || E == BIAS || E == GELU) {
+    if (E == ADD || E == BIAS || E == GELU || (E == SWIGLU && l.other.p)) {
       a = _mm512_add_ps(a, load16(o + i * l.other.ld));
       b = _mm512_add_ps(b, load16(o + i * l.other.ld + 16));
     }
@@ -259,8 +259,8 @@ struct Weight {  // a product: its updates, and where each sixteen rows of its w
   const Updated *u;
   const bf16 *const *rows;
 };
-// x [rows, k] -> y [rows, n], or with `turned` the other way; u [rows, r] is filled. y may be null: only u. BIAS and GELU:
-// other is one row.
+// x [rows, k] -> y [rows, n], or with `turned` the other way; u [rows, r] is filled. y may be null: only u. BIAS, GELU and
+// SWIGLU: other is one row.
 static bool product(const Weight &w, bool turned, int64_t rows, bf16 *x, bf16 *u, bf16 *y, int epilogue, bf16 *other, bf16 *h,
                     int threads) {
   const Updated &p = *w.u;
@@ -268,7 +268,7 @@ static bool product(const Weight &w, bool turned, int64_t rows, bf16 *x, bf16 *u
   const bool swiglu = epilogue == SWIGLU || epilogue == SWIGLU_BACKWARD;
   Linear l{grid(x, k, turned ? p.blocks_out : p.blocks_in), u, rows, k, p.r, {w.rows, p.k}, turned, nullptr, nullptr,
            y ? n : 0, grid(y, wide, swiglu || (turned ? p.blocks_in : p.blocks_out)), epilogue,
-           epilogue == BIAS || epilogue == GELU ? Grid{other, 0, 1, 0} : grid(other, wide, swiglu),
+           epilogue == BIAS || epilogue == GELU || epilogue == SWIGLU ? Grid{other, 0, 1, 0} : grid(other, wide, swiglu),
            grid(h, epilogue == SWIGLU ? n / 2 : n, swiglu), turned ? nullptr : p.gain};
   return linear(l, p, threads);
 }
