@@ -24,13 +24,14 @@ from tunewright.ops.packing import collate
 from tunewright.tuners import TUNERS
 from tunewright.tuners.base import Tuner
 
-NAMES = ("adalora", "dora", "ia3", "vera")
+NAMES = ("adalora", "dora", "ia3", "vera", "oft")
 OWN = ("houlsby", "pfeiffer", "parallel", "bitfit")
 NEEDED: dict[str, dict[str, Any]] = {"bitfit": {"add_biases": True}}
 SOME: dict[str, dict[str, Any]] = {
     "adalora": {"target_modules": ["v_proj", "gate_proj", "down_proj"], "initial_r": 3, "r": 2},
     "dora": {"target_modules": ["q_proj", "up_proj", "o_proj"], "r": 3},
     "ia3": {"target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "oft": {"target_modules": ["q_proj", "gate_proj", "o_proj"], "block_size": 8, "exact": True},
     "vera": {"target_modules": ["k_proj", "up_proj", "down_proj"], "r": 5},
 }
 
@@ -75,7 +76,7 @@ def test_a_step_is_that_of_transformers_and_peft(
     assert_relative(grads, {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["adalora", "dora", "vera", *OWN])
+@pytest.mark.parametrize("name", ["adalora", "dora", "vera", "oft", *OWN])
 def test_biases_are_no_part_of_what_is_tuned(tmp_path: Path, tiny_model_dir: Path, kernels: Kernels, name: str) -> None:
     """Qwen2 has them on q, k and v: DoRA's lengths do not multiply them."""
     _, model = tuned(name, tiny.build_family(tmp_path / "model", "qwen2", tiny_model_dir))
@@ -149,7 +150,7 @@ def test_on_tiles_the_error_is_that_of_rounding(
     got, grads = step(policy, rows)
     plain_grads = step(Policy(half, torch.bfloat16), rows)[1]
     assert got == pytest.approx(want, rel=0.005)
-    for kind in ("", "lora_E", "magnitude", "ia3_l", "lambda_d", "lambda_b", "_down", "_up", "bias"):
+    for kind in ("", "lora_E", "magnitude", "ia3_l", "lambda_d", "lambda_b", "_down", "_up", "bias", "oft_R"):
         if any(kind in k for k in want_grads):
             assert error(grads, want_grads, kind) <= 1.5 * error(plain_grads, want_grads, kind) <= 0.15, kind
     policy.set_checkpointing("full")

@@ -10,9 +10,11 @@ from peft import PeftType
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.oft import OFTLayer
 from peft.tuners.vera.layer import VeraLayer
 from torch import nn
 
+from tunewright.models.fast_rotations import unusual_oft
 from tunewright.models.layouts import causal_lm, decoder_of
 from tunewright.ops.lora import BLOCK
 from tunewright.ops.quant import is_quantised
@@ -25,17 +27,8 @@ WINDOWS: dict[str, Callable[[Any], int | None]] = {
 }
 
 # parts of the names of what may be trained
-_TRAINED = (
-    "lora_",
-    "vera_lambda_",
-    "adapter_",
-    "ia3_l",
-    "prompt_encoder.",
-    "_proj.weight",
-    "_proj.bias",
-    "norm.weight",
-)
-_TRAINED += ("embed_tokens.weight", "lm_head.weight", "score.")
+_TRAINED = ("lora_", "vera_lambda_", "oft_R.", "ia3_l", "adapter_", "prompt_encoder.", "score.")
+_TRAINED += ("_proj.weight", "_proj.bias", "norm.weight", "embed_tokens.weight", "lm_head.weight")
 
 
 def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
@@ -117,6 +110,7 @@ _UNUSUAL: dict[type, Callable[[str, Any], str | None]] = {
     LoraLayer: _unusual_lora,
     IA3Layer: _unusual_ia3,
     VeraLayer: _unusual_vera,
+    OFTLayer: unusual_oft,
 }
 
 

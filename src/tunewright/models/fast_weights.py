@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tunewright.models.fast_adapters import Gain, adapter_of, gains_of
 from tunewright.models.fast_bottleneck import Bottleneck, unwrapped
+from tunewright.models.fast_rotations import rotation_of
 from tunewright.ops.kernels import Kernels
 from tunewright.ops.logprob import TileHead
 from tunewright.ops.lora import Inner, LowRank, Product, TileProduct, interleave
@@ -58,9 +59,10 @@ class Linear:
         self.adapters = [adapter_of(layer) for layer in layers]
         readers = [None] * (len(layers) - 1) + [reader]
         self.gains = [gains_of(layer, last) for layer, last in zip(layers, readers, strict=True)]
+        self.rotations = [rotation_of(layer) for layer in layers]
         ranks = [adapter.rank if adapter else 0 for adapter in self.adapters]
         self.product = kind(kernels, [w.to(dtype) for w in self._weights()], ranks, rows, inner)
-        self.adapted = any(self.adapters) or any(self.gains)
+        self.adapted = any(self.adapters) or any(self.gains) or any(self.rotations)
         self.own = [p for layer in self.plain for p in (layer.weight, layer.bias) if p is not None]
         self.whole: list[nn.Parameter] = []  # those of its own that are, or were, trained
         self.notice()
@@ -78,10 +80,11 @@ class Linear:
     @property
     def reads(self) -> bool:
         """Whether a gradient needs what the product reads."""
-        return any(self.adapters) or any(layer.weight.requires_grad for layer in self.plain)
+        return any((*self.adapters, *self.rotations)) or any(layer.weight.requires_grad for layer in self.plain)
 
     def _weights(self) -> list[Tensor]:
-        return [layer.weight.detach() for layer in self.plain]
+        own = [layer.weight.detach() for layer in self.plain]
+        return [turn.turn(w) if turn and turn.on else w for w, turn in zip(own, self.rotations, strict=True)]
 
     def _bias(self) -> Tensor | None:
         if all(layer.bias is None for layer in self.plain):
@@ -105,7 +108,8 @@ class Linear:
     def places(self) -> tuple[Any, ...]:
         """What is on at present: where its matrices lie in memory, their scales, and whether gains are."""
         found = [u for u in self.updates() if u is not None]
-        return (*(x for u in found for x in (u.a.data_ptr(), u.b.data_ptr(), u.scale)), self._gains_on())
+        turned = (turn.on for turn in self.rotations if turn)
+        return (*(x for u in found for x in (u.a.data_ptr(), u.b.data_ptr(), u.scale)), self._gains_on(), *turned)
 
     def _gains(self) -> list[tuple[Gain, Tensor | slice]]:
         """Each with its rows of the product."""
@@ -127,14 +131,14 @@ class Linear:
             for gain, rows in self._gains():
                 self.product.gain[rows] *= gain.value()
         self.product.refresh()
-        if self.whole:
+        if self.whole or any(self.rotations):
             self.product.set_weights(self._weights())
             self.bias = self._bias()
 
     def added(self) -> list[nn.Parameter]:
         """Of adapters, on or off."""
         low = [p for adapter in self.adapters if adapter for p in adapter.parameters]
-        return low + [gain.parameter for gain, _ in self._gains()]
+        return low + [gain.parameter for gain, _ in self._gains()] + [t.parameter for t in self.rotations if t]
 
     def trainable(self) -> list[nn.Parameter]:
         """All that may change, what is off or frozen at present included."""
@@ -145,7 +149,8 @@ class Linear:
         return (self.added() if self._is_on() else []) + [p for p in self.whole if p.requires_grad]
 
     def _is_on(self) -> bool:
-        return self.product.gain is not None or any(u is not None for u in self.product.updates)
+        turned = any(turn and turn.on for turn in self.rotations)
+        return turned or self.product.gain is not None or any(u is not None for u in self.product.updates)
 
     def before_gain(self, dy: Tensor, y: Tensor | None, dz: Tensor) -> tuple[Tensor, Tensor | None]:
         """(the gradient of the product before its gains, sum of dy * y over the tokens); without gains (dy, None).
@@ -160,7 +165,7 @@ class Linear:
     ) -> list[Tensor]:
         """Of parameters(), float32. x: may be None where it is not needed (`reads`). dy, sums: of before_gain()."""
         low = self.product.gradients(x, u, dy, du) if x is not None and any(self.adapters) else []
-        return self.of_parameters(low, sums) + self._of_whole(x, dy)
+        return self.of_parameters(low, sums) + self._of_rotations(x, dy) + self._of_whole(x, dy)
 
     def of_parameters(self, low: Sequence[tuple[Tensor, Tensor] | None], sums: Tensor | None) -> list[Tensor]:
         """Of the updates and gains that are on, from the product's own gradients and the sums of before_gain()."""
@@ -169,6 +174,14 @@ class Linear:
         if sums is None:
             return found
         return found + [gain.gradient(sums[rows]) for gain, rows in self._gains()]
+
+    def _of_rotations(self, x: Tensor | None, dy: Tensor) -> list[Tensor]:
+        pairs = zip(self.plain, self.rotations, strict=True)
+        return [
+            turn.gradient(layer.weight.detach(), self.product.weight_gradient(i, x, dy))
+            for i, (layer, turn) in enumerate(pairs)
+            if turn and turn.on and x is not None
+        ]
 
     def _of_whole(self, x: Tensor | None, dy: Tensor) -> list[Tensor]:
         found = []
@@ -226,7 +239,8 @@ class Layer:
         and biases of q, k and v alone."""
         whole = any(linear.whole for linear in self.linears) or any(norm.trained for norm in self.norms)
         biases = any(linear.bias is not None for linear in (self.o, self.gate_up, self.down))
-        return self._on_tiles and not (whole or biases or self.bottlenecks)
+        turned = any(any(linear.rotations) for linear in self.linears)
+        return self._on_tiles and not (whole or biases or turned or self.bottlenecks)
 
     @property
     def bottlenecks(self) -> list[Bottleneck]:
