@@ -52,7 +52,7 @@ SMALL: dict[str, dict[str, Any]] = {
 ADAPTERS = [name for name in TUNERS if TUNERS.load(name).card.artefact == "adapter"]
 OWN = ("houlsby", "pfeiffer", "parallel")
 # low-rank products, factors of outputs, bottlenecks, virtual tokens
-FAST = ("lora", "rslora", "dylora", "adalora", "dora", "vera", "oft", "ia3", "prompt", "p_tuning", *OWN)
+FAST = ("lora", "rslora", "dylora", "adalora", "dora", "vera", "oft", "ia3", "prompt", "p_tuning", "prefix", *OWN)
 SOFT = ("prompt", "p_tuning", "prefix")  # peft opens them for use only: test_soft_prompts.py compares them
 OF_PEFT = [name for name in SMALL if name not in (*OWN, *SOFT)]
 

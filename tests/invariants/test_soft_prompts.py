@@ -211,12 +211,15 @@ def test_it_cannot_be_merged_and_says_so(kind: str, tiny_model_dir: Path, tmp_pa
         check([tmp_path, tmp_path], "svd", None, None, 0.5)
 
 
-def test_the_fast_path_leaves_a_prefix_to_the_plain_modules(tiny_model_dir: Path) -> None:
-    reason = why_not(make("prefix").attach(load_model(tiny_model_dir), 0), torch.float32)
-    assert reason == "a prefix of keys and values stands in front of the rows"
+def test_the_fast_path_leaves_a_prefix_under_a_window_to_the_plain_modules(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    folder = tiny.build_family(tmp_path / "model", "mistral", tiny_model_dir)
+    reason = why_not(make("prefix").attach(load_model(folder), 0), torch.float32)
+    assert reason == "a window slides over its prefix of keys and values"
 
 
-@pytest.mark.parametrize("kind", ["prompt", "p_tuning"])
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning", "prefix", "prefix, projection"])
 def test_the_fast_path_says_the_same(kind: str, tiny_model_dir: Path, kernels: Kernels) -> None:
     """Loss and gradients, whole, cut and computed again; without the prompt the base."""
     tuner, model = shaken(kind, tiny_model_dir)
@@ -235,13 +238,16 @@ def test_the_fast_path_says_the_same(kind: str, tiny_model_dir: Path, kernels: K
             torch.testing.assert_close(fast.hidden(batch), base, atol=1e-5, rtol=1e-5)
 
 
-def test_the_fast_path_on_tiles_is_off_by_rounding_only(tmp_path: Path, kernels: Kernels, tiny_model_dir: Path) -> None:
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_the_fast_path_on_tiles_is_off_by_rounding_only(
+    kind: str, tmp_path: Path, kernels: Kernels, tiny_model_dir: Path
+) -> None:
     """Against float32 with the same rounded weights: no further from it than the plain bfloat16 modules."""
     if not kernels.tiles:
         pytest.skip("this processor has no AMX tiles")
     folder = tiny.build_family(tmp_path / "model", "llama", tiny_model_dir, **tiny.TILED, initializer_range=0.05)
     rows = [Group((Example(tuple(range(3, 3 + n)), (1.0,) * n, n),)) for n in (9, 30, 21)]
-    exact, half = (make("prompt").attach(load_model(folder, dtype), 0) for dtype in (torch.float32, torch.bfloat16))
+    exact, half = (make(kind).attach(load_model(folder, dtype), 0) for dtype in (torch.float32, torch.bfloat16))
     with torch.no_grad():
         for a, b in zip(exact.parameters(), half.parameters(), strict=True):
             a.copy_(b)

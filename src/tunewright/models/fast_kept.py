@@ -14,6 +14,30 @@ from tunewright.ops.lora import padded
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """Keys and values that stand before the rows' own: rows at_V of the pack, V = rows x N, are only there for them.
+
+    layers_LNC: [layers, N, columns of keys and values].
+    """
+
+    at_V: Tensor
+    layers_LNC: Tensor
+
+    def put(self, layer: int, qkv_TN: Tensor) -> None:
+        """Let these rows have its keys and values."""
+        given_NC = self.layers_LNC[layer].to(qkv_TN.dtype)
+        n, columns = given_NC.shape
+        qkv_TN[self.at_V, qkv_TN.shape[1] - columns :] = given_NC.repeat(len(self.at_V) // n, 1)
+
+    def take(self, dqkv_TN: Tensor) -> Tensor:
+        """[N, C] float32: their gradient, of all rows together, which goes no further."""
+        n, columns = self.layers_LNC.shape[1:]
+        found_VC = dqkv_TN[self.at_V, dqkv_TN.shape[1] - columns :].float()
+        dqkv_TN[self.at_V] = 0
+        return found_VC.view(-1, n, columns).sum(0)
+
+
+@dataclass(frozen=True)
 class Packed:
     """A batch for the kernels: tokens padded to whole blocks (n of them real), where segments lie, cosine and sine
     [T, hd/2]. inputs: [n, D] embeddings of the tokens where a soft prompt is among them, else None.
@@ -27,6 +51,7 @@ class Packed:
     cosine: Tensor
     sine: Tensor
     record: Tensor
+    prefix: Prefix | None = None
 
     @property
     def n(self) -> int:

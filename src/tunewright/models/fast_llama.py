@@ -7,6 +7,7 @@ models/fast_serves.py says which models and tuners it does not serve; those run 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from tunewright.models.fast_attention import Attend, Heads, Segments, Served, TileAttention, TorchAttention
 from tunewright.models.fast_bottleneck import add, behind, beside
-from tunewright.models.fast_kept import Kept, Packed, if_given, spread_rows, take_rows
+from tunewright.models.fast_kept import Kept, Packed, Prefix, if_given, spread_rows, take_rows
 from tunewright.models.fast_serves import WINDOWS, head_dim, tiles_fit
 from tunewright.models.fast_weights import Layer, Norm, Room, Values, norm_parameters
 from tunewright.models.layouts import causal_lm, decoder_of, virtual_of
@@ -26,7 +27,7 @@ from tunewright.ops.kernels import Kernels, double
 from tunewright.ops.logprob import TileHead
 from tunewright.ops.lora import TileProduct, TorchProduct, padded
 from tunewright.ops.types import Batch
-from tunewright.ops.virtual import insert_rows
+from tunewright.ops.virtual import insert_rows, others, side_by_side
 
 
 def runs_on_tiles(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> bool:
@@ -76,18 +77,26 @@ class FastLlama:
         """[T, D] after the final norm, with gradients to the trained matrices if gradients are on. rows: [N, D] of
         these tokens only, which spares the last layer work."""
         self.values.refresh()
-        virtual, inputs = virtual_of(self.model), None
-        if virtual is not None and virtual.rows_ND is not None:
-            batch, inputs, at_T = insert_rows(batch, virtual.rows_ND, F.embedding(batch.tokens_T, self.embedding))
+        virtual, inputs, before, at_V = virtual_of(self.model), None, None, None
+        if virtual is not None:
+            embedded_TD = F.embedding(batch.tokens_T, self.embedding)
+            rows_ND = embedded_TD.new_zeros(virtual.n, embedded_TD.shape[1])
+            if virtual.rows_ND is not None:
+                rows_ND = virtual.rows_ND
+            batch, inputs, at_T = insert_rows(batch, rows_ND, embedded_TD)
             rows = at_T if rows is None else at_T[rows]
+            before, at_V = side_by_side(virtual), others(at_T, batch.n_tokens)
         parameters = [p for layer in self.layers for p in layer.parameters()] + norm_parameters([self.norm])
         parameters += [self.embedding] if inputs is None and self.embedding.requires_grad else []
         pack = self._pack(batch, inputs)
-        keep = torch.is_grad_enabled() and (pack.below or bool(parameters))
+        if before is not None and at_V is not None:
+            pack = replace(pack, prefix=Prefix(at_V, before.detach()))
+        trained = before is not None and before.requires_grad
+        keep = torch.is_grad_enabled() and (pack.below or trained or bool(parameters))
         with torch.autocast("cpu", enabled=False):  # each product has its dtype; autocast would change torch's
             if rows is not None and not 0 < padded(rows.numel()) < padded(batch.n_tokens):
-                return _Hidden.apply(self, pack, None, keep, inputs, *parameters)[rows]
-            return _Hidden.apply(self, pack, rows, keep, inputs, *parameters)
+                return _Hidden.apply(self, pack, None, keep, inputs, before, *parameters)[rows]
+            return _Hidden.apply(self, pack, rows, keep, inputs, before, *parameters)
 
     @torch.no_grad()
     def serve(self, tokens_T: Tensor, positions_T: Tensor, rows_N: Tensor, attend: Attend) -> Tensor:
@@ -129,11 +138,12 @@ class FastLlama:
         x = (self.embedding[b.tokens_T[: b.n]] if b.inputs is None else b.inputs).to(self.dtype)
         x = F.pad(x, (0, 0, 0, b.total - b.n))
         own = self._own_room(b)
-        lowest = len(self.layers) if not keep else 0 if b.below else self.lowest()
+        lowest = len(self.layers) if not keep else 0 if b.below or b.prefix else self.lowest()
         kept: list[Kept] = []
         for i, layer in enumerate(self.layers):
             wanted = rows if i == len(self.layers) - 1 else None
-            x, k = self._layer(layer, x, b, own, wanted, None if attend is None else Served(self.shape, i, attend))
+            served = None if attend is None else Served(self.shape, i, attend)
+            x, k = self._layer(i, layer, x, b, own, wanted, served)
             if i >= lowest:
                 again = {"none": False, "selective": i % 2 == 1, "full": True}[self.checkpointing]
                 kept.append(Kept(k.x, rows=wanted) if again else k)
@@ -149,11 +159,11 @@ class FastLlama:
         return Room(b.total, max(layer.input_columns for layer in self.layers), self.dtype)
 
     def _layer(
-        self, w: Layer, x: Tensor, b: Packed, own: Room, rows: Tensor | None, attend: Served | None = None
+        self, i: int, w: Layer, x: Tensor, b: Packed, own: Room, rows: Tensor | None, attend: Served | None = None
     ) -> tuple[Tensor, Kept]:
         """(the layer's output, of `rows` if these alone are wanted, and all that its backward needs). attend: an
         attention in the place of ours."""
-        if w.one_call and rows is None and attend is None:
+        if w.one_call and rows is None and attend is None and b.prefix is None:
             return self._layer_at_once(w, x, b, own)
         own.at = 0
         d, n = x.shape[1], b.total if rows is None else padded(rows.numel())
@@ -166,6 +176,8 @@ class FastLlama:
         w.qkv.product.forward(xn, low[0], qkv)
         w.qkv.add_bias(qkv)
         self._rope(qkv, b, 1.0)
+        if b.prefix is not None:
+            b.prefix.put(i, qkv)
         attended = room.take(w.o.product.k)
         seen = (attend or self.attend).forward(qkv, attended, b.at, small[2:])
         chosen = (x, attended) if rows is None else (take_rows(x, rows), take_rows(attended, rows))
@@ -206,6 +218,7 @@ class FastLlama:
         """Gradients of what __call__ passes to autograd, in its order. `kept` is emptied on the way."""
         lowest = len(self.layers) - len(kept)
         found: list[list[Tensor]] = []
+        g_before: list[Tensor] = []
         turns = [torch.empty(b.total, last.shape[1], dtype=last.dtype) for _ in range(2)]
         own = self._own_room(b)
         scratch = Room(b.total, max(layer.scratch_columns for layer in self.layers), self.dtype)
@@ -214,19 +227,20 @@ class FastLlama:
         for i in range(len(self.layers) - 1, lowest - 1, -1):
             layer, k = self.layers[i], kept.pop()
             if k.small is None:
-                _, k = self._layer(layer, k.x, b, own, k.rows)
+                _, k = self._layer(i, layer, k.x, b, own, k.rows)
             turns.reverse()
             to = turns[0] if i > lowest or b.below or layer.norm1.trained else None
             scratch.at = own.at = 0
-            found.append(self._layer_backward(layer, k, b, dx, to, own, scratch))
+            found.append(self._layer_backward(layer, k, b, dx, to, own, scratch, g_before))
             if to is not None:
                 dx = to
         found.reverse()
+        before = torch.stack(g_before[::-1]) if g_before else None
         if b.inputs is not None:
             g_inputs = dx[: b.n].to(b.inputs.dtype) if b.below else None
-            return [g_inputs, *(g for grads in found for g in grads), *g_norm]
+            return [g_inputs, before, *(g for grads in found for g in grads), *g_norm]
         g_embedding = [self._embedding_gradient(b, dx[: b.n])] if b.below else []
-        return [None, *(g for grads in found for g in grads), *g_norm, *g_embedding]
+        return [None, before, *(g for grads in found for g in grads), *g_norm, *g_embedding]
 
     def _embedding_gradient(self, b: Packed, dx_TD: Tensor) -> Tensor:
         grad_VD = torch.zeros(self.embedding.shape).index_add_(0, b.tokens_T[: b.n], dx_TD.float())
@@ -235,9 +249,17 @@ class FastLlama:
         return grad_VD
 
     def _layer_backward(
-        self, w: Layer, k: Kept, b: Packed, dx: Tensor, to: Tensor | None, own: Room, scratch: Room
+        self,
+        w: Layer,
+        k: Kept,
+        b: Packed,
+        dx: Tensor,
+        to: Tensor | None,
+        own: Room,
+        scratch: Room,
+        g_before: list[Tensor],
     ) -> list[Tensor]:
-        """dx: gradient of the layer's output. to: where its input's goes, or None."""
+        """dx: gradient of the layer's output. to: where its input's goes, or None. g_before: gets that of a prefix."""
         if k.room is not None:
             found = torch.empty(sum(w.gradient_sizes))
             places = (k.x, k.room, k.small, dx, to, own.flat, scratch.flat, found)
@@ -271,6 +293,8 @@ class FastLlama:
             dmid, dattended = spread_rows(dmid, k.rows, b.total), spread_rows(dattended, k.rows, b.total)
         dqkv = scratch.take(w.qkv.product.n)
         self.attend.backward(dattended, k.qkv, k.attended, b.at, k.seen, dqkv)
+        if b.prefix is not None:
+            g_before.append(b.prefix.take(dqkv))
         self._rope(dqkv, b, -1.0)
         dqkv, sums = w.qkv.before_gain(dqkv, self._product_again(w, k, b), dqkv)
         g_norm1: list[Tensor] = []
@@ -311,7 +335,8 @@ class _Hidden(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, fast: FastLlama, b: Packed, rows: Tensor | None, keep: bool, *given: Tensor | None) -> Tensor:
-        """given: the embeddings that b has, or None, and the parameters, for autograd to know of them."""
+        """given: the embeddings that b has, or None, the keys and values of its prefix, or None, and the parameters,
+        for autograd to know of them."""
         out, kept, last, rstd = fast.forward(b, rows, keep)
         ctx.fast, ctx.b, ctx.kept, ctx.last, ctx.rstd, ctx.out = fast, b, kept, last, rstd, out.shape
         ctx.values = fast.values.seen

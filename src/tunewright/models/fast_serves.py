@@ -36,7 +36,7 @@ def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
     config: Any = causal_lm(model).config
     names = {name.replace(".base_layer", "") for name, _ in decoder_of(model).named_parameters()}
     found = {
-        "a prefix of keys and values stands in front of the rows": _has_prefix(model),
+        "a window slides over its prefix of keys and values": _has_prefix(model) and _window(model) is not None,
         "its base is quantised, and the fast path reads plain weights": is_quantised(model),
         f"models of type '{config.model_type}' have no fast path": config.model_type not in WINDOWS,
         "its MLP is not a SwiGLU": getattr(config, "hidden_act", "silu") != "silu",
@@ -58,6 +58,12 @@ def why_not(model: nn.Module, dtype: torch.dtype) -> str | None:
             return f"{name} has {reason}"
     odd = [n for n, p in model.named_parameters() if p.requires_grad and not any(k in n for k in _TRAINED)]
     return f"{odd[0]} is trained" if odd else None
+
+
+def _window(model: nn.Module) -> int | None:
+    config: Any = causal_lm(model).config
+    kind: str = config.model_type
+    return WINDOWS[kind](decoder_of(model)) if kind in WINDOWS else None
 
 
 def _has_prefix(model: Any) -> bool:

@@ -41,7 +41,7 @@ def insert_rows(batch: Batch, rows_ND: Tensor, tokens_TD: Tensor) -> tuple[Batch
     more_S = n * (batch.parent_S < 0).long()
     at_T = torch.arange(batch.n_tokens, device=device) + more_S.cumsum(0).repeat_interleave(lengths_S)
     total = batch.n_tokens + int(more_S.sum())
-    at_V = torch.ones(total, dtype=torch.bool, device=device).index_fill_(0, at_T, False).nonzero()[:, 0]
+    at_V = others(at_T, total)
     virtual_V = torch.arange(n, device=device).repeat(at_V.numel() // max(n, 1))
 
     def spread(values_T: Tensor | None) -> Tensor | None:
@@ -60,3 +60,16 @@ def insert_rows(batch: Batch, rows_ND: Tensor, tokens_TD: Tensor) -> tuple[Batch
         last_S=at_T[batch.last_S],
     )
     return grown, torch.cat([rows_ND.to(tokens_TD.dtype), tokens_TD]).index_select(0, source_R), at_T
+
+
+def others(at_T: Tensor, total: int) -> Tensor:
+    """[V] the places of `total` that are not among at_T, ascending: those of the virtual tokens."""
+    return torch.ones(total, dtype=torch.bool, device=at_T.device).index_fill_(0, at_T, False).nonzero()[:, 0]
+
+
+def side_by_side(virtual: Virtual) -> Tensor | None:
+    """[layers, N, 2 Hkv K] keys and values as the columns of one matrix; None where there are none."""
+    if virtual.layers is None:
+        return None
+    pairs = (torch.cat([keys, values], 1)[0] for keys, values in virtual.layers)
+    return torch.stack([x.transpose(0, 1).flatten(1) for x in pairs])
